@@ -1,0 +1,9 @@
+"""The token mixers by name; a new one is a file and a line here."""
+
+from longwave.mixers.base import Mixer, Site
+from longwave.mixers.full import FullAttention
+from longwave.mixers.window import WindowAttention
+
+MIXERS: dict[str, type[Mixer]] = {"full": FullAttention, "window": WindowAttention}
+
+__all__ = ["MIXERS", "FullAttention", "Mixer", "Site", "WindowAttention"]

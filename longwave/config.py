@@ -1,0 +1,234 @@
+"""What a model is made of: small frozen dataclasses, one per component, strict about what they are given."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from difflib import get_close_matches
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from longwave.errors import UserError
+
+T = TypeVar("T")
+
+
+class Strict:
+    """Base of every config: a key that no field knows is an error."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+def build(kind: type[T], values: dict[str, Any], source: str) -> T:
+    """Makes a config from plain values; a UserError names the key, its value and what would do.
+
+    source: where the values come from, such as the path of a recipe.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_problem(kind, error)}") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises a UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def _first_problem(kind: type, error: ValidationError) -> str:
+    problem = error.errors()[0]
+    location = ".".join(map(str, problem["loc"]))
+    if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
+        return f"{location}: {cause}" if location else str(cause)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        close = get_close_matches(str(problem["loc"][-1]), _field_names(kind), n=1)
+        return f"unknown key {location} = {problem['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
+    if problem["type"] == "missing":
+        return f"{location} is missing"
+    return f"{location} = {problem['input']!r}: {problem['msg'].lower()}"
+
+
+def _field_names(kind: type) -> list[str]:
+    """The names of all fields, of nested configs too."""
+    names: list[str] = []
+    pending, done = [kind], set[type]()
+    while pending:
+        one = pending.pop()
+        if not dataclasses.is_dataclass(one) or one in done:
+            continue
+        done.add(one)
+        names += [entry.name for entry in dataclasses.fields(one)]
+        pending += [sub for sub in Strict.__subclasses__() if sub.__name__ in str([f.type for f in dataclasses.fields(one)])]
+    return names
+
+
+@dataclass(frozen=True)
+class AttentionConfig(Strict):
+    """Softmax attention: query heads, KV heads (all heads by default) and head size (hidden size / heads by default).
+
+    window: tokens that a `W` block sees, its own included.
+    """
+
+    heads: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.heads > 0, f"attention.heads = {self.heads}: 1 or more")
+        groups = self.kv_heads or self.heads
+        divides = groups > 0 and self.heads % groups == 0
+        require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
+        size = self.head_size
+        require(size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation")
+        require(self.window is None or self.window > 0, f"attention.window = {self.window}: 1 or more tokens")
+
+
+@dataclass(frozen=True)
+class MLPConfig(Strict):
+    """SwiGLU feed-forward of `size` inner channels."""
+
+    size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, f"mlp.size = {self.size}: 1 or more")
+
+
+@dataclass(frozen=True)
+class RotaryConfig(Strict):
+    """Rotary positions, half-split pairing (Su et al. 2021)."""
+
+    base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        require(self.base > 1, f"rotary.base = {self.base}: more than 1")
+
+
+@dataclass(frozen=True)
+class ScalesConfig(Strict):
+    """muP-style factors on the embedding, on every residual branch and on the logits."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
+class InitConfig(Strict):
+    """Initial weights: normal, truncated at 3 sigma, output projections of block l divided by sqrt(2 (l + 1)).
+
+    embedding_std: hidden_size ** -0.5 by default.
+    """
+
+    std: float = 0.02
+    embedding_std: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.std > 0, f"init.std = {self.std}: more than 0")
+
+
+@dataclass(frozen=True)
+class SubllmConfig(Strict):
+    """SUBLLM's subsampling, balancer and bypass (arXiv 2406.06571); the defaults are the published ones.
+
+    selection: `published` trains with top-k over the window and runs with a threshold at 0; `causal` trains and runs
+        the same function, with a threshold that follows the quantile of the scores (ours).
+    discard_sampling: which discarded weight is subtracted from a kept one: a `uniform` draw, the next in `ranked`
+        order, or `none` (a control that keeps nearly everything at inference).
+    ranking: tokens compete within the training `window` or within their own `document`.
+    balancer_*: the gradient nudge that centres the scores; `exact_gaussian` mends its missing square root of 2.
+    bypass_*: range of the per-channel bypass, whose lower end falls linearly over `bypass_steps` optimizer steps.
+    score_lr_scale: learning rate of the score vector, relative to the model's.
+    threshold_memory: how much of the causal threshold is kept at each optimizer step.
+    """
+
+    selection: Literal["published", "causal"] = "published"
+    discard_sampling: Literal["uniform", "ranked", "none"] = "uniform"
+    ranking: Literal["window", "document"] = "window"
+    balancer: bool = True
+    balancer_margin: float = 0.05
+    balancer_min_abs: float = 1.0
+    balancer_max_abs: float = 4.0
+    balancer_grad_scale: float = 0.04
+    balancer_steps: int = 8000
+    balancer_final_probability: float = 0.25
+    exact_gaussian: bool = False
+    bypass_probability: float = 0.6
+    bypass_floor: float = 0.9
+    bypass_final_floor: float = 0.2
+    bypass_steps: int = 20000
+    score_lr_scale: float = 0.5
+    threshold_memory: float = 0.98
+
+    def __post_init__(self) -> None:
+        for name in ("balancer_final_probability", "bypass_probability", "threshold_memory"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"subllm.{name} = {value}: between 0 and 1")
+        for name in ("balancer_steps", "bypass_steps"):
+            value = getattr(self, name)
+            require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
+        causal_extras = self.selection == "causal" and self.discard_sampling != "none"
+        require(not causal_extras or self.discard_sampling == "uniform", "subllm.discard_sampling has no effect with selection = 'causal'")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Strict):
+    """One decoder: vocabulary, width, layout, and the config of each component.
+
+    layout: the one-line notation of `longwave.layout`.
+    context_window: the longest sequence the model is meant for, in tokens.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layout: str
+    attention: AttentionConfig
+    mlp: MLPConfig
+    context_window: int = 2048
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    scales: ScalesConfig = field(default_factory=ScalesConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    subllm: SubllmConfig | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "context_window"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
+        head_size = self.attention.head_size
+        even = head_size is not None or self.hidden_size % (2 * self.attention.heads) == 0
+        require(even, f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; give attention.head_size")
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.attention.head_size or self.hidden_size // self.attention.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of softmax attention."""
+        return self.attention.kv_heads or self.attention.heads
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `build` makes the same config from."""
+        return dataclasses.asdict(self)
+
+
+def retention_of(text: str) -> Fraction:
+    """A retention ratio as the exact decimal that was written; a UserError if it is outside (0, 1]."""
+    try:
+        ratio = Fraction(Decimal(text))
+    except (InvalidOperation, ValueError, OverflowError):
+        raise UserError(f"layout: retention {text!r} is not a number in (0, 1]") from None
+    require(0 < ratio <= 1, f"layout: retention {text} is outside (0, 1]")
+    return ratio

@@ -1,0 +1,130 @@
+"""Prepared data as batches of packed windows, addressed by one integer: the position in the data order.
+
+Notable:
+- a window is `window` tokens of the split laid end to end; nothing is padded, and no token is left out or seen twice;
+- the order of an epoch is a keyed permutation that is computed, not stored: resuming needs the position alone, and the
+  number of workers changes nothing;
+- a document that a window cuts goes on in another window as a piece of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from longwave import keyed
+from longwave.data.shards import Split, SplitTokens
+from longwave.errors import UserError
+
+NO_TARGET = -100  # what torch's cross-entropy leaves out
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows laid end to end, without padding.
+
+    targets: the next token; `NO_TARGET` where another document starts next, or the split ends.
+    runs: tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
+    windows: tokens of each window; they add up to T.
+    samples: the position in the data order of each window.
+    """
+
+    tokens: Int64[Tensor, " T"]
+    targets: Int64[Tensor, " T"]
+    runs: tuple[int, ...]
+    windows: tuple[int, ...]
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WindowSampler:
+    """The data order: every window once per epoch, in an order that the seed and the epoch alone decide.
+
+    A Feistel network permutes the smallest range of 4^n numbers that holds all windows; numbers beyond the last window
+    are sent through again until they land on one (cycle walking; Black and Rogaway 2002, section 3).
+    """
+
+    count: int
+    seed: int = 0
+
+    def window(self, position: int) -> int:
+        """The window, in [0, count), at a position that grows on through the epochs."""
+        epoch, place = divmod(position, self.count)
+        place = self._permuted(place, epoch)
+        while place >= self.count:
+            place = self._permuted(place, epoch)
+        return place
+
+    def _permuted(self, place: int, epoch: int) -> int:
+        bits = max(1, ((self.count - 1).bit_length() + 1) // 2)
+        mask = (1 << bits) - 1
+        left, right = place >> bits, place & mask
+        for number in range(_ROUNDS):
+            left, right = right, left ^ (keyed.key(self.seed, epoch, number, right) & mask)
+        return left << bits | right
+
+
+class PackedTokens:
+    """The windows of one split.
+
+    len() is the number of windows.
+
+    window: tokens of a window.
+    keep_last: whether the last, shorter window belongs to it (for evaluation) or is dropped (for training).
+    Raises UserError for a folder that is not a prepared one or is damaged, and for a window longer than the split.
+    """
+
+    def __init__(self, folder: str | Path, split: Split, window: int, *, keep_last: bool = False):
+        self._tokens = SplitTokens(folder, split)
+        total = len(self._tokens)
+        if total == 0:
+            raise UserError(f"{self._tokens.where}: holds no tokens; prepare the data with held_out greater than 0")
+        if not 1 <= window <= (window if keep_last else total):
+            raise UserError(f"window={window}: {self._tokens.where} takes windows of 1 to {total} tokens")
+        self._window = window
+        self._count = -(-total // window) if keep_last else total // window
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
+        """The windows at these positions of the data order; without a sampler, the windows of these numbers themselves.
+
+        Raises IndexError for a window that the split does not have.
+        """
+        numbers = positions if sampler is None else [sampler.window(position) for position in positions]
+        bounds = [self._bounds(number) for number in numbers]
+        sizes = [stop - start for start, stop in bounds]
+        tokens, targets = np.empty((2, sum(sizes)), np.int64)
+        runs: list[int] = []
+        row = 0
+        for (start, stop), size in zip(bounds, sizes, strict=True):
+            runs += self._fill(tokens[row : row + size], targets[row : row + size], start, stop)
+            row += size
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), tuple(runs), tuple(sizes), tuple(positions))
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        if not 0 <= number < self._count:
+            raise IndexError(f"window {number}: {self._tokens.where} has {self._count}")
+        start = number * self._window
+        return start, min(start + self._window, len(self._tokens))
+
+    def _fill(self, tokens: NDArray[np.int64], targets: NDArray[np.int64], start: int, stop: int) -> list[int]:
+        """Writes the tokens and targets of one window; returns the lengths of its document pieces."""
+        ahead = self._tokens.read(start, stop + 1)
+        tokens[:] = ahead[: stop - start]
+        targets[: len(ahead) - 1] = ahead[1:]
+        targets[len(ahead) - 1 :] = NO_TARGET  # the split ends with this window
+        begun = self._tokens.starts(start + 1, stop + 1) - start
+        targets[begun - 1] = NO_TARGET
+        borders = [0, *(place for place in begun.tolist() if place < stop - start), stop - start]
+        return [end - begin for begin, end in pairwise(borders)]

@@ -1,0 +1,329 @@
+"""Prepared data: a folder of token shards larger than memory, written once and read through memory maps.
+
+    out/tokenizer.json, tokenizer_config.json
+    out/meta.json                     what the folder holds: `PreparedInfo`
+    out/{train,held_out}/
+        tokens-00000.bin              the split's tokens laid end to end (uint16 or uint32, little-endian)
+        documents-00000.npy           where in the split each document that starts in this shard starts (int64)
+
+A document is bos, its ids, eos, as far as the vocabulary has these two. Shards end at a fixed number of tokens,
+documents run across. The folder appears whole or not at all (`durable.folder`).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from longwave import durable
+from longwave.data.sources import Document, Source, documents, split_held_out
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+
+FORMAT = 1
+META_FILE = "meta.json"
+DEFAULT_VOCABULARY = 8192
+SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
+TRAINING_CHARACTERS = (
+    1 << 30
+)  # a vocabulary hardly changes after the first GiB, and its training holds all words in memory
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024
+
+Split = Literal["train", "held_out"]
+DType = Literal["uint16", "uint32"]
+Progress = Callable[[str, int], None]
+"""Called with the stage ("tokenizer", then "tokens") and the bytes of text it has been through."""
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one split holds.
+
+    bytes: UTF-8 bytes of text, which bits per byte are counted by.
+    shards: tokens of each shard file.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    documents: int
+    bytes: int
+    tokens: int
+    shards: list[int]
+
+
+@dataclass(frozen=True)
+class PreparedInfo:
+    """What a prepared folder holds: the content of its `meta.json`.
+
+    tokenizer: the fingerprint of the tokenizer whose ids these are.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    vocab_size: int
+    dtype: DType
+    tokenizer: str
+    train: SplitInfo
+    held_out: SplitInfo
+
+    @classmethod
+    def read(cls, folder: str | Path) -> PreparedInfo:
+        """Raises UserError for a folder that is not a prepared one, is damaged, or is of another version."""
+        path = Path(folder) / META_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{folder}: not a prepared folder (no {META_FILE}); make one with `longwave prepare TEXT OUT`"
+            )
+        try:
+            info = TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(part) for part in fault["loc"])
+            raise UserError(
+                f"{path}: corrupted ({where or 'content'}: {fault['msg']}); prepare the data again"
+            ) from error
+        if info.format != FORMAT:
+            raise UserError(f"{path}: format={info.format}: this version reads {FORMAT}; prepare the data again")
+        if not durable.verify(folder, full=False):
+            raise UserError(f"{folder}: has no {durable.MANIFEST} to check its shards against; prepare the data again")
+        return info
+
+    def to_json(self) -> bytes:
+        return TypeAdapter(PreparedInfo).dump_json(self, indent=2) + b"\n"
+
+    def split(self, split: Split) -> SplitInfo:
+        return self.train if split == "train" else self.held_out
+
+    def require_vocab(self, vocab_size: int) -> None:
+        """Raises UserError unless a model with `vocab_size` entries can take every id of this data."""
+        if vocab_size < self.vocab_size:
+            raise UserError(f"vocab_size={vocab_size}: the data's ids need at least {self.vocab_size}")
+
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError unless the data was written with this very tokenizer."""
+        if tokenizer.fingerprint != self.tokenizer:
+            raise UserError(
+                f"tokenizer={tokenizer.fingerprint[:12]}: the data was written with {self.tokenizer[:12]}; "
+                "prepare it with the model's own tokenizer"
+            )
+
+
+def prepare(
+    source: Source,
+    out: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    vocab_size: int | None = None,
+    held_out: float = 0.02,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PreparedInfo:
+    """Turns documents into a prepared folder, in memory that does not grow with the source.
+
+    tokenizer: None trains one of `vocab_size` (8192 by default) entries on the training documents, or their first GiB.
+    held_out, seed: the share of documents kept from training, and what draws them (`sources.split_held_out`).
+    Raises UserError when `out` exists, for the source's faults, and for a `vocab_size` beside a given tokenizer.
+    """
+    if tokenizer is not None and vocab_size is not None:
+        raise UserError(f"vocab_size={vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
+
+    def read(stage: str) -> Iterator[tuple[Document, bool]]:
+        pairs = split_held_out(documents(source), held_out, seed)
+        return _reporting(pairs, stage, progress) if progress else pairs
+
+    with durable.folder(out, overwrite=False) as folder:
+        if tokenizer is None:
+            size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
+            tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)
+        return _write(folder, read("tokens"), tokenizer)
+
+
+class SplitTokens:
+    """The tokens of one split, read through memory maps.
+
+    len() is the number of tokens; `where` the split's folder, for messages.
+    Raises UserError for a folder that is not a prepared one, or where files are missing or have another size than they
+    were written with.
+    """
+
+    def __init__(self, folder: str | Path, split: Split):
+        info = PreparedInfo.read(folder)
+        self.where = Path(folder) / split
+        numbers = range(len(info.split(split).shards))
+        self.shards = [_map_tokens(_tokens_file(self.where, number), info.dtype) for number in numbers]
+        self._starts = [np.asarray(np.load(_documents_file(self.where, n), mmap_mode="r")) for n in numbers]
+        if [len(shard) for shard in self.shards] != info.split(split).shards:
+            raise UserError(f"{folder}/{META_FILE}: corrupted (the shards of {split} differ); prepare the data again")
+        self._bounds = [0, *accumulate(len(shard) for shard in self.shards)]
+
+    def __len__(self) -> int:
+        return self._bounds[-1]
+
+    def read(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
+        """The tokens from `start` up to `stop`, cut at the end of the split; a view where one shard holds them all."""
+        pieces = [
+            self.shards[number][max(start - base, 0) : stop - base] for number, base in self._touched(start, stop)
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.uint16)])
+
+    def starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The places from `start` up to `stop` where documents start."""
+        pieces = [_between(self._starts[number], start, stop) for number, _ in self._touched(start, stop)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.int64)])
+
+    def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
+        """The tokens of each whole document, in order."""
+        start = None
+        for starts in self._starts:
+            for stop in starts:
+                if start is not None:
+                    yield self.read(start, int(stop))
+                start = int(stop)
+        if start is not None:
+            yield self.read(start, len(self))
+
+    def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The shards that hold any of the tokens, each with the place of its first one."""
+        number = bisect_right(self._bounds, start) - 1
+        while number < len(self.shards) and self._bounds[number] < stop:
+            yield number, self._bounds[number]
+            number += 1
+
+
+def iter_documents(folder: str | Path, split: Split = "held_out") -> Iterator[NDArray[np.unsignedinteger]]:
+    """The tokens of each whole document of a split, bos and eos included, for evaluation.
+
+    Raises UserError when the split has none, and for the faults that `SplitTokens` names.
+    """
+    tokens = SplitTokens(folder, split)
+    if len(tokens) == 0:
+        raise UserError(f"{tokens.where}: holds no documents; prepare the data with held_out greater than 0")
+    return tokens.documents()
+
+
+class _Writer:
+    """Appends documents to the shards of one split."""
+
+    def __init__(self, folder: Path, dtype: DType):
+        folder.mkdir()
+        self._folder, self._dtype = folder, _on_disk(dtype)
+        self._file: BinaryIO | None = None
+        self._starts: list[int] = []
+        self._shards: list[int] = []
+        self._documents = self._bytes = 0
+
+    def add(self, ids: list[int], text_bytes: int) -> None:
+        """Writes one document, over as many shards as it takes."""
+        tokens = np.array(ids, dtype=self._dtype)
+        self._bytes += text_bytes
+        self._documents += 1
+        starts_here = True
+        while len(tokens):
+            file = self._open()
+            if starts_here:
+                self._starts.append(sum(self._shards))
+            piece, tokens = np.split(tokens, [SHARD_TOKENS - self._shards[-1]])
+            file.write(piece.tobytes())
+            self._shards[-1] += len(piece)
+            starts_here = False
+
+    def finish(self) -> SplitInfo:
+        self._close()
+        return SplitInfo(self._documents, self._bytes, sum(self._shards), self._shards)
+
+    def _open(self) -> BinaryIO:
+        """The current shard's file, which has room for at least one token."""
+        if self._file is not None and self._shards[-1] < SHARD_TOKENS:
+            return self._file
+        self._close()
+        self._file = _tokens_file(self._folder, len(self._shards)).open("wb")
+        self._shards.append(0)
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        np.save(_documents_file(self._folder, len(self._shards) - 1), np.array(self._starts, dtype=np.int64))
+        self._file, self._starts = None, []
+
+
+def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], tokenizer: Tokenizer) -> PreparedInfo:
+    dtype: DType = "uint16" if tokenizer.vocab_size <= 65535 else "uint32"
+    train, held_out = (_Writer(folder / split, dtype) for split in ("train", "held_out"))
+    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for chunk in _chunks(pairs):
+        texts = [document.text for document, _ in chunk]
+        for (document, is_held_out), ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
+            writer = held_out if is_held_out else train
+            writer.add(opening + ids + closing, len(document.text.encode()))
+    tokenizer.save(folder)
+    info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, train.finish(), held_out.finish())
+    (folder / META_FILE).write_bytes(info.to_json())
+    return info
+
+
+def _chunks(pairs: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
+    """Documents in groups small enough for memory and large enough to keep every core busy."""
+    chunk: list[tuple[Document, bool]] = []
+    characters = 0
+    for pair in pairs:
+        chunk.append(pair)
+        characters += len(pair[0].text)
+        if characters >= _CHUNK_CHARACTERS or len(chunk) == _CHUNK_DOCUMENTS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _training_texts(pairs: Iterator[tuple[Document, bool]]) -> Iterator[str]:
+    room = TRAINING_CHARACTERS
+    for document, is_held_out in pairs:
+        if room <= 0:
+            return
+        if not is_held_out:
+            room -= len(document.text)
+            yield document.text
+
+
+def _reporting(
+    pairs: Iterator[tuple[Document, bool]], stage: str, progress: Progress
+) -> Iterator[tuple[Document, bool]]:
+    size = 0
+    for pair in pairs:
+        size += len(pair[0].text.encode())
+        progress(stage, size)
+        yield pair
+
+
+def _between(starts: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
+    first, last = np.searchsorted(starts, (start, stop))
+    return starts[first:last]
+
+
+def _tokens_file(folder: Path, number: int) -> Path:
+    return folder / f"tokens-{number:05d}.bin"
+
+
+def _documents_file(folder: Path, number: int) -> Path:
+    return folder / f"documents-{number:05d}.npy"
+
+
+def _on_disk(dtype: DType) -> np.dtype:
+    return np.dtype(dtype).newbyteorder("<")
+
+
+def _map_tokens(path: Path, dtype: DType) -> NDArray[np.unsignedinteger]:
+    """A plain array over the memory map: slicing `np.memmap` itself costs several times more."""
+    return np.asarray(np.memmap(path, dtype=_on_disk(dtype), mode="r"))

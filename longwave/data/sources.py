@@ -1,0 +1,188 @@
+"""Documents out of text files, folders, JSONL files, and the text that every machine has: Python's own library."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import math
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from longwave.errors import UserError
+
+# A longer text file becomes several documents. A document is tokenised whole, in about 150 bytes of memory per byte of
+# text, and this much text is a million tokens.
+PIECE_CHARACTERS = 4 << 20
+_BLOCK_BYTES = 1 << 20
+_NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and the name it is known by: its path below the source, with a line or piece number where needed."""
+
+    name: str
+    text: str
+
+
+Source = str | Path | Callable[[], Iterator[Document]]
+"""A path, or a function that yields the documents (`standard_library`); it can be read more than once."""
+
+
+def documents(source: Source, text_field: str = "text") -> Iterator[Document]:
+    """The non-empty documents of a text file, a `.jsonl` file, or a folder of both, in a fixed order.
+
+    In a folder, read recursively in the order of names, hidden files and files that are not UTF-8 text are left out. A
+    text file longer than `PIECE_CHARACTERS` gives several documents, cut at line ends.
+
+    text_field: the field of a JSONL line that holds the text.
+    Raises UserError for a missing path (at once), for one that holds no text, and for a bad JSONL line (when reached).
+    """
+    if callable(source):
+        return _at_least_one(source(), getattr(source, "__name__", "the source"))
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a text file, a .jsonl file or a folder of them")
+    found = _walk(path, text_field) if path.is_dir() else _file(path, path.name, text_field)
+    return _at_least_one(found, str(path))
+
+
+def standard_library() -> Iterator[Document]:
+    """The sources of Python's standard library, without its tests: about 12 MB of real text on any machine."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path, name in _files(root, without=_NOT_LIBRARY):
+        if path.suffix == ".py" and _is_text(path):
+            yield from _text(path, name)
+
+
+def split_held_out(documents: Iterable[Document], fraction: float, seed: int = 0) -> Iterator[tuple[Document, bool]]:
+    """Each document with whether it is held out, which its name and the seed alone decide.
+
+    The exception is a lone document, whose end is held out, cut at a line end.
+
+    fraction: the expected share of documents held out, 0 <= fraction < 1.
+    Raises UserError for another fraction, and when all documents have gone to one side.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"held_out={fraction}: must be at least 0 and less than 1")
+    documents = iter(documents)
+    first = list(islice(documents, 2))
+    if len(first) == 1 and fraction > 0:
+        return iter(_cut(first[0], fraction))
+    return _split(chain(first, documents), fraction, seed)
+
+
+def is_held_out(name: str, fraction: float, seed: int = 0) -> bool:
+    """Whether the document of this name is held out."""
+    return _draw(name, seed) < fraction
+
+
+def _split(documents: Iterator[Document], fraction: float, seed: int) -> Iterator[tuple[Document, bool]]:
+    count, lowest, highest = 0, 1.0, 0.0
+    for document in documents:
+        draw = _draw(document.name, seed)
+        count, lowest, highest = count + 1, min(lowest, draw), max(highest, draw)
+        yield document, draw < fraction
+    if count and 0 < fraction <= lowest:
+        enough = math.floor(lowest * 1000 + 1) / 1000
+        raise UserError(f"held_out={fraction}: none of {count} documents fell out; {enough} holds one out, 0 none")
+    if count and highest < fraction:
+        raise UserError(f"held_out={fraction}: all {count} documents fell out, none is left to train on; give less")
+
+
+def _draw(name: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the name and the seed alone."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _cut(document: Document, fraction: float) -> list[tuple[Document, bool]]:
+    """A lone document in two: what to train on, and its end, held out."""
+    text = document.text
+    middle = int(len(text) * (1 - fraction))
+    middle = text.rfind("\n", 0, middle) + 1 or middle
+    if not 0 < middle < len(text):
+        raise UserError(f"held_out={fraction}: {document.name} is too short to be cut in two; give more text, or 0")
+    return [(Document(document.name, text[:middle]), False), (Document(f"{document.name}#end", text[middle:]), True)]
+
+
+def _at_least_one(found: Iterator[Document], where: str) -> Iterator[Document]:
+    first = next(found, None)
+    if first is None:
+        raise UserError(
+            f"{where}: holds no text (empty, or not UTF-8); give a text file, a .jsonl file or a folder of them"
+        )
+    yield first
+    yield from found
+
+
+def _walk(folder: Path, text_field: str) -> Iterator[Document]:
+    for path, name in _files(folder):
+        yield from _file(path, name, text_field)
+
+
+def _files(root: Path, without: frozenset[str] = frozenset()) -> Iterator[tuple[Path, str]]:
+    """The regular files below a folder, sorted, with their names relative to it; hidden ones left out."""
+    for folder, folders, names in os.walk(root, onerror=_refuse):
+        folders[:] = sorted(name for name in folders if name not in without and not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file():
+                yield path, path.relative_to(root).as_posix()
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away") from error
+
+
+def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    if path.suffix == ".jsonl":
+        return _jsonl(path, name, text_field)
+    return _text(path, name) if _is_text(path) else iter(())
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the whole file is UTF-8 without a NUL byte."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                if "\0" in decoder.decode(block):
+                    return False
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _text(path: Path, name: str) -> Iterator[Document]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        pieces = iter(lambda: file.read(PIECE_CHARACTERS) + file.readline(PIECE_CHARACTERS), "")
+        for number, piece in enumerate(pieces):
+            yield Document(f"{name}#{number}" if number else name, piece)
+
+
+def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                text = _field(line, text_field, where=f"{path}:{number}")
+                if text:
+                    yield Document(f"{name}:{number}", text)
+
+
+def _field(line: bytes, text_field: str, where: str) -> str:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        text = row.get(text_field) if isinstance(row, dict) else None
+        if isinstance(text, str):
+            text.encode()  # JSON can escape half of a surrogate pair, which is no text
+            return text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+    raise UserError(f"{where}: no string field {text_field!r}; each line must be a JSON object with one")

@@ -1,0 +1,254 @@
+"""Text to token ids and back: a thin layer over the `tokenizers` library.
+
+What it adds: training with this project's choices, folders that `transformers.AutoTokenizer` reads and writes too, text
+that can never smuggle in a special token, and decoding token by token without half characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
+
+from longwave.errors import UserError
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+# Llama 3's: words with at most one leading character, digits by three, runs of signs, line ends, blanks.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    bos_id, eos_id: the ids that open and close a document, or None where the vocabulary has no such token.
+    vocab_size: one more than the largest id, which is what an embedding needs.
+    fingerprint: SHA-256 of the whole definition; equal for equal tokenizers.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]):
+        """Wraps a `tokenizers` object and the content of its `tokenizer_config.json`, which names bos and eos."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._definition = backend.to_str(pretty=True)
+        backend.encode_special_tokens = True
+        self._plain = backend
+        self._config = config
+        self.bos_id = _special_id(backend, config, "bos_token")
+        self.eos_id = _special_id(backend, config, "eos_token")
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE with `<|bos|>` as id 0 and `<|eos|>` as id 1; the same texts always give the same tokenizer.
+
+        vocab_size: the most entries, special tokens included; a short text gives fewer.
+        Raises UserError when vocab_size cannot hold every byte.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"vocab_size={vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries"
+            )
+        backend = _untrained()
+        backend.train_from_iterator(texts, _trainer(vocab_size))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
+        )
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
+        return cls(backend, config | {"clean_up_tokenization_spaces": False})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer of a folder, this project's own or a Hugging Face model's.
+
+        Raises UserError naming the file that is missing or cannot be read.
+        """
+        folder = Path(folder)
+        path = folder / VOCABULARY_FILE
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; a tokenizer is read from a folder that holds {VOCABULARY_FILE}")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"{path}: not a readable tokenizer ({error})") from error
+        try:
+            return cls(backend, _read_config(folder))
+        except KeyError as error:
+            raise UserError(
+                f"{folder / CONFIG_FILE}: names the token {error}, which {VOCABULARY_FILE} lacks"
+            ) from error
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads as well."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / VOCABULARY_FILE).write_text(self._definition, encoding="utf-8")
+        config = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
+
+    def encode(self, text: str, add_bos: bool = False, *, parse_special: bool = False) -> list[int]:
+        """The ids of a text, without special tokens unless asked for.
+
+        parse_special: whether `<|eos|>` and its like, written in the text, become special tokens; for rendered chat
+            templates only. By default they are ordinary text, so that no document or prompt can end a document.
+        Raises UserError for a text that is not valid Unicode, and for `add_bos` where the vocabulary has no bos.
+        """
+        if add_bos and self.bos_id is None:
+            raise UserError("add_bos=True: this vocabulary has no bos token; encode without it")
+        backend = self._parsing if parse_special else self._plain
+        try:
+            ids = backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise _not_unicode() from error
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without special tokens, on all cores. Raises UserError like `encode`."""
+        try:
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError as error:
+            raise _not_unicode() from error
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return self._plain.decode(list(ids), skip_special_tokens=True)
+
+    @cached_property
+    def _parsing(self) -> tokenizers.Tokenizer:
+        """The form that recognises special tokens in text: a second object, since other threads may be encoding."""
+        return tokenizers.Tokenizer.from_str(self._definition)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that `decode` leaves out."""
+        return frozenset(id for id, token in self._plain.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._definition.encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Decodes ids one by one; the pieces joined equal the decoding of all ids at once.
+
+    (With SentencePiece's byte fallback, bytes that are no UTF-8 may give another number of U+FFFD than at once.)
+    """
+
+    _FEW = 16  # more pending tokens than a run of half characters has in real text
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._said: list[int] = []  # the last tokens given out: decoders treat the start of a text specially
+        self._pending: list[int] = []
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes; empty while a character, or what may become one, lacks bytes."""
+        if id in self._tokenizer.special_ids:
+            return ""
+        self._pending.append(id)
+        if not self._text(self._pending).endswith("\ufffd"):
+            return self._say(len(self._pending))
+        return self._say(self._settled()) if len(self._pending) > self._FEW else ""
+
+    def finish(self) -> str:
+        """The text still held back, half characters as U+FFFD; the decoder is then as new."""
+        text = self._say(len(self._pending))
+        self._said = []
+        return text
+
+    def _say(self, count: int) -> str:
+        """Gives out the first `count` pending tokens."""
+        if count == 0:
+            return ""
+        text = self._text(self._pending[:count])
+        self._said, self._pending = self._pending[:count], self._pending[count:]
+        return text
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(self._said + ids)[len(self._tokenizer.decode(self._said)) :]
+
+    def _settled(self) -> int:
+        """How many pending tokens no later byte can change: a half character lies in the last three.
+
+        Keeps the cost per token bounded when a model emits endless broken bytes.
+        """
+        whole = self._text(self._pending)
+        for count in range(len(self._pending) - 3, 0, -1):
+            head, tail = self._pending[:count], self._pending[count:]
+            if self._text(head) + self._tokenizer.decode(tail) == whole:
+                return count
+        return 0
+
+
+def _untrained() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _trainer(vocab_size: int) -> trainers.BpeTrainer:
+    return trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[
+            AddedToken(BOS, special=True, normalized=False),
+            AddedToken(EOS, special=True, normalized=False),
+        ],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+
+def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> int | None:
+    """The id of the token that the config calls `name`; None where it names none, KeyError where it is unknown."""
+    token = config.get(name)
+    if isinstance(token, dict):  # transformers writes a token with flags as {"content": ...}
+        token = token.get("content")
+    if token is None:
+        return None
+    id = backend.token_to_id(token)
+    if id is None:
+        raise KeyError(token)
+    return id
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `tokenizer_config.json`, completed by the files in which older models keep parts of it."""
+    named = _read_json(folder / "special_tokens_map.json")
+    config = {name: named[name] for name in ("bos_token", "eos_token") if name in named}
+    config |= _read_json(folder / CONFIG_FILE)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; a JSON object is expected")
+    return content
+
+
+def _not_unicode() -> UserError:
+    return UserError("text: not valid Unicode (a lone surrogate); give text that can be written as UTF-8")

@@ -1,0 +1,61 @@
+"""Random draws keyed by what they are for - seed, step, part, sequence - and not by when they are made.
+
+A draw is a hash of its keys, so replaying a forward (activation checkpointing, resuming), splitting a batch or moving a
+sequence to another rank never changes it. The hash is splitmix64's finaliser (Steele et al. 2014, Stafford's Mix13).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def _finalise(value: int) -> int:
+    value = ((value ^ (value >> 30)) * _MIX[0]) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX[1]) & _MASK
+    return value ^ (value >> 31)
+
+
+def key(*parts: int) -> int:
+    """One 64-bit key from any number of integers; the order matters."""
+    value = 0
+    for part in parts:
+        value = _finalise((value + _GOLDEN + (part & _MASK)) & _MASK)
+    return value
+
+
+def uniform(*parts: int) -> float:
+    """A number in [0, 1) that depends on `parts` alone."""
+    return (key(*parts) >> 11) * 2.0**-53
+
+
+def uniforms(keys: Int64[Tensor, "*lead"], count: int) -> Float64[Tensor, "*lead {count}"]:
+    """`count` numbers in [0, 1) for every key, on the keys' device."""
+    index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
+    bits = _finalise_tensor(keys.unsqueeze(-1) + index * _signed(_GOLDEN))
+    return _shifted(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def tensor_of_keys(keys: list[int], device: torch.device) -> Int64[Tensor, " n"]:
+    """64-bit keys as the signed integers that torch has."""
+    return torch.tensor([_signed(one) for one in keys], dtype=torch.int64, device=device)
+
+
+def _finalise_tensor(value: Tensor) -> Tensor:
+    value = (value ^ _shifted(value, 30)) * _signed(_MIX[0])
+    value = (value ^ _shifted(value, 27)) * _signed(_MIX[1])
+    return value ^ _shifted(value, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's is arithmetic."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

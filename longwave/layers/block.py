@@ -1,0 +1,97 @@
+"""Blocks and stacks: what the letters of a layout stand for, and the one protocol that layers obey."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longwave.config import ModelConfig
+from longwave.layers.mlp import MLP
+from longwave.layers.norm import RMSNorm
+from longwave.mixers import MIXERS, Site
+from longwave.states import State
+from longwave.stream import Stream
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """A row of the block table: which mixer stands in front of the MLP."""
+
+    mixer: str
+
+
+BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window")}
+
+
+class Layer(Protocol):
+    """A block or a resampler: hidden (T, D) in, hidden (T, D) out, with its cost in FLOPs."""
+
+    def __call__(self, hidden: Tensor, stream: Stream, state: State | None) -> Tensor: ...
+
+    def prefill_flops(self, tokens: int) -> int:
+        """FLOPs of a whole sequence."""
+        ...
+
+    def decode_flops(self, context: int) -> float:
+        """Expected FLOPs of the token that follows `context` others."""
+        ...
+
+
+class Block(nn.Module):
+    """norm, mixer, residual, norm, MLP, residual."""
+
+    def __init__(self, config: ModelConfig, kind: BlockKind, site: Site) -> None:
+        super().__init__()
+        self.site, self.scale = site, config.scales.residual
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[kind.mixer](config, site)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
+        hidden = self._add(hidden, self.mixer(self.mixer_norm(hidden), stream, state))
+        return self._add(hidden, self.mlp(self.mlp_norm(hidden)))
+
+    def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
+        return hidden + (branch if self.scale == 1 else self.scale * branch)
+
+    def prefill_flops(self, tokens: int) -> int:
+        """FLOPs of a whole sequence."""
+        return self.mixer.prefill_flops(tokens) + tokens * self.mlp.flops()
+
+    def decode_flops(self, context: int) -> int:
+        """FLOPs of the token that follows `context` others."""
+        return self.mixer.decode_flops(context) + self.mlp.flops()
+
+
+class Stack(nn.Module):
+    """Layers in order. With `recompute`, blocks keep only their inputs for the backward pass (Chen et al. 2016)."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.recompute = False
+
+    def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
+        for layer in self.layers:
+            if self.recompute and self.training and isinstance(layer, Block):
+                hidden = checkpoint(layer, hidden, stream, state, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                hidden = layer(hidden, stream, state)
+        return hidden
+
+    def prefill_flops(self, tokens: int) -> int:
+        """FLOPs of a whole sequence."""
+        return sum(layer.prefill_flops(tokens) for layer in self._costed())
+
+    def decode_flops(self, context: int) -> float:
+        """Expected FLOPs of the token that follows `context` others."""
+        return sum(layer.decode_flops(context) for layer in self._costed())
+
+    def _costed(self) -> list[Layer]:
+        return list(self.layers)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,162 @@
+"""The model's shape in one line, parsed and printed.
+
+    5F subllm(0.64: 5F subllm(0.64: 4F) 5F) 5F
+
+A letter keys the block table, a number in front repeats it, and a name with a bracket is a resampler: its arguments, a
+colon, and the layers that run on the tokens it keeps. Blanks are free.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
+
+from longwave.errors import UserError
+
+_TOKEN = re.compile(r"\s*(?:(?P<count>\d+)|(?P<name>[a-z_][a-z_0-9]*)|(?P<letter>[A-Z])|(?P<mark>[(),:])|(?P<bad>\S))")
+_ARGUMENT = re.compile(r"\s*([^\s,:()]+)")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """`count` equal blocks of the kind `letter`; `at` is the character where they stand in the text."""
+
+    count: int
+    letter: str
+    at: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.count if self.count > 1 else ''}{self.letter}"
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A resampler by name, its arguments as written, and the layout of its body."""
+
+    name: str
+    arguments: tuple[str, ...]
+    body: Layout
+    at: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(self.arguments)}: {self.body})"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Blocks and resamplers in order, outermost level."""
+
+    items: tuple[Blocks | Resampled, ...]
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.items))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, at every level."""
+        return sum(item.count if isinstance(item, Blocks) else item.body.depth for item in self.items)
+
+    def walk(self) -> Iterator[Blocks | Resampled]:
+        """Every item in the order of the text; a resampler comes before what it holds."""
+        for item in self.items:
+            yield item
+            if isinstance(item, Resampled):
+                yield from item.body.walk()
+
+
+def parse(text: str) -> Layout:
+    """Parses a layout; a UserError points at the character that does not fit."""
+    parser = _Parser(text)
+    layout = parser.layout(inside=False)
+    return layout
+
+
+def check_names(text: str, layout: Layout, letters: Container[str], resamplers: Container[str]) -> None:
+    """Refuses letters and resampler names that no table knows, pointing at them."""
+    for item in layout.walk():
+        if isinstance(item, Blocks) and item.letter not in letters:
+            raise pointed(text, item.at, f"no block kind '{item.letter}'; known: {_listed(letters)}")
+        if isinstance(item, Resampled) and item.name not in resamplers:
+            raise pointed(text, item.at, f"no resampler '{item.name}'; known: {_listed(resamplers)}")
+
+
+def pointed(text: str, at: int, message: str) -> UserError:
+    """An error in one line that shows the character `at` (0-based) between arrows."""
+    shown = f"{text[:at]}>>{text[at : at + 1]}<<{text[at + 1 :]}"
+    return UserError(f"layout, character {at + 1}: {message}: {shown!r}")
+
+
+def _listed(names: Container[str]) -> str:
+    return ", ".join(sorted(names)) if isinstance(names, (dict, set, tuple, list)) else str(names)
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def layout(self, inside: bool) -> Layout:
+        items: list[Blocks | Resampled] = []
+        while True:
+            kind, value, at = self._peek()
+            if kind == "end" or (inside and value == ")"):
+                break
+            items.append(self._item())
+        if not items:
+            raise pointed(self.text, at, "expected a block or a resampler")
+        if inside and kind == "end":
+            raise pointed(self.text, at, "expected ')' that closes the resampler")
+        return Layout(tuple(items))
+
+    def _item(self) -> Blocks | Resampled:
+        kind, value, at = self._take()
+        if kind == "letter":
+            return Blocks(1, value, at)
+        if kind == "count":
+            return self._repeated(int(value), at)
+        if kind == "name":
+            return self._resampled(value, at)
+        raise pointed(self.text, at, "expected a block letter, a count or a resampler")
+
+    def _repeated(self, count: int, at: int) -> Blocks:
+        kind, letter, letter_at = self._take()
+        if kind != "letter":
+            raise pointed(self.text, letter_at, "expected a block letter after the count")
+        if count < 1:
+            raise pointed(self.text, at, "a count is 1 or more")
+        return Blocks(count, letter, letter_at)
+
+    def _resampled(self, name: str, at: int) -> Resampled:
+        self._expect("(", f"expected '(' after {name}")
+        arguments = [self._argument(name)]
+        while self._peek()[1] == ",":
+            self._take()
+            arguments.append(self._argument(name))
+        self._expect(":", f"expected ',' or ':' after the arguments of {name}")
+        body = self.layout(inside=True)
+        self._expect(")", f"expected ')' that closes {name}")
+        return Resampled(name, tuple(arguments), body, at)
+
+    def _argument(self, name: str) -> str:
+        match = _ARGUMENT.match(self.text, self.at)
+        if match is None:
+            raise pointed(self.text, self._peek()[2], f"expected an argument of {name}")
+        self.at = match.end()
+        return match[1]
+
+    def _expect(self, mark: str, message: str) -> None:
+        _, value, at = self._peek()
+        if value != mark:
+            raise pointed(self.text, at, message)
+        self._take()
+
+    def _peek(self) -> tuple[str, str, int]:
+        match = _TOKEN.match(self.text, self.at)
+        if match is None or match.lastgroup is None:
+            return "end", "", len(self.text)
+        return match.lastgroup, match[match.lastgroup], match.start(match.lastgroup)
+
+    def _take(self) -> tuple[str, str, int]:
+        kind, value, at = self._peek()
+        self.at = at + len(value)
+        return kind, value, at

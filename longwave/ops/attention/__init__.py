@@ -1,0 +1,56 @@
+"""Softmax attention over runs: causal or sliding-window, grouped heads, with or without a remembered past.
+
+Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `N` keys of one run, `K` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from jaxtyping import Float
+from torch import Tensor
+
+from longwave.errors import UserError
+from longwave.ops.attention import reference, sdpa
+
+ByRun: TypeAlias = "list[Float[Tensor, 'G N K']]"
+Form: TypeAlias = Callable[[Tensor, ByRun, ByRun, tuple[int, ...], "int | None", float], Tensor]
+
+FORMS: dict[str, Form] = {"reference": reference.attention, "torch": sdpa.attention}
+
+
+def choose(form: str | None = None) -> tuple[str, str]:
+    """The form that attention will run and why."""
+    if form is None:
+        return "torch", "scaled_dot_product_attention: the fastest form measured on every device so far"
+    if form not in FORMS:
+        raise UserError(f"attention form {form!r} does not exist; use one of {', '.join(FORMS)}")
+    return form, "asked for"
+
+
+def attention(
+    query: Float[Tensor, "T H K"],
+    key: Float[Tensor, "T G K"] | ByRun,
+    value: Float[Tensor, "T G K"] | ByRun,
+    lengths: tuple[int, ...],
+    *,
+    window: int | None = None,
+    scale: float,
+    form: str = "torch",
+) -> Float[Tensor, "T H K"]:
+    """Every query attends to the keys of its run up to itself, or to the last `window` of those.
+
+    key, value: in the layout of the stream, or head-major (G, N, K) per run where a state holds the past as well; the
+    queries of run `r` are then the last `lengths[r]` of its keys. A run without queries is passed over.
+    """
+    if isinstance(key, Tensor) and isinstance(value, Tensor):
+        if form == "torch" and query.shape[0] and len(set(lengths)) == 1:
+            return sdpa.packed(query, key, value, len(lengths), window, scale)
+        key, value = _by_run(key, lengths), _by_run(value, lengths)
+    assert isinstance(key, list) and isinstance(value, list)
+    return FORMS[form](query, key, value, lengths, window, scale)
+
+
+def _by_run(stream: Tensor, lengths: tuple[int, ...]) -> ByRun:
+    return [piece.transpose(0, 1) for piece in stream.split(lengths)]

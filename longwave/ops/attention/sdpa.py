@@ -1,0 +1,94 @@
+"""Softmax attention through PyTorch's scaled_dot_product_attention: the fast form without kernels of our own.
+
+Legend: `L` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` head size, `B` runs of one length.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+def attention(
+    query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], window: int | None, scale: float
+) -> Tensor:
+    """Queries (T, H, K) of each run against its head-major keys and values (G, N, K), of which they are the last."""
+    pieces = query.split(lengths)
+    runs = zip(pieces, keys, values, strict=True)
+    outputs = [_run(q, k, v, window, scale) for q, k, v in runs if q.shape[0]]
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def packed(query: Tensor, key: Tensor, value: Tensor, runs: int, window: int | None, scale: float) -> Tensor:
+    """Runs of one length, each attending to itself: query (T, H, K), key and value (T, G, K), T = runs * L."""
+    query, key, value = (part.unflatten(0, (runs, -1)).transpose(1, 2) for part in (query, key, value))
+    return _causal(query, key, value, window, scale).transpose(1, 2).flatten(0, 1)
+
+
+def _run(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
+    """One run: query (L, H, K) and head-major key, value (G, N, K) -> (L, H, K)."""
+    if query.shape[0] == 1:
+        return _one_query(query, key, value, window, scale)
+    heads_first = query.transpose(0, 1).unsqueeze(0)
+    return _causal(heads_first, key.unsqueeze(0), value.unsqueeze(0), window, scale)[0].transpose(0, 1)
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
+    """A single query sees every key: the heads of a group become rows that read their keys once."""
+    if window is not None:
+        key, value = key[:, -window:], value[:, -window:]
+    grouped = query.reshape(1, key.shape[0], -1, query.shape[-1])
+    output = F.scaled_dot_product_attention(grouped, key.unsqueeze(0), value.unsqueeze(0), scale=scale)
+    return output.reshape(query.shape)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
+    """query (B, H, L, K), key and value (B, G, N, K), the queries being the last L of the N -> (B, H, L, K)."""
+    length, total = query.shape[2], key.shape[2]
+    if window is not None and window < total:
+        return _banded(query, key, value, window, scale)
+    if length == total:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    if query.device.type == "cpu" and not torch.is_grad_enabled():
+        return _past_and_own(query, key, value, scale)
+    mask = causal_lower_right(length, total)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _past_and_own(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """A chunk against its past (no mask) and itself (causal), merged by log-sum-exp: no (L x N) mask is ever held."""
+    past = key.shape[2] - query.shape[2]
+    before, before_lse = _with_lse(query, key[:, :, :past], value[:, :, :past], False, scale)
+    own, own_lse = _with_lse(query, key[:, :, past:], value[:, :, past:], True, scale)
+    share = torch.sigmoid(before_lse - own_lse).unsqueeze(-1).to(torch.promote_types(query.dtype, torch.float32))
+    return torch.lerp(own.to(share.dtype), before.to(share.dtype), share).to(query.dtype)
+
+
+def _with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp (B, H, L) of torch's CPU flash kernel, which takes grouped heads by their strides."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def _banded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> Tensor:
+    """Sliding window: tiles of `window` queries against the at most 2 * window - 1 keys they see."""
+    length, total = query.shape[2], key.shape[2]
+    tiles = []
+    for start in range(0, length, window):
+        stop = min(start + window, length)
+        high = total - length + stop
+        low = max(0, total - length + start - window + 1)
+        mask = _band(stop - start, high - low, window, query.device)
+        tile = (query[:, :, start:stop], key[:, :, low:high], value[:, :, low:high])
+        tiles.append(F.scaled_dot_product_attention(*tile, attn_mask=mask, scale=scale, enable_gqa=True))
+    return torch.cat(tiles, dim=2)
+
+
+def _band(length: int, total: int, window: int, device: torch.device) -> Tensor:
+    """(L, N) mask of the `window` keys that end at each query, the queries being the last of the keys."""
+    query = torch.arange(total - length, total, device=device).unsqueeze(1)
+    key = torch.arange(total, device=device)
+    return (key <= query) & (key > query - window)

@@ -1,0 +1,79 @@
+"""Cross-entropy of a linear head, in chunks of rows, so that the full (T, V) logits are never held.
+
+Legend: `T` rows, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+
+
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """Sum over rows of -log softmax(scale * W h)[target], in double precision; rows with target -100 do not count."""
+    logits = scale * hidden.double() @ weight.double().T
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+def cross_entropy(
+    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int64[Tensor, " T"], scale: float = 1.0
+) -> Float[Tensor, ""]:
+    """Sum of the losses of all rows, in fp32; rows with target -100 do not count.
+
+    The gradients are made chunk by chunk in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
+    """
+    rows = (targets != -100).nonzero().flatten()
+    if rows.numel() < targets.numel():
+        hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return _CrossEntropy.apply(hidden, weight, targets, scale)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        matrix = weight.to(hidden.dtype)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight) if wanted else None
+        step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], step):
+            piece = slice(start, start + step)
+            loss, slope = _chunk(hidden[piece], matrix, targets[piece], scale, wanted)
+            total += loss
+            if slope is not None and grad_hidden is not None and grad_weight is not None:
+                torch.mm(slope, matrix, out=grad_hidden[piece])
+                grad_weight += slope.T @ hidden[piece]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        factor = gradients[0]
+        return grad_hidden * factor.to(grad_hidden), grad_weight * factor.to(grad_weight), None, None
+
+
+def _chunk(
+    hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of one chunk, and the gradient with respect to its unscaled logits in the dtype of `hidden`."""
+    logits = (hidden @ matrix.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    if scale != 1:
+        logits *= scale
+    logs = torch.log_softmax(logits, dim=-1)
+    index = targets.unsqueeze(1)
+    loss = -logs.gather(1, index).sum()
+    if not wanted:
+        return loss, None
+    slope = logs.exp_()
+    slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
+    return loss, (slope if scale == 1 else slope.mul_(scale)).to(hidden.dtype)

@@ -1,0 +1,243 @@
+// The page's sections, each drawn from the one block of data. Text reaches the page as text nodes only, never as markup.
+
+const { report, headline, gaps, cells } = JSON.parse(document.getElementById("data").textContent);
+const find = id => document.getElementById(id);
+const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
+const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
+const modelColor = index => `var(--model-${Math.min(index, 2)})`;
+
+function drawHeader() {
+  document.title = report.title;
+  find("title").textContent = report.title;
+  find("subtitle").textContent = report.subtitle;
+  find("created").textContent = report.created;
+}
+
+function drawHeadline() {
+  find("headline").append(...headline.map(({ label, value, sentence, verdict }) =>
+    element("article", { class: verdict }, element("h2", {}, label), element("p", { class: "value" }, value), element("p", {}, sentence))));
+}
+
+function drawNotes() {
+  find("notes").querySelector("ul").append(...report.notes.map(note => element("li", {}, note)));
+  return report.notes.length;
+}
+
+// Quality ----------------------------------------------------------------------------------------------------------------------
+
+function lossSeries() {
+  return report.models.flatMap((model, index) => {
+    const color = modelColor(index), pairs = points => points.map(([step, loss]) => [step, loss]);
+    const modes = [...new Set(model.held_out.map(([, , mode]) => mode))];
+    const heldOut = modes.map((mode, order) => ({
+      name: `${model.name} held-out${mode ? ` (${mode})` : ""}`, color, marked: true, dash: order ? "2 4" : null,
+      points: pairs(model.held_out.filter(point => point[2] === mode)),
+    }));
+    return [{ name: `${model.name} training`, color, faint: true, points: pairs(model.train) }, ...heldOut];
+  });
+}
+
+function drawQuality() {
+  new Chart(find("loss-chart"), {
+    title: "Loss", unit: "step", series: lossSeries(), tick: String, format: value => value.toFixed(4),
+    logs: [["x", "log steps"], ["y", "log loss"]],
+  });
+  const head = ["Model", "Parameters", "Held-out loss", "Bits per byte", "Perplexity", "Gap in loss", "Layout"];
+  fillTable(find("models"), head, report.models.map((model, index) => [
+    element("span", {}, swatch({ color: modelColor(index) }), model.name), count(model.parameters), fixed(model.final_loss, 4),
+    fixed(model.bits_per_byte, 4), fixed(model.perplexity, 2), gapWords(index), element("code", {}, model.layout),
+  ]));
+  return report.models.length;
+}
+
+function gapWords(index) {
+  if (!index) return "yardstick";
+  const gap = gaps[index];
+  return gap === null ? "—" : `${gap < 0 ? "−" : "+"}${percent(Math.abs(gap), 2)}`;
+}
+
+// Cells carry their column's name, which narrow screens show in place of the head.
+function fillTable(table, head, rows) {
+  const body = rows.map(([first, ...rest]) => element("tr", {}, element("th", { scope: "row" }, first),
+    ...rest.map((content, column) => element("td", { "data-column": head[column + 1] }, content))));
+  table.append(element("thead", {}, element("tr", {}, ...head.map(name => element("th", { scope: "col" }, name)))), element("tbody", {}, ...body));
+}
+
+// Retention --------------------------------------------------------------------------------------------------------------------
+
+const shares = [
+  ["kept", "above the threshold", "what inference would keep"],
+  ["live", "live", "score between 0 and 1: the tokens whose score can still learn"],
+  ["falsely_kept", "falsely kept", "kept in training although inference would drop them"],
+  ["falsely_dropped", "falsely dropped", "dropped in training although inference would keep them"],
+];
+const shareColor = index => `var(--share-${index})`;
+
+function drawRetention() {
+  const { levels } = report.retention;
+  find("retention-words").append(...shares.map(([, name, words], index) =>
+    element("div", {}, element("dt", {}, swatch({ color: shareColor(index) }), name), element("dd", {}, words))));
+  for (const level of levels) drawLevel(level);
+  find("retention-gap").textContent = gapSentence();
+  return levels.length;
+}
+
+function drawLevel(level) {
+  const host = element("figure", { class: "chart" });
+  find("retention-charts").append(host);
+  const final = level.final === null ? "not measured" : percent(level.final);
+  new Chart(host, {
+    title: level.name, note: `target ${percent(level.target)}, held-out text at the end ${final}`, unit: "step", domain: [0, 1],
+    tick: value => percent(value, 0), format: value => percent(value), lines: [{ value: level.target, name: "target" }], logs: [["x", "log steps"]],
+    series: shares.map(([key, name], index) => ({ name, color: shareColor(index), points: level.steps.map((step, at) => [step, level[key][at]]) })),
+  });
+}
+
+function gapSentence() {
+  const { top_k_loss: trained, threshold_loss: used } = report.retention;
+  if (trained === null || used === null) return "";
+  const gap = used - trained, size = Math.abs(gap);
+  const verdict = size < 5e-5 ? "the same to four digits" : `${size.toFixed(4)} (${percent(size / trained, 2)}) ${gap > 0 ? "worse" : "better"} as used than as trained`;
+  return `Held-out loss at the end: ${used.toFixed(4)} when the threshold chooses the tokens, as inference does, and ${trained.toFixed(4)} under top-k, as training does; ${verdict}.`;
+}
+
+// Speed ------------------------------------------------------------------------------------------------------------------------
+
+function drawSpeed() {
+  const rows = report.speed.map((row, index) => [row.label, ...cells[index].map(speedCell)]);
+  fillTable(find("speed-table"), ["", "transformers Llama", "longwave Llama", "SUBLLM"], rows);
+  return rows.length;
+}
+
+function speedCell(cell) {
+  if (cell.missing !== undefined)
+    return element("span", { class: "missing", tabindex: 0, "data-tip": cell.missing }, "—", element("small", { class: "print-only" }, cell.missing));
+  const ratio = cell.ratio === null ? null : element("span", { class: "ratio" }, `×${cell.ratio.toFixed(2)}`);
+  return element("div", { class: "figure" }, element("span", { class: "median" }, cell.value), ratio,
+    cell.spread ? element("small", {}, cell.spread) : null, cell.bound ? boundBar(cell) : null);
+}
+
+function boundBar({ bound, kind, basis, share }) {
+  const fill = element("i");
+  fill.style.width = `${Math.min(share ?? 0, 1) * 100}%`;
+  const over = share > 1 ? " Above its bound: the bound leaves something out, or the measurement is noisy." : "";
+  const words = `${kind === "floor" ? "floor" : "bound"} ${bound}${share === null ? "" : `, ${percent(share, 0)} of it reached`}`;
+  return element("span", { class: "bound", tabindex: 0, "data-tip": basis + over }, share === null ? null : element("span", { class: "bar" }, fill), element("small", {}, words));
+}
+
+// Passage ----------------------------------------------------------------------------------------------------------------------
+
+const { tokens } = report.passage;
+const depth = tokens.reduce((most, [, kept, scores]) => Math.max(most, kept, scores?.length ?? 0), report.retention.levels.length);
+
+function groupName(kept) {
+  if (kept === 0) return "kept by no level";
+  if (kept === 1) return depth === 1 ? "kept" : "level 1 only";
+  return kept === 2 ? "levels 1 and 2" : `levels 1 to ${kept}`;
+}
+
+function drawPassage() {
+  const host = find("passage-text");
+  host.classList.toggle("code", report.passage.code);
+  host.style.setProperty("--levels", depth || 1);
+  host.append(...tokens.map(tokenSpan));
+  host.addEventListener("pointerover", readToken);
+  host.addEventListener("pointerleave", tip.hide);
+  find("passage-legend").append(...passageButtons());
+  find("passage-source").textContent = report.passage.source;
+  return tokens.length;
+}
+
+function tokenSpan([text, kept], index) {
+  const span = element("span", { "data-index": index, class: (kept ? "kept" : "dropped") + (/^\n+$/.test(text) ? " newline" : "") }, text);
+  span.style.setProperty("--kept", kept);
+  return span;
+}
+
+function readToken(event) {
+  const index = event.target.dataset.index;
+  if (index === undefined) return tip.hide();
+  const [text, kept, scores] = tokens[index];
+  const rows = (scores ?? []).map((score, level) => element("tr", {}, element("th", {}, `level ${level + 1}`),
+    element("td", {}, score === null ? "—" : score.toFixed(3), element("small", {}, kept > level ? " kept" : " dropped"))));
+  const name = element("code", {}, text.replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(no text)");
+  const words = element("small", {}, `token ${count(+index + 1)}, ${groupName(kept)}${rows.length ? "" : "; scores not recorded"}`);
+  tip.show(event.clientX, event.clientY, name, element("div", {}, words), element("table", {}, ...rows));
+}
+
+function passageButtons() {
+  const sizes = Array.from({ length: depth + 1 }, (_, kept) => tokens.filter(token => token[1] === kept).length);
+  const groups = sizes.map((size, kept) => passageButton(kept, groupName(kept), `${percent(size / tokens.length)}`));
+  return [passageButton(null, "all tokens", count(tokens.length)), ...groups];
+}
+
+function passageButton(kept, name, amount) {
+  const patch = kept === null ? null : element("i", { class: `patch ${kept ? "kept" : "dropped"}` }, "ab");
+  patch?.style.setProperty("--kept", kept);
+  patch?.style.setProperty("--levels", depth || 1);
+  const button = element("button", { type: "button", "aria-pressed": kept === null }, patch, name, element("small", {}, amount));
+  button.addEventListener("click", () => showGroup(kept, button));
+  return button;
+}
+
+function showGroup(kept, pressed) {
+  for (const button of find("passage-legend").children) button.setAttribute("aria-pressed", button === pressed);
+  for (const span of find("passage-text").children) span.classList.toggle("muted", kept !== null && tokens[span.dataset.index][1] !== kept);
+}
+
+// Samples, facts, command ------------------------------------------------------------------------------------------------------
+
+function drawSamples() {
+  const prompts = [...new Set(report.models.flatMap(model => model.generations.map(([prompt]) => prompt)))];
+  find("samples-list").append(...prompts.map(prompt => element("article", {},
+    element("p", { class: "prompt" }, prompt), element("div", { class: "pair" }, ...report.models.flatMap((model, index) => samplesOf(model, index, prompt))))));
+  return prompts.length;
+}
+
+function samplesOf(model, index, prompt) {
+  return model.generations.filter(sample => sample[0] === prompt).map(([, continuation]) =>
+    element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, continuation)));
+}
+
+function drawFacts() {
+  for (const [id, facts] of [["run-facts", report.run], ["machine-facts", report.machine]])
+    find(id).append(...facts.map(([label, value]) => element("div", {}, element("dt", {}, label), element("dd", {}, value))));
+  return report.run.length + report.machine.length;
+}
+
+function drawCommand() {
+  find("command").textContent = report.command;
+  return report.command.length;
+}
+
+// A section without data leaves the page, and the contents.
+function drawSections() {
+  const sections = { notes: drawNotes, quality: drawQuality, retention: drawRetention, speed: drawSpeed, passage: drawPassage,
+    samples: drawSamples, facts: drawFacts, reproduce: drawCommand };
+  for (const [id, draw] of Object.entries(sections)) {
+    const section = find(id);
+    if (draw()) find("contents").append(element("a", { href: `#${id}` }, section.dataset.name));
+    else section.hidden = true;
+  }
+}
+
+// Anything with data-tip tells it on hover and on focus.
+function listenForTips() {
+  const tell = event => {
+    const host = event.target.closest?.("[data-tip]");
+    if (!host) return;
+    const box = host.getBoundingClientRect();
+    tip.show(box.left, box.bottom - 8, element("div", { class: "words" }, host.dataset.tip));
+  };
+  document.addEventListener("pointerover", tell);
+  document.addEventListener("focusin", tell);
+  document.addEventListener("pointerout", event => event.target.closest?.("[data-tip]") && tip.hide());
+  document.addEventListener("focusout", event => event.target.closest?.("[data-tip]") && tip.hide());
+  document.addEventListener("keydown", event => event.key === "Escape" && tip.hide());
+}
+
+drawHeader();
+drawHeadline();
+drawSections();
+listenForTips();
+if (!document.documentElement.dataset.error) document.documentElement.dataset.ready = "true";

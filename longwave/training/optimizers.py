@@ -1,0 +1,484 @@
+"""ScaledAdam and AdamW behind one small interface.
+
+- `ScaledAdamConfig` and `AdamWConfig` are what a recipe writes; `build(model)` gives an `Optimizer`.
+- The complete state is a flat dict of tensors keyed by parameter names: no pickle, and resuming is bit-identical.
+- An `lr_scale` attribute on any module multiplies the learning rate of everything below it.
+- Parameters narrower than fp32 get an fp32 master copy, which is part of the state.
+- A NaN or infinite gradient skips the update and leaves parameters and state as they were.
+
+Build the optimizer once the model holds its initial weights and stands on its device.
+Shape letter: `W` trainable parameters (called weights here), in the order of the module tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Literal, Protocol
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor, nn
+
+from longwave.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did.
+
+    `grad_norm` is the model's gradient norm before clipping (ScaledAdam weighs each tensor by its rms), `clip` the factor in
+    [0, 1] that gradients were multiplied by, `skipped` whether the norm was not finite, so that nothing was changed (`clip` 0).
+    """
+
+    grad_norm: float
+    clip: float
+    skipped: bool
+
+
+class Optimizer(Protocol):
+    """What the training loop asks of an optimizer."""
+
+    def step(self, lr_scale: float) -> StepReport:
+        """Update the parameters from their gradients, at `lr_scale` times the configured learning rate."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the complete state by name. The large tensors are live: write or copy them before the next step."""
+        ...
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScaledAdamConfig:
+    """ScaledAdam (Zipformer, arXiv 2310.11230, with the defaults of its authors' recipes).
+
+    `rms_limits` bound the learned size (rms) of each tensor, `scalar_max` the magnitude of one-element parameters, which learn at
+    `scalar_lr_scale` times the rate, as do the sizes. Gradients are clipped to `clipping_scale` (inf: never) times the median
+    model norm over `clipping_window` updates.
+    """
+
+    kind: Literal["scaled_adam"] = "scaled_adam"
+    lr: float = 0.03
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    scalar_lr_scale: float = 0.1
+    rms_limits: tuple[float, float] = (1e-5, 3.0)
+    scalar_max: float = 10.0
+    size_update_period: int = 4
+    clipping_scale: float = 2.0
+    clipping_window: int = 100
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps)
+        _require(self.scalar_lr_scale > 0, "scalar_lr_scale", self.scalar_lr_scale, "a number above 0")
+        low, high = self.rms_limits
+        _require(0 < low < high, "rms_limits", self.rms_limits, "two rising numbers above 0")
+        _require(self.scalar_max > 0, "scalar_max", self.scalar_max, "a number above 0")
+        _require(self.size_update_period >= 1, "size_update_period", self.size_update_period, "at least 1 step")
+        _require(self.clipping_scale > 0, "clipping_scale", self.clipping_scale, "a number above 0, or inf not to clip")
+        _require(self.clipping_window >= 1, "clipping_window", self.clipping_window, "at least 1 step")
+
+    def build(self, model: nn.Module) -> ScaledAdam:
+        """Make the optimizer of all trainable parameters of `model`."""
+        return ScaledAdam(self, model)
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW (arXiv 1711.05101), with the betas, decay and clipping that Llama was trained with (arXiv 2302.13971).
+
+    Only parameters of two or more dimensions decay. `clip_norm` bounds the global gradient norm; inf turns clipping off.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _check_adam(self.lr, self.betas, self.eps)
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number of at least 0")
+        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a number above 0, or inf not to clip")
+
+    def build(self, model: nn.Module) -> AdamW:
+        """Make the optimizer of all trainable parameters of `model`."""
+        return AdamW(self, model)
+
+
+OptimizerConfig = Annotated[ScaledAdamConfig | AdamWConfig, Field(discriminator="kind")]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One trainable parameter: its first name, its lr factor from the module tree, and the fp32 (or wider) tensor to update."""
+
+    name: str
+    parameter: nn.Parameter
+    master: Tensor
+    lr_scale: float
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.parameter.numel() == 1
+
+    @property
+    def has_copy(self) -> bool:
+        return self.master is not self.parameter
+
+    def gradient(self) -> Tensor | None:
+        """Give the gradient in the master's dtype, None if the parameter took no part in the loss."""
+        grad = self.parameter.grad
+        return None if grad is None else grad.to(self.master.dtype)
+
+
+def trainable_weights(model: nn.Module) -> list[Weight]:
+    """List every parameter that requires a gradient, once each, in the order of the module tree.
+
+    Raises UserError if there is none, if an `lr_scale` is not a number of at least 0, or if a tied parameter is given two rates.
+    """
+    found: dict[nn.Parameter, Weight] = {}
+    for name, parameter, lr_scale in _scaled_parameters(model, "", 1.0):
+        first = found.setdefault(parameter, Weight(name, parameter, _master(parameter), lr_scale))
+        legal = f"the {first.lr_scale} of {first.name}, which it is tied to"
+        _require(first.lr_scale == lr_scale, f"lr_scale of {name}", lr_scale, legal)
+    _require(bool(found), "trainable parameters", 0, "at least one")
+    return list(found.values())
+
+
+def _scaled_parameters(module: nn.Module, prefix: str, scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
+    own = getattr(module, "lr_scale", 1.0)
+    legal = isinstance(own, int | float) and 0 <= own < math.inf
+    _require(legal, f"{prefix}lr_scale", own, "a number of at least 0")
+    scale = scale * own
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.requires_grad:
+            yield prefix + name, parameter, scale
+    for name, child in module.named_children():
+        yield from _scaled_parameters(child, f"{prefix}{name}.", scale)
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    narrow = parameter.dtype.itemsize < torch.float32.itemsize
+    return parameter.detach().float() if narrow else parameter
+
+
+class ScaledAdam:
+    """Adam whose step is relative to each tensor's rms, and which learns that rms separately (see `ScaledAdamConfig`).
+
+    Per tensor p with gradient g, at update t = 0, 1, ...:
+
+        v     <- b2 v + (1 - b2) g^2, divided by 1 - b2^(t+1) while that is below 0.99
+        delta  = -lr rms(p) g / (sqrt(v) + eps) + k p
+        D     <- b1 D + (1 - b1) delta;   p <- p + D
+
+    k is not 0 on every 4th update only, see `_size_step`. One-element parameters take 0.1 for their rms and no k.
+    Each tensor has its own arithmetic; `batch_elements` only says how many elements one multi-tensor call may cover.
+    """
+
+    def __init__(self, config: ScaledAdamConfig, model: nn.Module, batch_elements: int | None = None) -> None:
+        self.config = config
+        self.weights = trainable_weights(model)
+        self.masters = [weight.master for weight in self.weights]
+        self.batches = _batches(self.masters, batch_elements)
+        self.is_scalar = torch.tensor([weight.is_scalar for weight in self.weights])
+        self.lr_scales = torch.tensor([weight.lr_scale for weight in self.weights], dtype=torch.float64)
+        self.second_moments = [_zeros(master) for master in self.masters]
+        self.deltas = [_zeros(master) for master in self.masters]
+        # Whatever is one number per tensor lives on the host, in fp64: one transfer per update, and nothing else to launch.
+        self.rms = torch.zeros(len(self.weights), dtype=torch.float64)
+        self.size_squares = torch.zeros_like(self.rms)
+        self.size_gradients = self.rms.new_zeros(config.size_update_period, len(self.weights))
+        self.steps = torch.zeros((), dtype=torch.int64)
+        self.clipper = MedianClipper(config.clipping_scale, config.clipping_window)
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> StepReport:
+        """Update the parameters from their gradients; a missing gradient counts as zero."""
+        step, grads = int(self.steps), self._gradients()
+        rms = self._measured_rms() if step == 0 else self.rms
+        norms, products = self._reductions(grads)
+        norm = torch.linalg.vector_norm(norms * self._sizes(rms)).item()
+        if not math.isfinite(norm):
+            return StepReport(norm, 0.0, True)
+        clip = self.clipper.clip(step, norm)
+        if clip < 1:
+            torch._foreach_mul_(grads, clip)
+        self._update(step, grads, clip * products, rms, self.config.lr * lr_scale * self.lr_scales)
+        self.steps += 1
+        return StepReport(norm, clip, False)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        _forget_gradients(self.weights)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the complete state by name; the large tensors are live."""
+        return self._large_tensors() | {name: tensor.clone() for name, tensor in self._small_tensors().items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
+        _load(self._large_tensors() | self._small_tensors(), tensors, expected=self.tensors())
+
+    def _large_tensors(self) -> dict[str, Tensor]:
+        moments = zip(self.weights, self.second_moments, self.deltas, strict=True)
+        named = ({f"second_moment.{w.name}": square, f"delta.{w.name}": delta} for w, square, delta in moments)
+        return dict(chain.from_iterable(pair.items() for pair in named)) | _copied_masters(self.weights)
+
+    def _small_tensors(self) -> dict[str, Tensor]:
+        state = {
+            "steps": self.steps,
+            "clipping.norms": self.clipper.norms,
+            "clipping.threshold": self.clipper.threshold,
+        }
+        for i, weight in enumerate(self.weights):
+            if not weight.is_scalar:
+                state[f"rms.{weight.name}"] = self.rms[i]
+                state[f"size_square.{weight.name}"] = self.size_squares[i]
+                state[f"size_gradients.{weight.name}"] = self.size_gradients[:, i]
+        return state
+
+    def _gradients(self) -> list[Tensor]:
+        grads = ((weight, weight.gradient()) for weight in self.weights)
+        return [_zeros(weight.master) if grad is None else grad for weight, grad in grads]
+
+    def _reductions(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Give ||g|| (W,) and sum(p * g) (W,) on the host."""
+        norms = torch._foreach_norm(grads)
+        # Not torch.dot: BLAS may round by memory alignment, which a resumed run need not share.
+        products = [(master * grad).sum() for master, grad in zip(self.masters, grads, strict=True)]
+        on_host = _host([*norms, *products])
+        return on_host[: len(norms)], on_host[len(norms) :]
+
+    def _measured_rms(self) -> Tensor:
+        counts = torch.tensor([master.numel() for master in self.masters])
+        return _host(list(torch._foreach_norm(self.masters))) / counts.sqrt()
+
+    def _sizes(self, rms: Tensor) -> Tensor:
+        """Give what a gradient (W,) is measured in: the tensor's rms, a constant for scalars."""
+        return rms.masked_fill(self.is_scalar, self.config.scalar_lr_scale)
+
+    def _update(self, step: int, grads: list[Tensor], products: Tensor, rms: Tensor, lr: Tensor) -> None:
+        """Apply finite, clipped gradients; `products` sum(p * g), `rms` and `lr` are (W,)."""
+        period = self.config.size_update_period
+        resize = step % period == period - 1
+        self.rms.copy_(self._measured_rms() if resize else rms)
+        self.size_gradients[step % period] = products.masked_fill(self.is_scalar, 0.0)
+        growth = self._size_step((step + 1) // period, lr).tolist() if resize else None
+        correction = self._bias_correction(step)
+        sizes = self._sizes(self.rms.clamp(min=self.config.rms_limits[0]))
+        rates = (-(1 - self.config.betas[0]) * lr * sizes * correction).tolist()
+        eps = (self.config.eps * correction).tolist()
+        for batch in self.batches:
+            self._update_batch(batch, grads[batch], rates[batch], eps[batch], growth and growth[batch])
+        self._bound_scalars()
+        _write_copies(self.weights)
+
+    def _bias_correction(self, step: int) -> Tensor:
+        """Give the factor (W,) that corrects sqrt(v): tensors stop being corrected once it hardly matters, scalars do not."""
+        correction = 1 - self.config.betas[1] ** (step + 1)
+        of_tensors = math.sqrt(correction) if correction < 0.99 else 1.0
+        return torch.where(self.is_scalar, math.sqrt(correction), of_tensors)
+
+    def _size_step(self, count: int, lr: Tensor) -> Tensor:
+        """Give the relative growth k (W,) of each tensor at its `count`-th size update, an Adam step on its log size."""
+        config, (low, high) = self.config, self.config.rms_limits
+        decay = config.betas[1] ** config.size_update_period
+        self.size_squares.mul_(decay).add_(self.size_gradients.square().mean(0), alpha=1 - decay)
+        direction = self.size_gradients.sum(0) / (self.size_squares.sqrt() + config.eps)
+        growth = -lr * config.scalar_lr_scale * math.sqrt(1 - decay**count) * direction
+        growth = growth.clamp(-0.1, 0.1).masked_fill(self.rms < low, 0.0)
+        return growth.minimum((high - self.rms) / self.rms).masked_fill(self.is_scalar, 0.0)
+
+    def _update_batch(
+        self, batch: slice, grads: list[Tensor], rates: list[float], eps: list[float], growth: list[float] | None
+    ) -> None:
+        """Advance v, D and p of one run of weights. `rates` is lr rms(p) with sign, bias correction and 1 - b1 folded in."""
+        beta1, beta2 = self.config.betas
+        masters, squares, deltas = self.masters[batch], self.second_moments[batch], self.deltas[batch]
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_add_(denominators, eps)
+        torch._foreach_mul_(deltas, beta1)
+        torch._foreach_addcdiv_(deltas, grads, denominators, rates)
+        if growth is not None:
+            torch._foreach_add_(deltas, torch._foreach_mul(masters, [(1 - beta1) * k for k in growth]))
+        torch._foreach_add_(masters, deltas)
+
+    def _bound_scalars(self) -> None:
+        for weight in self.weights:
+            if weight.is_scalar:
+                weight.master.clamp_(-self.config.scalar_max, self.config.scalar_max)
+
+
+class MedianClipper:
+    """Bounds a norm by `scale` times its median over the last `window` updates.
+
+    The bound is set at updates 10, 20 and 40, doubled because norms still change fast, and then every `window` updates.
+    The very first norm never counts. There is no bound before update 10, nor while the median is zero.
+    """
+
+    def __init__(self, scale: float, window: int) -> None:
+        self.scale = scale
+        self.norms = torch.zeros(window, dtype=torch.float64)
+        self.threshold = torch.tensor(math.inf, dtype=torch.float64)
+
+    def clip(self, step: int, norm: float) -> float:
+        """Record the finite `norm` of update `step`, and give the factor in (0, 1] that brings it within the bound."""
+        window = len(self.norms)
+        self.norms[step % window] = norm
+        if step in (10, 20, 40) and step < window:
+            self._set_threshold(2 * self.scale, self.norms[1 : step + 1])
+        elif step > 0 and step % window == 0:
+            self._set_threshold(self.scale, self.norms)
+        return min(1.0, self.threshold.item() / norm) if norm > 0 else 1.0
+
+    def _set_threshold(self, scale: float, norms: Tensor) -> None:
+        median = norms.quantile(0.5).item()
+        self.threshold.fill_(scale * median if median > 0 else math.inf)
+
+
+class AdamW:
+    """`torch.optim.AdamW` (fused, the fastest form on CPU and GPU) behind the `Optimizer` protocol (see `AdamWConfig`)."""
+
+    def __init__(self, config: AdamWConfig, model: nn.Module) -> None:
+        self.config = config
+        self.weights = trainable_weights(model)
+        self.optimizer = torch.optim.AdamW(
+            self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+        )
+        # Made here and not at the first step, so that the state has the same names at every step.
+        for weight in self.weights:
+            count = torch.zeros((), dtype=torch.float32, device=weight.master.device)
+            moments = {"exp_avg": _zeros(weight.master), "exp_avg_sq": _zeros(weight.master)}
+            self.optimizer.state[weight.master] = {"step": count, **moments}
+
+    @torch.no_grad()
+    def step(self, lr_scale: float) -> StepReport:
+        """Update the parameters from their gradients; a parameter without gradient is left alone."""
+        for weight in self.weights:
+            weight.master.grad = weight.gradient()
+        grads = [weight.master.grad for weight in self.weights if weight.master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            return StepReport(norm.item(), 0.0, True)
+        clip = min(1.0, self.config.clip_norm / (norm.item() + 1e-6))
+        if clip < 1:
+            masters = [weight.master for weight in self.weights]
+            torch.nn.utils.clip_grads_with_norm_(masters, self.config.clip_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * group["lr_scale"] * lr_scale
+        self.optimizer.step()
+        _write_copies(self.weights)
+        return StepReport(norm.item(), clip, False)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        _forget_gradients(self.weights)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the complete state by name; the moments are live."""
+        live = self._live_tensors()
+        return {name: tensor.long() if name.startswith("steps.") else tensor for name, tensor in live.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
+        _load(self._live_tensors(), tensors, expected=self.tensors())
+
+    def _live_tensors(self) -> dict[str, Tensor]:
+        names = {"step": "steps", "exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
+        states = {weight.name: self.optimizer.state[weight.master] for weight in self.weights}
+        live = {f"{ours}.{weight}": state[key] for weight, state in states.items() for key, ours in names.items()}
+        return live | _copied_masters(self.weights)
+
+    def _groups(self) -> list[dict[str, object]]:
+        """Group masters by lr factor and by whether they decay."""
+        members: dict[tuple[float, bool], list[Tensor]] = {}
+        for weight in self.weights:
+            members.setdefault((weight.lr_scale, weight.master.dim() >= 2), []).append(weight.master)
+        decay = self.config.weight_decay
+        return [
+            {"params": masters, "lr_scale": lr_scale, "weight_decay": decay if decays else 0.0}
+            for (lr_scale, decays), masters in members.items()
+        ]
+
+
+def _batches(tensors: list[Tensor], limit: int | None) -> list[slice]:
+    """Cut a list of tensors into runs of at most `limit` elements each; a larger tensor is a run of its own."""
+    if limit is None:
+        # On a CPU a run should stay in the cache over all its passes (measured); a GPU wants few launches, in bounded memory.
+        limit = 2**17 if tensors[0].device.type == "cpu" else 2**26
+    starts, elements = [0], 0
+    for i, tensor in enumerate(tensors):
+        elements += tensor.numel()
+        if elements > limit and i > starts[-1]:
+            starts.append(i)
+            elements = tensor.numel()
+    return [slice(*ends) for ends in zip(starts, [*starts[1:], len(tensors)], strict=True)]
+
+
+def _host(scalars: list[Tensor]) -> Tensor:
+    """Bring 0-d tensors to the host in one transfer, as fp64 (n,)."""
+    return torch.stack(scalars).cpu().double()
+
+
+def _zeros(master: Tensor) -> Tensor:
+    return torch.zeros_like(master, requires_grad=False)
+
+
+def _forget_gradients(weights: list[Weight]) -> None:
+    for weight in weights:
+        weight.parameter.grad = weight.master.grad = None
+
+
+def _copied_masters(weights: list[Weight]) -> dict[str, Tensor]:
+    return {f"master.{weight.name}": weight.master for weight in weights if weight.has_copy}
+
+
+def _write_copies(weights: list[Weight]) -> None:
+    for weight in weights:
+        if weight.has_copy:
+            weight.parameter.copy_(weight.master)
+
+
+@torch.no_grad()
+def _load(live: Mapping[str, Tensor], given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Copy `given` into `live`, once every name, shape and dtype has been found to be the `expected` one."""
+    for name in sorted(expected.keys() ^ given.keys()):
+        legal = "a state of this model and optimizer"
+        raise UserError(
+            f"optimizer state: {'missing' if name in expected else 'unexpected'} tensor {name}; needs {legal}"
+        )
+    for name, tensor in given.items():
+        want = (tuple(expected[name].shape), expected[name].dtype)
+        have = (tuple(tensor.shape), tensor.dtype)
+        _require(have == want, f"optimizer state {name}", have, f"{want}")
+    for name, tensor in live.items():
+        tensor.copy_(given[name])
+
+
+def _check_adam(lr: float, betas: tuple[float, float], eps: float) -> None:
+    _require(0 < lr < math.inf, "lr", lr, "a number above 0")
+    _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
+    _require(0 < eps < math.inf, "eps", eps, "a number above 0")
+
+
+def _require(legal: bool, field: str, value: object, would_do: str) -> None:
+    if not legal:
+        raise UserError(f"{field} is {value!r}: needs {would_do}")

@@ -1,0 +1,155 @@
+"""Learning-rate schedules: pure functions of integers, so that there is nothing to save.
+
+Each is a frozen config with `scale(step, tokens, total_steps)`: the multiplier of the optimizer's base learning rate for update
+`step` (0-based), `tokens` tokens having been trained on before it, in a run of `total_steps` updates.
+
+Warm-up of Cosine, WSD and Constant is `(step + 1) / (warmup_steps + 1)`: no update is wasted on a rate of 0, and update
+`warmup_steps` is the first at the full rate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+from pydantic import ConfigDict, Field
+
+from longwave.errors import UserError
+
+
+class Schedule(Protocol):
+    """What the training loop asks of a schedule."""
+
+    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+        """Give the multiplier of the base learning rate for update `step`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Eden:
+    """Eden (Zipformer, arXiv 2310.11230): ((t/T)^2 + 1)^-1/4 ((e/E)^2 + 1)^-1/4, warmed up linearly from `warmup_start`.
+
+    t counts updates and T is `lr_steps`; e counts tokens and E is `lr_tokens`, in place of the epochs of the paper (as in Povey's
+    language model recipe). `lr_tokens` None, or inf where a file cannot say None, turns the second factor off.
+    """
+
+    kind: Literal["eden"] = "eden"
+    lr_steps: float = 7500.0
+    lr_tokens: float | None = 1e9
+    warmup_steps: int = 500
+    warmup_start: float = 0.5
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _require(self.lr_steps > 0, "lr_steps", self.lr_steps, "a number of steps above 0")
+        legal = self.lr_tokens is None or self.lr_tokens > 0
+        _require(legal, "lr_tokens", self.lr_tokens, "a number of tokens above 0, or none")
+        _check_warmup(self.warmup_steps)
+        _require(0 <= self.warmup_start <= 1, "warmup_start", self.warmup_start, "a number in [0, 1]")
+
+    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+        """Give the multiplier of the base learning rate; `total_steps` plays no part."""
+        by_tokens = 1.0 if self.lr_tokens is None else _inverse_root(tokens / self.lr_tokens)
+        warmed = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        warmup = self.warmup_start + (1 - self.warmup_start) * warmed
+        return _inverse_root(step / self.lr_steps) * by_tokens * warmup
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983, with Llama's final tenth)."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup_steps: int = 100
+    final: float = 0.1
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+        _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
+
+    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+        """Give the multiplier of the base learning rate; raises UserError if the warm-up does not fit into the run."""
+        _check_fit(self.warmup_steps, total_steps, total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps)
+        done = min(1.0, (step - self.warmup_steps) / (total_steps - self.warmup_steps))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class WSD:
+    """Warm-up, a stable rate, and a decay to `final` over the last `decay_fraction` of the run.
+
+    WSD is of MiniCPM (arXiv 2404.06395); the `sqrt` shape, 1 - sqrt(x) of the way x through the decay, and its length are
+    what arXiv 2405.18392 found best.
+    """
+
+    kind: Literal["wsd"] = "wsd"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    shape: Literal["linear", "sqrt"] = "sqrt"
+    final: float = 0.0
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+        _require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a fraction in (0, 1]")
+        _require(self.shape in ("linear", "sqrt"), "shape", self.shape, "'linear' or 'sqrt'")
+        _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
+
+    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+        """Give the multiplier of the base learning rate; raises UserError if warm-up and decay do not fit into the run."""
+        decay_steps = max(1, round(self.decay_fraction * total_steps))
+        stable_until = total_steps - decay_steps
+        _check_fit(self.warmup_steps, stable_until + 1, total_steps)
+        if step < self.warmup_steps:
+            return _warmup(step, self.warmup_steps)
+        done = min(1.0, max(0, step - stable_until) / decay_steps)
+        return 1 - (1 - self.final) * (math.sqrt(done) if self.shape == "sqrt" else done)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Warm-up, then the base learning rate."""
+
+    kind: Literal["constant"] = "constant"
+    warmup_steps: int = 0
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        _check_warmup(self.warmup_steps)
+
+    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+        """Give the multiplier of the base learning rate; `tokens` and `total_steps` play no part."""
+        return _warmup(step, self.warmup_steps)
+
+
+ScheduleConfig = Annotated[Eden | Cosine | WSD | Constant, Field(discriminator="kind")]
+
+
+def _inverse_root(ratio: float) -> float:
+    return (ratio * ratio + 1) ** -0.25
+
+
+def _warmup(step: int, warmup_steps: int) -> float:
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def _check_warmup(warmup_steps: int) -> None:
+    _require(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0 steps")
+
+
+def _check_fit(warmup_steps: int, limit: int, total_steps: int) -> None:
+    would_do = f"fewer than {limit} steps in a run of {total_steps}"
+    _require(warmup_steps < limit, "warmup_steps", warmup_steps, would_do)
+
+
+def _require(legal: bool, field: str, value: object, would_do: str) -> None:
+    if not legal:
+        raise UserError(f"{field} is {value!r}: needs {would_do}")
