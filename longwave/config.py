@@ -64,7 +64,9 @@ def _field_names(kind: type) -> list[str]:
             continue
         done.add(one)
         names += [entry.name for entry in dataclasses.fields(one)]
-        pending += [sub for sub in Strict.__subclasses__() if sub.__name__ in str([f.type for f in dataclasses.fields(one)])]
+        pending += [
+            sub for sub in Strict.__subclasses__() if sub.__name__ in str([f.type for f in dataclasses.fields(one)])
+        ]
     return names
 
 
@@ -89,7 +91,9 @@ class AttentionConfig(Strict):
         divides = groups > 0 and self.heads % groups == 0
         require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
         size = self.head_size
-        require(size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation")
+        require(
+            size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation"
+        )
         require(self.window is None or self.window > 0, f"attention.window = {self.window}: 1 or more tokens")
 
 
@@ -178,7 +182,10 @@ class SubllmConfig(Strict):
             value = getattr(self, name)
             require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
         causal_extras = self.selection == "causal" and self.discard_sampling != "none"
-        require(not causal_extras or self.discard_sampling == "uniform", "subllm.discard_sampling has no effect with selection = 'causal'")
+        require(
+            not causal_extras or self.discard_sampling == "uniform",
+            "subllm.discard_sampling has no effect with selection = 'causal'",
+        )
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,10 @@ class ModelConfig(Strict):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
         head_size = self.attention.head_size
         even = head_size is not None or self.hidden_size % (2 * self.attention.heads) == 0
-        require(even, f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; give attention.head_size")
+        require(
+            even,
+            f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; give attention.head_size",
+        )
 
     @property
     def head_size(self) -> int:

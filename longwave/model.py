@@ -55,15 +55,11 @@ class Decoder(nn.Module):
         if not self.embed.weight.is_meta:
             initialise(self, seed)
 
-    def forward(
-        self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None
-    ) -> Float[Tensor, "O V"]:
+    def forward(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O V"]:
         """Logits of the rows in `stream.outputs`, of all rows by default."""
         return F.linear(self.hidden(tokens, stream, state), self.head_weight) * self.config.scales.logits
 
-    def hidden(
-        self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None
-    ) -> Float[Tensor, "O D"]:
+    def hidden(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O D"]:
         """What the head reads: normalised hidden states of the rows whose outputs are needed.
 
         With a state, `stream` comes from `state.stream(...)`, and the tokens count as seen afterwards.
@@ -78,9 +74,7 @@ class Decoder(nn.Module):
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
 
-    def loss(
-        self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream
-    ) -> Float[Tensor, ""]:
+    def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
         """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""
         return cross_entropy(self.hidden(tokens, stream), self.head_weight, targets, self.config.scales.logits)
 
@@ -101,7 +95,10 @@ class Decoder(nn.Module):
 
     def state(self, slots: int = 1) -> State:
         """An empty state for `slots` sequences."""
-        parts = [*((b.site.name, b.mixer.state_spec()) for b in self.blocks), *((r.site.name, r.state_spec()) for r in self.resamplers)]
+        parts = [
+            *((b.site.name, b.mixer.state_spec()) for b in self.blocks),
+            *((r.site.name, r.state_spec()) for r in self.resamplers),
+        ]
         return State(dict(parts), slots, dtype=self.embed.weight.dtype, device=self.embed.weight.device)
 
     def set_step(self, step: int, seed: int = 0) -> None:
@@ -163,4 +160,6 @@ class _Builder:
             else:
                 index, self.index = self.index, self.index + 1
                 body = self.stack(item.body, level=index)
-                yield RESAMPLERS[item.name](self.config, item.arguments, body, Site(f"resamplers.{index}", self.depth, level), index)
+                yield RESAMPLERS[item.name](
+                    self.config, item.arguments, body, Site(f"resamplers.{index}", self.depth, level), index
+                )

@@ -90,6 +90,9 @@ def _fake_model(name: str, parameters: int, layout: str, final: float, steps: in
     def loss(step: int) -> float:
         return final + (8.4 - final) * math.exp(-step / (0.09 * steps)) + 0.5 * math.exp(-step / (0.4 * steps))
 
+    def lag(step: int) -> float:
+        return (name == "SUBLLM") * 0.3 * math.exp(-(((step / steps - 0.15) / 0.12) ** 2))
+
     modes = ("threshold", "top-k") if name == "SUBLLM" else ("",)
     every = max(1, steps // 16)
     return ModelRun(
@@ -98,7 +101,7 @@ def _fake_model(name: str, parameters: int, layout: str, final: float, steps: in
         layout,
         train=[LossPoint(step, loss(step) + draw.gauss(-0.05, 0.07)) for step in range(1, steps + 1)],
         held_out=[
-            LossPoint(step, loss(step) + 0.01 * (mode == "top-k"), mode)
+            LossPoint(step, loss(step) + lag(step) + 0.01 * (mode == "top-k"), mode)
             for mode in modes
             for step in range(0, steps + 1, every)
         ],
@@ -399,8 +402,8 @@ def test_a_browser_draws_the_charts_and_the_passage(tmp_path):
     page = drawn(fake_report(steps=200, tokens=300), tmp_path)
     assert 'data-ready="true"' in page
     assert "data-error" not in page.split(">", 2)[1]
-    assert page.count("<svg") == 3
-    assert page.count('<g class="series') == 5 + 4 + 4
+    assert page.count("<svg") == 4
+    assert page.count('<g class="series') == 5 + 1 + 4 + 4
     assert page.count("data-index=") == 300
     assert "×1.08 slower" in page
     assert 'data-tip="transformers allocates its state' in page

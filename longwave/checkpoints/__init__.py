@@ -1,0 +1,71 @@
+"""Models in folders: `load` any layout that the registry knows, `save` in one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longwave import durable
+from longwave.checkpoints import native
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+from longwave.model import Decoder
+
+Reader = Callable[[Path, "dict[str, Any]", "torch.dtype | None"], Decoder]
+Writer = Callable[[Decoder, Path], None]
+
+READERS: dict[str, Reader] = {native.MODEL_TYPE: native.read_model}
+WRITERS: dict[str, Writer] = {native.MODEL_TYPE: native.write_model}
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """Loads a model folder: longwave's own, a Hugging Face Llama, or a published SUBLLM.
+
+    dtype: of the weights; as they were saved by default. UserError for a folder that does not fit: a missing,
+    unexpected or misshapen tensor, an unknown family, a file that differs from its checksum.
+    """
+    folder = Path(path)
+    values = read_config(folder)
+    durable.verify(folder)
+    return READERS[family(values, folder)](folder, values, dtype).to(device)
+
+
+def save(
+    model: Decoder, path: str | Path, *, tokenizer: Tokenizer | None = None, layout: str = native.MODEL_TYPE
+) -> None:
+    """Saves a model so that the folder appears whole or not at all.
+
+    layout: "longwave", or "llama" for an ordinary `transformers` folder of a model that is a plain Llama.
+    """
+    if layout not in WRITERS:
+        raise UserError(f"layout = {layout!r}; use one of {', '.join(WRITERS)}")
+    with durable.folder(path) as staging:
+        WRITERS[layout](model, staging)
+        if tokenizer is not None:
+            tokenizer.save(staging)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed `config.json` of a folder."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder}: no config.json; give a model folder")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def family(values: dict[str, Any], folder: Path) -> str:
+    """Which layout a `config.json` speaks of."""
+    name = values.get("model_type")
+    if name not in READERS:
+        raise UserError(f"{folder / 'config.json'}: model_type = {name!r}; supported: {', '.join(READERS)}")
+    return str(name)

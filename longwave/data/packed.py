@@ -59,17 +59,18 @@ class WindowSampler:
     def window(self, position: int) -> int:
         """The window, in [0, count), at a position that grows on through the epochs."""
         epoch, place = divmod(position, self.count)
-        place = self._permuted(place, epoch)
+        key = keyed.key(self.seed, epoch)
+        place = self._permuted(place, key)
         while place >= self.count:
-            place = self._permuted(place, epoch)
+            place = self._permuted(place, key)
         return place
 
-    def _permuted(self, place: int, epoch: int) -> int:
+    def _permuted(self, place: int, key: int) -> int:
         bits = max(1, ((self.count - 1).bit_length() + 1) // 2)
         mask = (1 << bits) - 1
         left, right = place >> bits, place & mask
         for number in range(_ROUNDS):
-            left, right = right, left ^ (keyed.key(self.seed, epoch, number, right) & mask)
+            left, right = right, left ^ (keyed.key(key, number << 32 | right) & mask)
         return left << bits | right
 
 

@@ -87,15 +87,16 @@ function withRoom([low, high], log) {
 // A reduce, not a spread of arguments: thousands of those are too many for some engines.
 const ends = values => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
-// A chart: {title, note, series, format, lines, domain, logs} ------------------------------------------------------------------
+// A chart: {title, note, unit, series, tick, format, lines, domain, switches, flat} ---------------------------------------------
 // A series is {name, color, points: [[step, value or null], ...] in step order, faint, dash, marked}.
+// A switch is one of: log x, log y, late (the second half of the steps alone).
 
 class Chart {
   constructor(host, spec) {
     this.host = host;
     this.spec = spec;
     this.hidden = new Set();
-    this.logs = { x: false, y: false };
+    this.on = { logX: false, logY: false, late: false };
     this.canvas = element("div", { class: "canvas" });
     host.append(this.head(), this.canvas, this.legend());
     this.canvas.addEventListener("pointermove", event => this.hover(event));
@@ -107,8 +108,8 @@ class Chart {
   }
 
   head() {
-    const { title, note, logs = [] } = this.spec;
-    const buttons = logs.map(([name, label]) => this.toggle(element("span", {}, label), false, pressed => { this.logs[name] = pressed; }));
+    const { title, note, switches = [] } = this.spec;
+    const buttons = switches.map(([name, label]) => this.toggle(label, false, pressed => { this.on[name] = pressed; }));
     return element("figcaption", {},
       element("span", { class: "titles" }, element("strong", {}, title), note ? element("span", { class: "quiet" }, note) : null),
       element("span", { class: "switches" }, ...buttons));
@@ -131,15 +132,22 @@ class Chart {
     return button;
   }
 
-  usable([x, y]) {
-    return y !== null && (!this.logs.x || x > 0) && (!this.logs.y || y > 0);
+  usable([, y]) {
+    return y !== null && (!this.on.logY || y > 0);
+  }
+
+  // The series to draw, without the steps that the switches leave out.
+  visible() {
+    const last = ends(this.spec.series.flatMap(series => series.points.map(([x]) => x)))[1];
+    const first = this.on.late ? last / 2 : this.on.logX ? Number.MIN_VALUE : -Infinity;
+    return this.spec.series.filter(series => !this.hidden.has(series))
+      .map(series => ({ ...series, points: series.points.filter(([x]) => x >= first) }));
   }
 
   draw() {
     this.width = Math.max(this.canvas.clientWidth, 240);
-    this.height = Math.round(Math.min(360, Math.max(220, this.width * 0.42)));
-    this.shown = this.spec.series.filter(series => !this.hidden.has(series))
-      .map(series => ({ ...series, points: series.points.filter(([x]) => !this.logs.x || x > 0) }));
+    this.height = this.spec.flat ? 210 : Math.round(Math.min(360, Math.max(230, this.width * 0.42)));
+    this.shown = this.visible();
     const points = this.shown.flatMap(series => series.points.filter(point => this.usable(point)));
     this.stops = [...new Set(points.map(([x]) => x))].sort((a, b) => a - b);
     const svg = shape("svg", { viewBox: `0 0 ${this.width} ${this.height}`, role: "img", tabindex: 0, "aria-label": this.spec.title });
@@ -152,9 +160,9 @@ class Chart {
   }
 
   scale(points) {
-    const values = this.spec.domain ?? withRoom(ends(points.map(([, y]) => y)), this.logs.y);
-    this.x = axis(ends(this.stops), this.logs.x, 52, this.width - 18, this.width < 480 ? 4 : 8);
-    this.y = axis(values, this.logs.y, this.height - 40, 12, 5);
+    const values = this.spec.domain ?? withRoom(ends([...points.map(([, y]) => y), ...(this.spec.shows ?? [])]), this.on.logY);
+    this.x = axis(ends(this.stops), this.on.logX, 52, this.width - 18, this.width < 480 ? 4 : 8);
+    this.y = axis(values, this.on.logY, this.height - 40, 12, 5);
   }
 
   grid() {

@@ -4,6 +4,7 @@ const { report, headline, gaps, cells } = JSON.parse(document.getElementById("da
 const find = id => document.getElementById(id);
 const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
 const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
+const signed = digits => share => `${share < 0 ? "−" : share > 0 ? "+" : ""}${percent(Math.abs(share), digits)}`;
 const modelColor = index => `var(--model-${Math.min(index, 2)})`;
 
 function drawHeader() {
@@ -37,11 +38,22 @@ function lossSeries() {
   });
 }
 
+// Each model against the yardstick, at the steps where both were tried on held-out text.
+function gapSeries() {
+  const [yardstick, ...others] = report.models;
+  const known = new Map(yardstick?.held_out.map(([step, loss]) => [step, loss]));
+  return others.map((model, index) => {
+    const points = model.held_out.filter(([step, loss, mode]) => mode !== "top-k" && loss !== null && known.get(step));
+    return { name: model.name, color: modelColor(index + 1), marked: true, points: points.map(([step, loss]) => [step, loss / known.get(step) - 1]) };
+  });
+}
+
 function drawQuality() {
   new Chart(find("loss-chart"), {
     title: "Loss", unit: "step", series: lossSeries(), tick: String, format: value => value.toFixed(4),
-    logs: [["x", "log steps"], ["y", "log loss"]],
+    switches: [["late", "second half"], ["logX", "log steps"], ["logY", "log loss"]],
   });
+  drawGap();
   const head = ["Model", "Parameters", "Held-out loss", "Bits per byte", "Perplexity", "Gap in loss", "Layout"];
   fillTable(find("models"), head, report.models.map((model, index) => [
     element("span", {}, swatch({ color: modelColor(index) }), model.name), count(model.parameters), fixed(model.final_loss, 4),
@@ -50,10 +62,19 @@ function drawQuality() {
   return report.models.length;
 }
 
+function drawGap() {
+  const series = gapSeries(), host = find("gap-chart");
+  host.hidden = !series.some(({ points }) => points.length);
+  if (host.hidden) return;
+  new Chart(host, {
+    title: "Gap to the yardstick", note: `held-out loss above ${report.models[0].name}'s, as a share of it`, unit: "step", flat: true, series,
+    tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: report.models[0].name }], switches: [["late", "second half"], ["logX", "log steps"]],
+  });
+}
+
 function gapWords(index) {
   if (!index) return "yardstick";
-  const gap = gaps[index];
-  return gap === null ? "—" : `${gap < 0 ? "−" : "+"}${percent(Math.abs(gap), 2)}`;
+  return gaps[index] === null ? "—" : signed(2)(gaps[index]);
 }
 
 // Cells carry their column's name, which narrow screens show in place of the head.
@@ -88,7 +109,7 @@ function drawLevel(level) {
   const final = level.final === null ? "not measured" : percent(level.final);
   new Chart(host, {
     title: level.name, note: `target ${percent(level.target)}, held-out text at the end ${final}`, unit: "step", domain: [0, 1],
-    tick: value => percent(value, 0), format: value => percent(value), lines: [{ value: level.target, name: "target" }], logs: [["x", "log steps"]],
+    tick: value => percent(value, 0), format: value => percent(value), lines: [{ value: level.target, name: "target" }], switches: [["logX", "log steps"]],
     series: shares.map(([key, name], index) => ({ name, color: shareColor(index), points: level.steps.map((step, at) => [step, level[key][at]]) })),
   });
 }

@@ -33,11 +33,11 @@ class Fact(NamedTuple):
 
 
 class LossPoint(NamedTuple):
-    """A loss in nats per token after `step` optimizer steps; `mode` says who chose a SUBLLM's tokens, such as "top-k"."""
+    """A loss in nats per token after `step` optimizer steps; `mode` is how a SUBLLM's tokens were chosen meanwhile."""
 
     step: int
     loss: float
-    mode: str = ""
+    mode: Literal["", "threshold", "top-k"] = ""
 
 
 class Generation(NamedTuple):
@@ -160,7 +160,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page shows; the first of `models` is the yardstick that the second, the SUBLLM, is held against."""
+    """Everything the page shows; the first of `models` is the yardstick that the second, the SUBLLM, is held to."""
 
     title: str
     created: str
@@ -221,8 +221,8 @@ def _loss_headline(models: Sequence[ModelRun]) -> Headline:
     if gap is None:
         return Headline(label, "—", "A loss is not a finite number: training diverged.", "unknown")
     sentence = (
-        f"{model.name} ends at {model.final_loss:.3f} on held-out text, {yardstick.name} at {yardstick.final_loss:.3f}; "
-        "lower is better. One run each, so a small gap can be chance."
+        f"{model.name} ends at {model.final_loss:.3f} on held-out text, {yardstick.name} at "
+        f"{yardstick.final_loss:.3f}; lower is better. One run each, so a small gap can be chance."
     )
     shown = f"{abs(gap):.1%}"
     if shown == "0.0%":

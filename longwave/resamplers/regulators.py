@@ -34,7 +34,11 @@ def limits(low: float, high: float, min_abs: float, max_abs: float, grad_scale: 
     The published conversion lacks a factor of sqrt(2) for Gaussian scores; `exact` puts it in.
     """
     return Limits(
-        _mean_over_std(low, exact), _mean_over_std(high, exact), _ABS_TO_RMS * min_abs, _ABS_TO_RMS * max_abs, grad_scale
+        _mean_over_std(low, exact),
+        _mean_over_std(high, exact),
+        _ABS_TO_RMS * min_abs,
+        _ABS_TO_RMS * max_abs,
+        grad_scale,
     )
 
 

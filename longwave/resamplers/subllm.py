@@ -102,7 +102,9 @@ class Subllm(nn.Module):
         if self.config.ranking == "document":
             keys = [keys[window] for window in _window_of_runs(stream.lengths, sizes)]
             sizes = stream.lengths
-        return top_scores(scores, self._weights(scores), sizes, keys, self.retention, SAMPLERS[self.config.discard_sampling])
+        return top_scores(
+            scores, self._weights(scores), sizes, keys, self.retention, SAMPLERS[self.config.discard_sampling]
+        )
 
     def _weights(self, scores: Tensor) -> Tensor:
         """The share of the body's result that a token takes, from its score."""
@@ -125,7 +127,11 @@ class Subllm(nn.Module):
             return self.bypass
         clock = self._running_clock()
         draw = uniform(clock.seed, clock.step, self._draw(_BYPASS_DRAW), *windows.samples[:1])
-        return limit(self.bypass, self.bypass_floor(clock.step), 1.0) if draw < self.config.bypass_probability else self.bypass
+        return (
+            limit(self.bypass, self.bypass_floor(clock.step), 1.0)
+            if draw < self.config.bypass_probability
+            else self.bypass
+        )
 
     def balancer_probability(self, step: int) -> float:
         """How often the Balancer acts: 1 at first, falling linearly to its final probability."""

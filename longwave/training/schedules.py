@@ -1,7 +1,7 @@
 """Learning-rate schedules: pure functions of integers, so that there is nothing to save.
 
-Each is a frozen config with `scale(step, tokens, total_steps)`: the multiplier of the optimizer's base learning rate for update
-`step` (0-based), `tokens` tokens having been trained on before it, in a run of `total_steps` updates.
+Each is a frozen config with `scale(step, tokens, total_steps)`: the multiplier of the optimizer's base learning rate
+for update `step` (0-based), `tokens` tokens having been trained on before it, in a run of `total_steps` updates.
 
 Warm-up of Cosine, WSD and Constant is `(step + 1) / (warmup_steps + 1)`: no update is wasted on a rate of 0, and update
 `warmup_steps` is the first at the full rate.
@@ -28,10 +28,10 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Eden:
-    """Eden (Zipformer, arXiv 2310.11230): ((t/T)^2 + 1)^-1/4 ((e/E)^2 + 1)^-1/4, warmed up linearly from `warmup_start`.
+    """Eden (Zipformer, arXiv 2310.11230): ((t/T)^2 + 1)^-1/4 ((e/E)^2 + 1)^-1/4, warmed up from `warmup_start`.
 
-    t counts updates and T is `lr_steps`; e counts tokens and E is `lr_tokens`, in place of the epochs of the paper (as in Povey's
-    language model recipe). `lr_tokens` None, or inf where a file cannot say None, turns the second factor off.
+    t counts updates and T is `lr_steps`; e counts tokens and E is `lr_tokens`, in place of the paper's epochs (as in
+    Povey's language model recipe). `lr_tokens` None, or inf where a file cannot say None, turns the second factor off.
     """
 
     kind: Literal["eden"] = "eden"
@@ -59,7 +59,7 @@ class Eden:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983, with Llama's final tenth)."""
+    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983; Llama's final tenth)."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = 100
@@ -72,7 +72,7 @@ class Cosine:
         _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; raises UserError if the warm-up does not fit into the run."""
+        """Give the multiplier of the base learning rate; raises UserError if the warm-up does not fit the run."""
         _check_fit(self.warmup_steps, total_steps, total_steps)
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
@@ -84,8 +84,8 @@ class Cosine:
 class WSD:
     """Warm-up, a stable rate, and a decay to `final` over the last `decay_fraction` of the run.
 
-    WSD is of MiniCPM (arXiv 2404.06395); the `sqrt` shape, 1 - sqrt(x) of the way x through the decay, and its length are
-    what arXiv 2405.18392 found best.
+    WSD is of MiniCPM (arXiv 2404.06395); the `sqrt` shape, 1 - sqrt(x) at part x of the decay, and its length are what
+    arXiv 2405.18392 found best.
     """
 
     kind: Literal["wsd"] = "wsd"
@@ -103,7 +103,7 @@ class WSD:
         _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; raises UserError if warm-up and decay do not fit into the run."""
+        """Give the multiplier of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
         decay_steps = max(1, round(self.decay_fraction * total_steps))
         stable_until = total_steps - decay_steps
         _check_fit(self.warmup_steps, stable_until + 1, total_steps)

@@ -62,9 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden * factor.to(grad_hidden), grad_weight * factor.to(grad_weight), None, None
 
 
-def _chunk(
-    hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool
-) -> tuple[Tensor, Tensor | None]:
+def _chunk(hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """Loss of one chunk, and the gradient with respect to its unscaled logits in the dtype of `hidden`."""
     logits = (hidden @ matrix.T).to(torch.promote_types(hidden.dtype, torch.float32))
     if scale != 1:

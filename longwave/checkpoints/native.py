@@ -1,0 +1,59 @@
+"""longwave's own folder: `config.json`, `model.safetensors` under flat names, the tokenizer, and a manifest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longwave.checkpoints.names import flat_names
+from longwave.checkpoints.weights import WEIGHTS, WeightFiles, assign, in_dtype, write
+from longwave.config import ModelConfig, build
+from longwave.errors import UserError
+from longwave.model import Decoder
+from longwave.version import __version__
+
+MODEL_TYPE = "longwave"
+FORMAT = 1
+
+
+def write_model(model: Decoder, folder: Path) -> None:
+    """Writes `config.json` and the weights into an existing folder."""
+    names = flat_names(model)
+    tensors: dict[str, Tensor] = {names[name]: tensor for name, tensor in model.state_dict().items()}
+    write(tensors, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config_json(model), indent=2) + "\n")
+
+
+def config_json(model: Decoder) -> dict[str, Any]:
+    """The content of `config.json`."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["LongwaveForCausalLM"],
+        "longwave_format": FORMAT,
+        "longwave_version": __version__,
+        "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+        "model": model.config.to_dict(),
+    }
+
+
+def config_from(values: dict[str, Any], source: str) -> ModelConfig:
+    """The model config in a parsed `config.json`."""
+    if values.get("longwave_format") != FORMAT:
+        found = values.get("longwave_format")
+        raise UserError(f"{source}: longwave_format = {found!r}; this longwave reads format {FORMAT}")
+    return build(ModelConfig, values.get("model", {}), source)
+
+
+def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
+    """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
+    config = config_from(values, str(folder / "config.json"))
+    with torch.device("meta"):
+        model = Decoder(config)
+    names = flat_names(model)
+    files = WeightFiles(folder)
+    assign(model, in_dtype(files.load(files.names()), dtype), names, str(folder / WEIGHTS))
+    return model.eval()

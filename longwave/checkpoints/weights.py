@@ -1,0 +1,98 @@
+"""Reading and writing safetensors: whole folders, sharded or not, with every mismatch an error that names the tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longwave.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class WeightFiles:
+    """The tensors of a folder by name, read one at a time from `model.safetensors` or from the shards of its index."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = self._index(folder) if (folder / INDEX).exists() else self._single(folder / WEIGHTS)
+
+    def names(self) -> set[str]:
+        """Every tensor in the folder."""
+        return set(self._files)
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, memory-mapped until they are used; each file is opened once."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        return {name: tensor for path, wanted in by_file.items() for name, tensor in self._read(path, wanted).items()}
+
+    def _read(self, path: Path, names: list[str]) -> dict[str, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+
+    def _single(self, path: Path) -> dict[str, Path]:
+        if not path.exists():
+            raise UserError(f"{path.parent}: no {WEIGHTS} and no {INDEX}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+
+    def _index(self, folder: Path) -> dict[str, Path]:
+        try:
+            files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+            return {str(name): self._shard(folder, file) for name, file in files.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{folder / INDEX}: not an index of safetensors shards: {error}") from None
+
+    def _shard(self, folder: Path, file: str) -> Path:
+        path = folder / Path(file).name
+        if not path.exists():
+            raise UserError(f"{path}: named in {INDEX} but missing")
+        return path
+
+
+def assign(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> None:
+    """Gives a model (its tensors may be on the meta device) its weights, in the dtype in which they come.
+
+    names: module-tree name -> name in `tensors`. UserError for a missing, unexpected or misshapen tensor.
+    """
+    expected = model.state_dict(keep_vars=True)
+    missing = sorted(set(names.values()) - set(tensors))
+    unexpected = sorted(set(tensors) - set(names.values()))
+    if missing or unexpected:
+        what, which = ("missing", missing) if missing else ("unexpected", unexpected)
+        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+        raise UserError(f"{source}: {what} tensor {which[0]}{more}")
+    for name, theirs in names.items():
+        if expected[name].shape != tensors[theirs].shape:
+            shapes = f"{list(tensors[theirs].shape)}, the config says {list(expected[name].shape)}"
+            raise UserError(f"{source}: tensor {theirs} has shape {shapes}")
+    model.load_state_dict({name: tensors[theirs] for name, theirs in names.items()}, assign=True)
+
+
+def write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, readable by `transformers` too."""
+    save_file(
+        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+    )
+
+
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors with floating weights cast to `dtype`; double precision (thresholds) and integers stay."""
+    keep = (torch.float64,)
+    return {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and tensor.dtype not in keep else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,186 @@
+"""The tokenizer: nothing lost on the way to ids and back, in one go or token by token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from longwave.data.tokenizer import BOS, EOS, StreamDecoder, Tokenizer
+from longwave.errors import UserError
+
+TEXTS = ["the cat sat on the mat; the dog did not.\n" * 20, "naïve café, 你好世界 \U0001f9ed\u200d\U0001f9ed {x: 1}\t\r\n" * 20]
+TOKENIZER = Tokenizer.train(TEXTS, 400)
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("你好界ñ\ufffd\U0001f9ed \n", max_size=60)
+
+
+def byte_fallback() -> Tokenizer:
+    """A tokenizer in the manner of Llama 2: blanks as U+2581, unknown characters as bytes, the first blank stripped."""
+    words = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    vocab = {word: id for id, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "a")], byte_fallback=True))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    return Tokenizer(backend, {"bos_token": {"content": "<s>"}, "eos_token": {"content": "</s>"}})
+
+
+FALLBACK = byte_fallback()
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    return [*(decoder.push(id) for id in ids), decoder.finish()]
+
+
+@given(UNICODE)
+def test_text_survives(text: str):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert FALLBACK.decode(FALLBACK.encode(text)) == text
+
+
+@given(st.lists(UNICODE, max_size=5))
+def test_a_batch_equals_one_by_one(texts: list[str]):
+    assert TOKENIZER.encode_batch(texts) == [TOKENIZER.encode(text) for text in texts]
+
+
+@given(UNICODE)
+def test_streaming_gives_the_text_without_half_characters(text: str):
+    for tokenizer in (TOKENIZER, FALLBACK):
+        pieces = streamed(tokenizer, tokenizer.encode(text))
+        assert "".join(pieces) == text
+        if "\ufffd" not in text:
+            assert "\ufffd" not in "".join(pieces)
+
+
+@given(st.lists(st.integers(0, TOKENIZER.vocab_size - 1), max_size=80))
+def test_streaming_any_ids_equals_decoding_them(ids: list[int]):
+    assert "".join(streamed(TOKENIZER, ids)) == TOKENIZER.decode(ids)
+
+
+HIGH_BYTES = [id for id in range(TOKENIZER.vocab_size) if "\ufffd" in TOKENIZER.decode([id])]
+
+
+@given(st.lists(st.sampled_from(HIGH_BYTES), min_size=40, max_size=120))
+def test_streaming_broken_bytes_equals_decoding_them_and_does_not_pile_up(ids: list[int]):
+    decoder = StreamDecoder(TOKENIZER)
+    pieces = []
+    for id in ids:
+        pieces.append(decoder.push(id))
+        assert len(decoder._pending) <= 20
+    assert "".join(pieces) + decoder.finish() == TOKENIZER.decode(ids)
+
+
+def test_each_push_says_all_that_is_sure():
+    text = "café 你"
+    pieces = streamed(TOKENIZER, TOKENIZER.encode(text))
+    assert pieces[-1] == ""
+    bytewise = streamed(FALLBACK, [FALLBACK.encode("a")[0], *FALLBACK.encode("你")[1:]])
+    assert bytewise == ["a", "", "", "你", ""]
+
+
+def test_a_half_character_at_the_end_comes_out_once():
+    half = FALLBACK.encode("你")[1:-1]
+    decoder = StreamDecoder(FALLBACK)
+    assert [decoder.push(id) for id in half] == ["", ""]
+    assert decoder.finish() == FALLBACK.decode(half)
+    assert decoder.finish() == ""
+
+
+def test_special_ids_and_what_text_may_not_do():
+    assert (TOKENIZER.bos_id, TOKENIZER.eos_id, TOKENIZER.special_ids) == (0, 1, {0, 1})
+    plain = TOKENIZER.encode(f"a{EOS}b")
+    assert 1 not in plain
+    assert TOKENIZER.decode(plain) == f"a{EOS}b"
+    assert 1 in TOKENIZER.encode(f"a{EOS}b", parse_special=True)
+    assert TOKENIZER.encode("a", add_bos=True) == [0, *TOKENIZER.encode("a")]
+    assert TOKENIZER.decode([0, *TOKENIZER.encode("a"), 1]) == "a"
+
+
+def test_training_is_deterministic_and_bounded():
+    again = Tokenizer.train(iter(TEXTS), 400)
+    assert again.fingerprint == TOKENIZER.fingerprint
+    assert Tokenizer.train(TEXTS, 399).fingerprint != TOKENIZER.fingerprint
+    assert Tokenizer.train(["ab"], 5000).vocab_size == 259
+    with pytest.raises(UserError, match="vocab_size=257"):
+        Tokenizer.train(TEXTS, 257)
+
+
+def test_a_saved_folder_loads_here_and_in_transformers(tmp_path: Path):
+    TOKENIZER.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.fingerprint, loaded.bos_id, loaded.eos_id) == (TOKENIZER.fingerprint, 0, 1)
+
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (0, 1, TOKENIZER.vocab_size)
+    for text in TEXTS:
+        assert theirs.encode(text, add_special_tokens=False) == TOKENIZER.encode(text)
+        assert theirs.encode(text) == TOKENIZER.encode(text, add_bos=True)
+        assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
+
+
+def test_hugging_face_folders_name_their_tokens_in_several_ways(tmp_path: Path):
+    TOKENIZER.save(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": EOS}}))
+    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_id) == (None, 1)
+    with pytest.raises(UserError, match="no bos"):
+        Tokenizer.load(tmp_path).encode("a", add_bos=True)
+    config.unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": BOS}))
+    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_id) == (0, None)
+
+
+def test_what_a_foreign_config_says_is_kept(tmp_path: Path):
+    TOKENIZER.save(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "model_max_length": 7}))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
+    Tokenizer.load(tmp_path / "a").save(tmp_path / "b")
+    saved = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert saved == {"eos_token": EOS, "model_max_length": 7, "chat_template": "{{ messages }}"}
+
+
+def test_truncation_and_padding_of_a_foreign_folder_are_undone(tmp_path: Path):
+    TOKENIZER.save(tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=3)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode_batch(["a", "a b c d e"]) == TOKENIZER.encode_batch(["a", "a b c d e"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", None),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"eos_token": "<nowhere>"}'),
+        ("special_tokens_map.json", "?"),
+    ],
+)
+def test_a_bad_folder_is_refused_by_the_file_s_name(tmp_path: Path, name: str, content: str | None):
+    TOKENIZER.save(tmp_path)
+    path = tmp_path / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_a_surrogate_pair_is_the_caller_s_mistake():
+    for encode in (TOKENIZER.encode, lambda text: TOKENIZER.encode_batch([text])):
+        with pytest.raises(UserError, match="surrogate"):
+            encode("a\ud83db")
