@@ -89,7 +89,7 @@ class PackedTokens:
         total = len(self._tokens)
         if total == 0:
             raise UserError(f"{self._tokens.where}: holds no tokens; prepare the data with held_out greater than 0")
-        if not 1 <= window <= (window if keep_last else total):
+        if window < 1 or (window > total and not keep_last):
             raise UserError(f"window={window}: {self._tokens.where} takes windows of 1 to {total} tokens")
         self._window = window
         self._count = -(-total // window) if keep_last else total // window

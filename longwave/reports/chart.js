@@ -55,7 +55,7 @@ function swatch(series) {
 
 function niceTicks(low, high, wanted) {
   const rough = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find(multiple => multiple * power >= rough * 0.999);
+  const step = power * [1, 2, 5, 10].find(multiple => multiple * power >= rough * 0.7);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(+(i * step).toPrecision(12));
   return ticks;
@@ -154,7 +154,8 @@ class Chart {
     this.canvas.replaceChildren(svg);
     if (!points.length) return void svg.append(shape("text", { x: this.width / 2, y: this.height / 2, class: "empty" }, "No data to draw"));
     this.scale(points);
-    svg.append(...this.grid(), ...this.rules(), ...this.shown.map(series => this.line(series)));
+    const back = this.shown.filter(series => series.faint), front = this.shown.filter(series => !series.faint);
+    svg.append(...this.grid(), ...this.rules(), ...back.map(series => this.line(series)), ...front.map(series => this.line(series)));
     this.cross = shape("g", { class: "cross", "pointer-events": "none" });
     svg.append(this.cross);
   }
@@ -167,10 +168,10 @@ class Chart {
 
   grid() {
     const { x, y, width, height } = this;
-    const bottom = height - 40;
+    const bottom = height - 40, digits = Math.max(...y.ticks.map(tick => (String(tick).split(".")[1] ?? "").length));
     const rows = y.ticks.flatMap(tick => [
       shape("line", { x1: 52, x2: width - 18, y1: y.place(tick), y2: y.place(tick), class: "grid" }),
-      shape("text", { x: 44, y: y.place(tick) + 4, "text-anchor": "end" }, this.spec.tick(tick)),
+      shape("text", { x: 44, y: y.place(tick) + 4, "text-anchor": "end" }, this.spec.tick(tick, digits)),
     ]);
     const columns = x.ticks.flatMap(tick => [
       shape("line", { x1: x.place(tick), x2: x.place(tick), y1: bottom, y2: bottom + 4, class: "axis" }),
@@ -195,7 +196,8 @@ class Chart {
       if (this.usable(point)) runs.at(-1).push([this.x.place(point[0]).toFixed(1), this.y.place(point[1]).toFixed(1)]);
       else if (runs.at(-1).length) runs.push([]);
     }
-    const group = shape("g", { class: series.faint ? "series faint" : "series" });
+    const crowded = series.points.length > this.width / 2;
+    const group = shape("g", { class: `series${series.faint ? " faint" : ""}${crowded ? " crowded" : ""}` });
     group.style.color = series.color;
     const path = runs.filter(run => run.length > 1).map(run => `M${run.map(place => place.join(" ")).join("L")}`).join("");
     if (path) group.append(shape("path", { d: path, "stroke-dasharray": series.dash }));

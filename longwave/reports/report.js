@@ -50,7 +50,7 @@ function gapSeries() {
 
 function drawQuality() {
   new Chart(find("loss-chart"), {
-    title: "Loss", unit: "step", series: lossSeries(), tick: String, format: value => value.toFixed(4),
+    title: "Loss", unit: "step", series: lossSeries(), tick: (value, digits) => value.toFixed(digits), format: value => value.toFixed(4),
     switches: [["late", "second half"], ["logX", "log steps"], ["logY", "log loss"]],
   });
   drawGap();
@@ -67,7 +67,7 @@ function drawGap() {
   host.hidden = !series.some(({ points }) => points.length);
   if (host.hidden) return;
   new Chart(host, {
-    title: "Gap to the yardstick", note: `held-out loss above ${report.models[0].name}'s, as a share of it`, unit: "step", flat: true, series,
+    title: `Gap to ${report.models[0].name}`, note: "how much higher the held-out loss is, as a share of it", unit: "step", flat: true, series,
     tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: report.models[0].name }], switches: [["late", "second half"], ["logX", "log steps"]],
   });
 }
