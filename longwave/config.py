@@ -141,6 +141,10 @@ class InitConfig(Strict):
         require(self.std > 0, f"init.std = {self.std}: more than 0")
 
 
+_CAUSAL_ONLY = ("threshold_memory",)
+_PUBLISHED_ONLY = ("discard_sampling", "ranking", "balancer", "exact_gaussian")
+
+
 @dataclass(frozen=True)
 class SubllmConfig(Strict):
     """SUBLLM's subsampling, balancer and bypass (arXiv 2406.06571); the defaults are the published ones.
@@ -181,11 +185,10 @@ class SubllmConfig(Strict):
         for name in ("balancer_steps", "bypass_steps"):
             value = getattr(self, name)
             require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
-        causal_extras = self.selection == "causal" and self.discard_sampling != "none"
-        require(
-            not causal_extras or self.discard_sampling == "uniform",
-            "subllm.discard_sampling has no effect with selection = 'causal'",
-        )
+        idle = _CAUSAL_ONLY if self.selection == "published" else _PUBLISHED_ONLY
+        for entry in dataclasses.fields(self):
+            changed = entry.name.startswith(idle) and getattr(self, entry.name) != entry.default
+            require(not changed, f"subllm.{entry.name} has no effect with selection = {self.selection!r}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,8 @@ class ModelConfig(Strict):
         even = head_size is not None or self.hidden_size % (2 * self.attention.heads) == 0
         require(
             even,
-            f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; give attention.head_size",
+            f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; "
+            "give attention.head_size",
         )
 
     @property

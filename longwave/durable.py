@@ -357,8 +357,7 @@ def _put_back(displaced: "_Hidden") -> bool:
         if displaced.target.exists():  # the writer went on, or another reader was faster
             return False
         raise
-    disk.sync(displaced.target.parent)
-    return True
+    return True  # not synced: if a power cut undoes it, the next reader does it again
 
 
 def _appears(path: Path) -> bool:

@@ -38,7 +38,7 @@ from longwave.stream import Stream
 class Decoder(nn.Module):
     """A causal language model over streams.
 
-    `checkpoint_blocks(True)` recomputes blocks in the backward pass; `set_step` tells step-driven parts where training is.
+    `checkpoint_blocks(True)` recomputes blocks in the backward pass; `set_step` tells step-driven parts the step.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
             *((b.site.name, b.mixer.state_spec()) for b in self.blocks),
             *((r.site.name, r.state_spec()) for r in self.resamplers),
         ]
-        return State(dict(parts), slots, dtype=self.embed.weight.dtype, device=self.embed.weight.device)
+        return State(dict(parts), slots, dtype=self._activation_dtype(), device=self.embed.weight.device)
 
     def set_step(self, step: int, seed: int = 0) -> None:
         """Tells every step-driven schedule the optimizer step about to run, and every draw its seed."""
@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         """Runs attention in the given form everywhere: `torch`, or `reference` to see the plain maths."""
         name, _ = choose(form)
         for block in self.blocks:
-            block.mixer.form = name  # pyright: ignore[reportAttributeAccessIssue]
+            block.mixer.use_form(name)
 
     def prefill_flops(self, tokens: int) -> int:
         """FLOPs of one sequence of `tokens`, logits of the last row only."""

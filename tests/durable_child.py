@@ -1,7 +1,7 @@
-"""Saves checkpoints until it is killed: `durable_child.py ROOT STATE SEED exchange|renames` (see tests/test_durable.py).
+"""Saves checkpoints until it is killed: `durable_child.py ROOT STATE SEED exchange|renames`.
 
-STATE is a shared file of three unsigned integers: what is going on now (a phase), and the last step and version whose save
-returned. Standard library only, so that it starts in an instant.
+STATE is a shared file of two integers: what is going on now (a phase), and the last save that returned. Each is written
+at once, so that a kill cannot tear it. Standard library only, so that it starts in an instant.
 """
 
 import mmap
@@ -13,13 +13,17 @@ from pathlib import Path
 from longwave import durable
 
 IDLE, WRITING, COMMITTING, PRUNING = range(4)
-STATE = struct.Struct("<QQQ")
+STATE = struct.Struct("@QQ")
 KEEP = 3
 
 
 def content(name: str, step: int, version: int) -> bytes:
     """Bytes that only this file of this save has."""
     return random.Random(f"{name} {step} {version}").randbytes(1000) * 200
+
+
+def one_number(step: int, version: int) -> int:
+    return step << 32 | version
 
 
 def save(root: Path, step: int, version: int, enter=lambda phase: None) -> None:
@@ -34,10 +38,10 @@ def save(root: Path, step: int, version: int, enter=lambda phase: None) -> None:
 
 
 def run(root: Path, state: mmap.mmap, draw: random.Random) -> None:
-    phase, step, version = STATE.unpack_from(state)
+    step = version = 0
 
-    def enter(new: int) -> None:
-        STATE.pack_into(state, 0, new, step, version)
+    def enter(phase: int) -> None:
+        STATE.pack_into(state, 0, phase, one_number(step, version))
 
     durable.sweep(root)
     newest = durable.newest(root)

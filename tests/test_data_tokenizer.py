@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,14 @@ from tokenizers import decoders, models, normalizers
 from longwave.data.tokenizer import BOS, EOS, StreamDecoder, Tokenizer
 from longwave.errors import UserError
 
-TEXTS = ["the cat sat on the mat; the dog did not.\n" * 20, "naïve café, 你好世界 \U0001f9ed\u200d\U0001f9ed {x: 1}\t\r\n" * 20]
+TEXTS = [
+    "the cat sat on the mat; the dog did not.\n" * 20,
+    "naïve café, 你好世界 \U0001f9ed\u200d\U0001f9ed {x: 1}\t\r\n" * 20,
+]
 TOKENIZER = Tokenizer.train(TEXTS, 400)
-UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text("你好界ñ\ufffd\U0001f9ed \n", max_size=60)
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.text(
+    "你好界ñ\ufffd\U0001f9ed \n", max_size=60
+)
 
 
 def byte_fallback() -> Tokenizer:
@@ -66,17 +72,23 @@ def test_streaming_any_ids_equals_decoding_them(ids: list[int]):
     assert "".join(streamed(TOKENIZER, ids)) == TOKENIZER.decode(ids)
 
 
-HIGH_BYTES = [id for id in range(TOKENIZER.vocab_size) if "\ufffd" in TOKENIZER.decode([id])]
+BYTES = Tokenizer.train(["ab"], 258)
+HALVES = [BYTES.encode(text)[:count] for text in ("你", "\U0001f9ed") for count in range(1, len(text.encode()))]
 
 
-@given(st.lists(st.sampled_from(HIGH_BYTES), min_size=40, max_size=120))
-def test_streaming_broken_bytes_equals_decoding_them_and_does_not_pile_up(ids: list[int]):
-    decoder = StreamDecoder(TOKENIZER)
-    pieces = []
+@given(st.lists(st.sampled_from(HALVES), min_size=15, max_size=60))
+def test_streaming_half_characters_equals_decoding_them_and_does_not_pile_up(halves: list[list[int]]):
+    ids, decoder, text = list(chain(*halves)), StreamDecoder(BYTES), ""
     for id in ids:
-        pieces.append(decoder.push(id))
+        text += decoder.push(id)
         assert len(decoder._pending) <= 20
-    assert "".join(pieces) + decoder.finish() == TOKENIZER.decode(ids)
+    assert text + decoder.finish() == BYTES.decode(ids)
+
+
+@given(st.lists(st.sampled_from(["a", " a", "b ", "你", "", "  "]), min_size=2, max_size=6))
+def test_streaming_over_special_tokens_equals_decoding_them(texts: list[str]):
+    ids = list(chain(*([0, *FALLBACK.encode(text), 1] for text in texts)))
+    assert "".join(streamed(FALLBACK, ids)) == FALLBACK.decode(ids)
 
 
 def test_each_push_says_all_that_is_sure():

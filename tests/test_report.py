@@ -278,6 +278,11 @@ def test_the_page_holds_exactly_its_data(make, tmp_path):
     assert written(data, tmp_path).report == json.loads(json.dumps(dataclasses.asdict(data)))
 
 
+def test_half_a_character_survives(tmp_path):
+    data = dataclasses.replace(bare_report(), title=HALF_AN_EMOJI, notes=[HALF_AN_EMOJI])
+    assert written(data, tmp_path).report["notes"] == [HALF_AN_EMOJI]
+
+
 def test_hostile_text_adds_no_element_and_ends_no_script(tmp_path):
     calm, hostile = written(fake_report(), tmp_path), written(hostile_report(), tmp_path)
     assert hostile.tags == calm.tags
@@ -387,21 +392,29 @@ def test_the_gap_is_relative_to_the_yardstick():
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def drawn(data: Report, folder: Path) -> str:
-    """The page's elements after its script has run."""
+def drawn(data: Report, folder: Path, then: str = "") -> str:
+    """The page's elements after its script has run, and after it a script of the test's own if there is one."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: the page was not drawn in a browser")
-    write_report(data, folder / "report.html")
+    path = folder / "report.html"
+    write_report(data, path)
+    if then:  # the page's policy forbids any script but its own
+        page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text("utf-8"))
+        path.write_text(page.replace("</body>", f"<script>{then}</script></body>"), "utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --window-size=1280,2000 --virtual-time-budget=2000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", (folder / "report.html").as_uri()]
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
+
+
+def is_ready(page: str) -> bool:
+    root = page[page.index("<html") : page.index("<head")]
+    return 'data-ready="true"' in root and "data-error" not in root
 
 
 def test_a_browser_draws_the_charts_and_the_passage(tmp_path):
     page = drawn(fake_report(steps=200, tokens=300), tmp_path)
-    assert 'data-ready="true"' in page
-    assert "data-error" not in page.split(">", 2)[1]
+    assert is_ready(page)
     assert page.count("<svg") == 4
     assert page.count('<g class="series') == 5 + 1 + 4 + 4
     assert page.count("data-index=") == 300
@@ -411,14 +424,50 @@ def test_a_browser_draws_the_charts_and_the_passage(tmp_path):
 
 def test_a_browser_shows_hostile_text_as_text(tmp_path):
     page = drawn(hostile_report(), tmp_path)
-    assert 'data-ready="true"' in page
+    assert is_ready(page)
     assert "<img" not in page
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in page
 
 
 def test_a_browser_draws_a_report_with_hardly_anything_in_it(tmp_path):
     page = drawn(bare_report(), tmp_path)
-    assert 'data-ready="true"' in page
+    assert is_ready(page)
     for section in ("notes", "retention", "passage", "samples", "facts", "reproduce"):
         assert re.search(rf'<section id="{section}"[^>]*hidden', page), section
     assert page.count('class="missing"') == 3
+
+
+def test_hovering_reads_out_every_series_at_that_step(tmp_path):
+    data = fake_report(steps=200, tokens=30)
+    hover = """
+      const canvas = document.querySelector("#loss-chart .canvas"), box = canvas.getBoundingClientRect();
+      canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right, clientY: box.top + 50 }));
+    """
+    page = drawn(data, tmp_path, hover)
+    tip = re.sub(r"<[^>]*>", " ", page[page.index('<div id="tip"') : page.index('<script type="application/json"')])
+    llama, subllm = data.models
+    assert "step 200" in tip
+    for name, point in (("Llama training", llama.train[-1]), ("SUBLLM training", subllm.train[-1])):
+        assert re.search(rf"{name} +{point.loss:.4f}", tip), tip
+    last = llama.held_out[-1]
+    assert re.search(rf"Llama held-out +{last.loss:.4f} +at {last.step} ", tip), tip
+
+
+def test_every_button_and_every_token_answers_without_an_error(tmp_path):
+    poke = """
+      for (const button of document.querySelectorAll("button")) button.click();
+      for (const host of document.querySelectorAll("[data-index], [data-tip]"))
+        host.dispatchEvent(new PointerEvent("pointerover", { clientX: 9, clientY: 9, bubbles: true }));
+      document.documentElement.dataset.poked = document.querySelectorAll(".muted").length;
+    """
+    data = fake_report(steps=20, tokens=50)
+    page = drawn(data, tmp_path, poke)
+    assert is_ready(page)
+    shown = sum(token.kept_level == 2 for token in data.passage.tokens)
+    assert f'data-poked="{50 - shown}"' in page
+
+
+def test_an_error_in_the_page_is_told(tmp_path):
+    page = drawn(bare_report(), tmp_path, "throw new Error('a planted fault')")
+    assert not is_ready(page)
+    assert "could not be drawn: Uncaught Error: a planted fault" in page

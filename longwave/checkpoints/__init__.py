@@ -10,16 +10,24 @@ from typing import Any
 import torch
 
 from longwave import durable
-from longwave.checkpoints import native
+from longwave.checkpoints import llama, native, subllm
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.model import Decoder
 
 Reader = Callable[[Path, "dict[str, Any]", "torch.dtype | None"], Decoder]
-Writer = Callable[[Decoder, Path], None]
+Writer = Callable[[Decoder, Path, "Tokenizer | None"], None]
 
-READERS: dict[str, Reader] = {native.MODEL_TYPE: native.read_model}
-WRITERS: dict[str, Writer] = {native.MODEL_TYPE: native.write_model}
+READERS: dict[str, Reader] = {
+    native.MODEL_TYPE: native.read_model,
+    llama.MODEL_TYPE: llama.read_model,
+    subllm.MODEL_TYPE: subllm.read_model,
+}
+WRITERS: dict[str, Writer] = {
+    native.MODEL_TYPE: lambda model, folder, _: native.write_model(model, folder),
+    llama.MODEL_TYPE: llama.write_model,
+    subllm.MODEL_TYPE: subllm.write_model,
+}
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
@@ -39,14 +47,16 @@ def save(
 ) -> None:
     """Saves a model so that the folder appears whole or not at all.
 
-    layout: "longwave", or "llama" for an ordinary `transformers` folder of a model that is a plain Llama.
+    layout: "longwave"; "llama" for an ordinary `transformers` folder of a model that is a plain Llama; or "subllm" for
+    the published layout of a SUBLLM. UserError for a model that the layout cannot hold.
     """
     if layout not in WRITERS:
         raise UserError(f"layout = {layout!r}; use one of {', '.join(WRITERS)}")
     with durable.folder(path) as staging:
-        WRITERS[layout](model, staging)
+        WRITERS[layout](model, staging, tokenizer)
         if tokenizer is not None:
             tokenizer.save(staging)
+            _write_generation_config(tokenizer, staging)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,8 +74,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def family(values: dict[str, Any], folder: Path) -> str:
-    """Which layout a `config.json` speaks of."""
-    name = values.get("model_type")
+    """Which layout a `config.json` speaks of; a published SUBLLM is known by its `structure`."""
+    name = subllm.MODEL_TYPE if "structure" in values else values.get("model_type")
     if name not in READERS:
         raise UserError(f"{folder / 'config.json'}: model_type = {name!r}; supported: {', '.join(READERS)}")
     return str(name)
+
+
+def _write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """The ids at which `transformers` begins and ends a generation."""
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    known = {name: id for name, id in ids.items() if id is not None}
+    (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")

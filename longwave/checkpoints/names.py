@@ -1,4 +1,4 @@
-"""Names of tensors: the flat native ones, and declarative tables that map them to a foreign layout and back."""
+"""Names of tensors in a longwave folder; `foreign.py` maps them to other layouts and back."""
 
 from __future__ import annotations
 

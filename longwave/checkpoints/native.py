@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import WEIGHTS, WeightFiles, assign, in_dtype, write
+from longwave.checkpoints.weights import WEIGHTS, WeightFiles, assign, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.model import Decoder
@@ -53,7 +53,6 @@ def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) 
     config = config_from(values, str(folder / "config.json"))
     with torch.device("meta"):
         model = Decoder(config)
-    names = flat_names(model)
     files = WeightFiles(folder)
-    assign(model, in_dtype(files.load(files.names()), dtype), names, str(folder / WEIGHTS))
-    return model.eval()
+    assign(model, files.load(files.names()), flat_names(model), str(folder / WEIGHTS))
+    return (model if dtype is None else model.to(dtype)).eval()

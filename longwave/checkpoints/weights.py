@@ -1,4 +1,4 @@
-"""Reading and writing safetensors: whole folders, sharded or not, with every mismatch an error that names the tensor."""
+"""Reading and writing safetensors: whole folders, sharded or not; every mismatch is an error that names the tensor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class WeightFiles:
     """The tensors of a folder by name, read one at a time from `model.safetensors` or from the shards of its index."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = self._index(folder) if (folder / INDEX).exists() else self._single(folder / WEIGHTS)
+    def __init__(self, folder: Path, file: str = WEIGHTS) -> None:
+        sharded = file == WEIGHTS and (folder / INDEX).exists()
+        self._files = self._index(folder) if sharded else self._single(folder / file)
 
     def names(self) -> set[str]:
         """Every tensor in the folder."""
@@ -42,7 +43,7 @@ class WeightFiles:
 
     def _single(self, path: Path) -> dict[str, Path]:
         if not path.exists():
-            raise UserError(f"{path.parent}: no {WEIGHTS} and no {INDEX}")
+            raise UserError(f"{path.parent}: no {path.name}" + (f" and no {INDEX}" if path.name == WEIGHTS else ""))
         try:
             with safe_open(path, framework="pt") as file:
                 return dict.fromkeys(file.keys(), path)
@@ -69,17 +70,21 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, 
     names: module-tree name -> name in `tensors`. UserError for a missing, unexpected or misshapen tensor.
     """
     expected = model.state_dict(keep_vars=True)
-    missing = sorted(set(names.values()) - set(tensors))
-    unexpected = sorted(set(tensors) - set(names.values()))
+    check({theirs: expected[name].shape for name, theirs in names.items()}, tensors, source)
+    model.load_state_dict({name: tensors[theirs] for name, theirs in names.items()}, assign=True)
+
+
+def check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: str) -> None:
+    """UserError naming the first tensor that is missing, unexpected or misshapen."""
+    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or unexpected:
         what, which = ("missing", missing) if missing else ("unexpected", unexpected)
         more = f" and {len(which) - 1} more" if len(which) > 1 else ""
         raise UserError(f"{source}: {what} tensor {which[0]}{more}")
-    for name, theirs in names.items():
-        if expected[name].shape != tensors[theirs].shape:
-            shapes = f"{list(tensors[theirs].shape)}, the config says {list(expected[name].shape)}"
-            raise UserError(f"{source}: tensor {theirs} has shape {shapes}")
-    model.load_state_dict({name: tensors[theirs] for name, theirs in names.items()}, assign=True)
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            shapes = f"{list(tensors[name].shape)}, the config says {list(shape)}"
+            raise UserError(f"{source}: tensor {name} has shape {shapes}")
 
 
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -87,12 +92,3 @@ def write(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file(
         {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
     )
-
-
-def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors with floating weights cast to `dtype`; double precision (thresholds) and integers stay."""
-    keep = (torch.float64,)
-    return {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() and tensor.dtype not in keep else tensor
-        for name, tensor in tensors.items()
-    }

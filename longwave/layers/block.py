@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class BlockKind:
 BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window")}
 
 
+@runtime_checkable
 class Layer(Protocol):
     """A block or a resampler: hidden (T, D) in, hidden (T, D) out, with its cost in FLOPs."""
 

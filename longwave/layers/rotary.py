@@ -25,6 +25,7 @@ def rotate(
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """heads (T, H, K) turned by the angles (T, 1, K / 2), or back by direction -1."""
     first, second = heads.chunk(2, dim=-1)
     turned = torch.empty_like(heads)
     left, right = turned.chunk(2, dim=-1)
@@ -43,4 +44,5 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(gradients[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(gradients[0], cos, sin, -1), None, None

@@ -41,6 +41,10 @@ class Mixer(nn.Module, ABC):
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
         """Mixes the tokens of each run, after the past that `state` holds of its sequence."""
 
+    def use_form(self, form: str) -> None:
+        """Runs softmax attention in the given form; a mixer without any passes over it."""
+        return
+
     @abstractmethod
     def state_spec(self) -> StateSpec:
         """What the mixer remembers of a sequence."""

@@ -54,6 +54,9 @@ class FullAttention(Mixer):
         ]
         return [k for k, _ in held], [v for _, v in held]
 
+    def use_form(self, form: str) -> None:
+        self.form = form
+
     def state_spec(self) -> StateSpec:
         entry = PerToken(self.kv_heads, self.head_size)
         return StateSpec({"key": entry, "value": entry}, self.window, self.site.level)

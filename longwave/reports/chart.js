@@ -94,7 +94,7 @@ const ends = values => values.reduce(([low, high], value) => [Math.min(low, valu
 class Chart {
   constructor(host, spec) {
     this.host = host;
-    this.spec = spec;
+    this.spec = { ...spec, series: spec.series.filter(({ points }) => points.length) };
     this.hidden = new Set();
     this.on = { logX: false, logY: false, late: false };
     this.canvas = element("div", { class: "canvas" });
@@ -173,7 +173,7 @@ class Chart {
       shape("line", { x1: 52, x2: width - 18, y1: y.place(tick), y2: y.place(tick), class: "grid" }),
       shape("text", { x: 44, y: y.place(tick) + 4, "text-anchor": "end" }, this.spec.tick(tick, digits)),
     ]);
-    const columns = x.ticks.flatMap(tick => [
+    const columns = x.ticks.filter(Number.isInteger).flatMap(tick => [
       shape("line", { x1: x.place(tick), x2: x.place(tick), y1: bottom, y2: bottom + 4, class: "axis" }),
       shape("text", { x: x.place(tick), y: bottom + 18, "text-anchor": "middle" }, count(tick)),
     ]);

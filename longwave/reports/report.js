@@ -210,14 +210,14 @@ function showGroup(kept, pressed) {
 
 function drawSamples() {
   const prompts = [...new Set(report.models.flatMap(model => model.generations.map(([prompt]) => prompt)))];
-  find("samples-list").append(...prompts.map(prompt => element("article", {},
-    element("p", { class: "prompt" }, prompt), element("div", { class: "pair" }, ...report.models.flatMap((model, index) => samplesOf(model, index, prompt))))));
+  find("samples-list").append(...prompts.map(prompt => element("article", { class: "pair" },
+    ...report.models.flatMap((model, index) => samplesOf(model, index, prompt)))));
   return prompts.length;
 }
 
 function samplesOf(model, index, prompt) {
   return model.generations.filter(sample => sample[0] === prompt).map(([, continuation]) =>
-    element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, continuation)));
+    element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, element("span", { class: "quiet" }, prompt), continuation)));
 }
 
 function drawFacts() {

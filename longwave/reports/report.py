@@ -237,7 +237,8 @@ def _speed_headline(label: str, kind: str, rows: Sequence[SpeedRow]) -> Headline
         if isinstance(row.llama, Figure) and isinstance(row.subllm, Figure):
             return _compare(label, row, row.llama, row.subllm)
     reasons = [cell.reason for row in candidates for cell in (row.llama, row.subllm) if isinstance(cell, Missing)]
-    return Headline(label, "—", f"Not measured: {reasons[0]}" if reasons else "Not measured in this run.", "unknown")
+    why = f"Not measured: {reasons[0].rstrip('.')}." if reasons else "Not measured in this run."
+    return Headline(label, "—", why, "unknown")
 
 
 def _compare(label: str, row: SpeedRow, llama: Figure, subllm: Figure) -> Headline:

@@ -68,7 +68,8 @@ def _ranked(
     scores: Tensor, weights: Tensor, windows: int, keys: list[int], retention: Fraction, sample: Sampler
 ) -> tuple[Tensor, Tensor]:
     """Kept places (W, M) ascending within each of W windows of one size, and their weights (W, M)."""
-    scores, weights = scores.unflatten(0, (windows, -1)), weights.unflatten(0, (windows, -1))
+    size = scores.shape[0] // windows
+    scores, weights = scores.view(windows, size), weights.view(windows, size)
     count = kept_count(scores.shape[1], retention)
     order = torch.sort(scores.detach(), dim=1, descending=True, stable=True).indices
     by_rank = weights.gather(1, order)

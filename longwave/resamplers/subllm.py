@@ -1,8 +1,8 @@
 """SUBLLM's resampler: a learned score keeps the important tokens, the body runs on those, the rest is put back.
 
 Source: "SUBLLM: A Novel Efficient Architecture with Token Sequence Subsampling for LLM", arXiv 2406.06571, section 3.
-The paper's subsampling, upsampling and bypass collapse into one sum: kept tokens take y = x + c w (body(x) - x), and the
-others leave exactly as they came. Positions are those of the sequence, at every level.
+The paper's subsampling, upsampling and bypass collapse into one sum: kept tokens take y = x + c w (body(x) - x), and
+the others leave exactly as they came. Positions are those of the sequence, at every level.
 
 `causal` selection is our own variant: training keeps what inference keeps, the tokens above a threshold that follows
 the quantile of the scores, and a token's weight is its place between that threshold and a second, upper one.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -63,12 +62,15 @@ class Subllm(nn.Module):
         self.body = body
         self.clock: Clock | None = None
         self.shares: dict[str, Tensor] = {}
+        self.kept_of = [0, 0]  # tokens kept and tokens met at inference, for whoever asks how much is really kept
 
     @property
     def laws(self) -> Laws:
-        """Published training ranks tokens against later ones and against the documents of their window."""
-        causal = self.config.selection == "causal"
-        return Laws(training=frozenset({Law.COMPANY, Law.CAUSALITY}) if causal else frozenset(), inference=ALL)
+        """Published training ranks tokens against later ones, and against the other documents of their window."""
+        if self.config.selection == "causal":
+            return Laws(training=frozenset({Law.COMPANY, Law.CAUSALITY}), inference=ALL)
+        by_document = self.config.ranking == "document"
+        return Laws(training=frozenset({Law.COMPANY}) if by_document else frozenset(), inference=ALL)
 
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
         windows = stream.windows or Windows(stream.lengths, tuple(range(len(stream.lengths))))
@@ -85,7 +87,10 @@ class Subllm(nn.Module):
     def _select(self, hidden: Tensor, stream: Stream, windows: Windows) -> Selection:
         scores = self.score(hidden)
         if not self.training:
-            return above_threshold(scores, self._weights(scores), self.threshold.low)
+            chosen = above_threshold(scores, self._weights(scores), self.threshold.low)
+            self.kept_of[0] += chosen.rows.numel()
+            self.kept_of[1] += scores.numel()
+            return chosen
         clock = self._running_clock()
         if self.config.selection == "causal":
             if torch.is_grad_enabled():
@@ -166,14 +171,17 @@ class Subllm(nn.Module):
         else:
             runs = stream.run_of_token.index_select(0, chosen.rows)
             lengths = torch.bincount(runs, minlength=len(stream.lengths)).tolist()
-        return stream.gather(chosen.rows, lengths, self._inner_windows(windows, lengths) if self.training else None)
+        return stream.gather(
+            chosen.rows, lengths, self._inner_windows(stream, windows, lengths) if self.training else None
+        )
 
-    def _inner_windows(self, windows: Windows, lengths: list[int]) -> Windows:
+    def _inner_windows(self, stream: Stream, windows: Windows, lengths: list[int]) -> Windows:
         """Windows of the kept tokens; only a selection of known size per window can go on ranking within it."""
         by_window = self.config.selection == "published" and self.config.ranking == "window"
         if by_window:
             return Windows(tuple(kept_count(size, self.retention) for size in windows.sizes), windows.samples)
-        return Windows(tuple(lengths), tuple(range(len(lengths))))
+        samples = tuple(windows.samples[window] for window in _window_of_runs(stream.lengths, windows.sizes))
+        return Windows(tuple(lengths), samples)
 
     def _remember(self, inner: Stream, state: State) -> None:
         assert inner.slots is not None
@@ -183,7 +191,7 @@ class Subllm(nn.Module):
 
     @torch.no_grad()
     def _count(self, scores: Tensor, chosen: Selection) -> None:
-        """Shares to watch: kept at inference, live (0 < w < 1), falsely kept and falsely dropped by training's choice."""
+        """Shares to watch: above the threshold, live (0 < w < 1), falsely kept, falsely dropped by training's choice."""
         above = scores > self.threshold.low
         weights = self._weights(scores)
         kept = torch.zeros_like(above).index_fill(0, chosen.rows, True)
@@ -217,7 +225,7 @@ class Subllm(nn.Module):
 
 def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> list[int]:
     """The window that each run lies in."""
-    windows, window, left = [], 0, sizes[0]
+    windows, window, left = [], 0, sum(sizes[:1])
     for length in lengths:
         while left == 0 and window + 1 < len(sizes):
             window += 1
@@ -282,5 +290,10 @@ class _Threshold(nn.Module):
         """Moves with the model, but is never rounded to its dtype."""
         low, high = self.low, self.high
         super()._apply(fn, recurse)
-        self.low, self.high = low.to(self.low.device), high.to(self.high.device)
+        self.low, self.high = _unrounded(low, self.low), _unrounded(high, self.high)
         return self
+
+
+def _unrounded(before: Tensor, after: Tensor) -> Tensor:
+    """The value of `before` where `after` lies; a meta tensor has no value to keep."""
+    return after.double() if before.is_meta else before.to(after.device)

@@ -160,7 +160,7 @@ class State:
 
 
 def _kept_before(sequence: _Sequence, level: int, length: int) -> int:
-    """Tokens of a level that stand before place `length` of the sequence; -1 is the outermost level, which keeps all."""
+    """Tokens of a level that stand before place `length` of the sequence; the outermost level, -1, keeps all."""
     if level < 0:
         return length
     parts = (part for part in sequence.parts.values() if part.spec.level == level and "order" in part.spec.per_token)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -192,7 +191,7 @@ class ScaledAdam:
         delta  = -lr rms(p) g / (sqrt(v) + eps) + k p
         D     <- b1 D + (1 - b1) delta;   p <- p + D
 
-    k is not 0 on every 4th update only, see `_size_step`. One-element parameters take 0.1 for their rms and no k.
+    k is 0 but on every 4th update, see `_size_step`. One-element parameters take 0.1 for their rms and no k.
     Each tensor has its own arithmetic; `batch_elements` only says how many elements one multi-tensor call may cover.
     """
 
@@ -241,9 +240,10 @@ class ScaledAdam:
         _load(self._large_tensors() | self._small_tensors(), tensors, expected=self.tensors())
 
     def _large_tensors(self) -> dict[str, Tensor]:
-        moments = zip(self.weights, self.second_moments, self.deltas, strict=True)
-        named = ({f"second_moment.{w.name}": square, f"delta.{w.name}": delta} for w, square, delta in moments)
-        return dict(chain.from_iterable(pair.items() for pair in named)) | _copied_masters(self.weights)
+        state = _copied_masters(self.weights)
+        for weight, square, delta in zip(self.weights, self.second_moments, self.deltas, strict=True):
+            state |= {f"second_moment.{weight.name}": square, f"delta.{weight.name}": delta}
+        return state
 
     def _small_tensors(self) -> dict[str, Tensor]:
         state = {
@@ -270,7 +270,7 @@ class ScaledAdam:
         return on_host[: len(norms)], on_host[len(norms) :]
 
     def _measured_rms(self) -> Tensor:
-        counts = torch.tensor([master.numel() for master in self.masters])
+        counts = torch.tensor([master.numel() for master in self.masters], dtype=torch.float64)
         return _host(list(torch._foreach_norm(self.masters))) / counts.sqrt()
 
     def _sizes(self, rms: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ class ScaledAdam:
         """Give the factor (W,) for sqrt(v): tensors cease to be corrected once it hardly matters, scalars do not."""
         correction = 1 - self.config.betas[1] ** (step + 1)
         of_tensors = math.sqrt(correction) if correction < 0.99 else 1.0
-        return torch.where(self.is_scalar, math.sqrt(correction), of_tensors)
+        return torch.full_like(self.rms, of_tensors).masked_fill(self.is_scalar, math.sqrt(correction))
 
     def _size_step(self, count: int, lr: Tensor) -> Tensor:
         """Give the relative growth k (W,) of each tensor at the `count`-th size update: Adam on its log size."""
@@ -363,7 +363,7 @@ class MedianClipper:
 
 
 class AdamW:
-    """`torch.optim.AdamW`, fused (4 times faster than foreach on a CPU), behind `Optimizer` (see `AdamWConfig`)."""
+    """`torch.optim.AdamW`, fused (on a CPU 3 times as fast as foreach), behind `Optimizer` (see `AdamWConfig`)."""
 
     def __init__(self, config: AdamWConfig, model: nn.Module) -> None:
         self.config = config

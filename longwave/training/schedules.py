@@ -59,7 +59,7 @@ class Eden:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983; Llama's final tenth)."""
+    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983; a tenth is Llama's)."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = 100

@@ -11,8 +11,8 @@ def attention(
 ) -> Tensor:
     """o_t = sum_u softmax_u(scale q_t . k_u) v_u over the visible keys u, one query at a time.
 
-    The `lengths[r]` queries of run `r` are the last of its keys: query i sees keys 0 ... N - L + i, or the last `window`
-    of those. Query head h reads KV head h // (H / G) (Ainslie et al. 2023, grouped-query attention).
+    The `lengths[r]` queries of run `r` are the last of its keys: query i sees keys 0 ... N - L + i, or the last
+    `window` of those. Query head h reads KV head h // (H / G) (Ainslie et al. 2023, grouped-query attention).
     """
     rows, start = [], 0
     for length, key, value in zip(lengths, keys, values, strict=True):

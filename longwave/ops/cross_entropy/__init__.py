@@ -33,15 +33,15 @@ def cross_entropy(
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _CrossEntropy.apply(hidden, weight, targets, scale)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _CrossEntropy.apply(hidden, weight, targets, scale, wanted)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, wanted: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         matrix = weight.to(hidden.dtype)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight) if wanted else None
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
@@ -56,10 +56,10 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         factor = gradients[0]
-        return grad_hidden * factor.to(grad_hidden), grad_weight * factor.to(grad_weight), None, None
+        return grad_hidden * factor.to(grad_hidden), grad_weight * factor.to(grad_weight), None, None, None
 
 
 def _chunk(hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,254 @@
+"""Folders in the published SUBLLM layout (github XiaoMi/subllm, arXiv 2406.06571), read and written.
+
+`config.json` has no `model_type`; its `structure` tells it. The weights lie in `model.safetensors`, or in one file that
+`torch.save` wrote, of which nothing but tensors is ever unpickled.
+
+What the published code does whatever its config says is done here too: `scale_token_embedding` is ignored (the scale is
+1), norms have an epsilon of 1e-5, and rotation has base 10000. `attn_type` and `use_fused` choose among equal forms and
+the remaining keys (window of training, ids, dropout) do not change the model. Writing keeps the model, but not the
+settings of its training (`subllm.*`, `init.*`), for which this layout has no keys.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless, without_tied_head
+from longwave.checkpoints.weights import INDEX, WEIGHTS, WeightFiles, write
+from longwave.config import ModelConfig, ScalesConfig, build, retention_of
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+from longwave.layout import Blocks, Layout, parse
+from longwave.model import Decoder
+
+MODEL_TYPE = "subllm"
+_EPS, _ROTARY_BASE = 1e-5, 10000.0
+
+TABLE = (
+    Row("decoder.embed_tokens.weight", "embed.weight"),
+    Row("decoder.layers.{i}.self_attn_layer_norm.weight", "blocks.{i}.mixer_norm.weight"),
+    Row("decoder.layers.{i}.self_attn.q_proj.weight", "blocks.{i}.mixer.q_proj.weight"),
+    Row("decoder.layers.{i}.self_attn.k_proj.weight", "blocks.{i}.mixer.k_proj.weight"),
+    Row("decoder.layers.{i}.self_attn.v_proj.weight", "blocks.{i}.mixer.v_proj.weight"),
+    Row("decoder.layers.{i}.self_attn.out_proj.weight", "blocks.{i}.mixer.o_proj.weight"),
+    Row("decoder.layers.{i}.final_layer_norm.weight", "blocks.{i}.mlp_norm.weight"),
+    Row("decoder.layers.{i}.feedforward.swiglu.w12.weight", "blocks.{i}.mlp.gate_proj.weight"),
+    Row("decoder.layers.{i}.feedforward.swiglu.w12.weight", "blocks.{i}.mlp.up_proj.weight"),
+    Row("decoder.layers.{i}.feedforward.swiglu.w3.weight", "blocks.{i}.mlp.down_proj.weight"),
+    Row("decoder.downsamplers.{i}.to_scores.weight", "resamplers.{i}.score.weight", as_row=True),
+    Row("decoder.bypasses.{closing}.bypass_scale", "resamplers.{i}.bypass"),
+    Row("decoder.layer_norm.weight", "norm.weight"),
+    Row("decoder.output_projection.weight", "head.weight"),
+)
+_BUFFERS = "position.inv_freq"
+_PICKLES = (".pt", ".pth", ".bin")
+
+
+def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
+    """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
+    config = config_from(values, str(folder / "config.json"))
+    tensors, source = _tensors(folder)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
+    if config.tie_embeddings:
+        head, embedding = "decoder.output_projection.weight", "decoder.embed_tokens.weight"
+        tensors = without_tied_head(tensors, head, embedding, source)
+    numbering = {"closing": closing_order(values["structure"])}
+    return assemble(config, tensors, TABLE, source, numbering=numbering, dtype=dtype)
+
+
+def write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes `config.json` and `model.safetensors`; UserError for a model that the published code cannot be."""
+    values = config_json(model, tokenizer)
+    write(disassemble(model, TABLE, {"closing": closing_order(values["structure"])}), folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def config_from(values: dict[str, Any], source: str) -> ModelConfig:
+    """The model config in a parsed `config.json`; UserError for a key whose value is not supported."""
+    theirs = ForeignConfig(values, source)
+    theirs.only("qk_bias", False)
+    theirs.only("norm_name", "rmsnorm")
+    theirs.only("mlp_name", "swiglu")
+    structure = theirs.get("structure", str)
+    _check_structure(theirs, structure)
+    described = {
+        "vocab_size": theirs.get("num_embeddings", int),
+        "hidden_size": _width(theirs),
+        "layout": _layout(structure, _retentions(theirs, structure.count("("))),
+        "attention": {"heads": theirs.get("decoder_attention_heads", int)},
+        "mlp": {"size": theirs.get("decoder_ffn_embed_dim", int)},
+        "context_window": theirs.get("tokens_per_sample", int, theirs.get("n_positions", int, 2048)),
+        "norm_eps": _EPS,
+        "tie_embeddings": theirs.get("tie_weights", bool, True),  # true is the default of the published class
+    }
+    return build(ModelConfig, described, source)
+
+
+def closing_order(structure: str) -> list[int]:
+    """For every `(` in order, the place of its `)` among all `)`: bypasses are numbered so, and downsamplers by `(`."""
+    order, opened = [0] * structure.count("("), list[int]()
+    opening = closing = 0
+    for character in structure:
+        if character == "(":
+            opened.append(opening)
+            opening += 1
+        elif character == ")":
+            order[opened.pop()] = closing
+            closing += 1
+    return order
+
+
+def config_json(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The content of `config.json`; UserError for a model that the published code cannot be."""
+    config = model.config
+    _refuse_what_the_published_code_lacks(model)
+    retentions = [item.arguments[0] for item in model.layout.walk() if not isinstance(item, Blocks)]
+    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return ids | {
+        "num_embeddings": config.vocab_size,
+        "decoder_embed_dim": config.hidden_size,
+        "hidden_size": config.hidden_size,
+        "decoder_ffn_embed_dim": config.mlp.size,
+        "decoder_layers": model.layout.depth,
+        "decoder_attention_heads": config.attention.heads,
+        "structure": _structure(model.layout),
+        "downsampling_factor_denominator": ",".join(retentions if len(set(retentions)) > 1 else retentions[:1]),
+        "tokens_per_sample": config.context_window,
+        "n_positions": config.context_window,
+        "tie_weights": config.tie_embeddings,
+        "qk_bias": False,
+        "norm_name": "rmsnorm",
+        "mlp_name": "swiglu",
+    }
+
+
+def _check_structure(theirs: ForeignConfig, structure: str) -> None:
+    """Balanced, of the characters T ( ) only, nothing empty, one T per layer."""
+    opened = list[int]()
+    for at, character in enumerate(structure):
+        if character not in "T()":
+            raise _pointed(theirs, at, "only T, ( and ) are known")
+        if character == "(":
+            opened.append(at)
+        if character == ")" and not opened:
+            raise _pointed(theirs, at, "closes nothing")
+        if character == ")" and opened.pop() == at - 1:
+            raise _pointed(theirs, at, "no T inside")
+    if opened:
+        raise _pointed(theirs, opened[-1], "is never closed")
+    layers = theirs.get("decoder_layers", int)
+    if structure.count("T") != layers or not layers:
+        raise theirs.error("structure", f"has {structure.count('T')} T, yet decoder_layers = {layers}")
+
+
+def _pointed(theirs: ForeignConfig, at: int, what: str) -> UserError:
+    structure = str(theirs.values["structure"])
+    shown = f"{structure[:at]}>>{structure[at]}<<{structure[at + 1 :]}"
+    return UserError(f"{theirs.source}: structure, character {at + 1}: {what}: {shown!r}")
+
+
+def _retentions(theirs: ForeignConfig, levels: int) -> list[str]:
+    """The retention of every level as written; the key's name notwithstanding, it holds the ratio itself."""
+    key = "downsampling_factor_denominator"
+    if not levels:
+        return []
+    ratios = [text.strip() for text in str(theirs.values.get(key, "")).split(",")]
+    try:
+        for ratio in ratios:
+            retention_of(ratio)
+    except UserError:
+        raise theirs.error(key, "one number in (0, 1], or one per ( separated by commas") from None
+    if len(ratios) not in (1, levels):
+        raise theirs.error(key, f"holds {len(ratios)} ratios, yet structure has {levels} pairs")
+    return ratios * (levels // len(ratios))
+
+
+def _layout(structure: str, retentions: list[str]) -> str:
+    """`TT(T)` -> `2F subllm(0.64: F)`."""
+    left = iter(retentions)
+    pieces = []
+    for run in re.findall(r"T+|[()]", structure):
+        pieces.append(f"subllm({next(left)}:" if run == "(" else run if run == ")" else f"{len(run)}F")
+    return str(parse(" ".join(pieces)))
+
+
+def _structure(layout: Layout) -> str:
+    """`2F subllm(0.64: F)` -> `TT(T)`."""
+    return "".join(
+        "T" * item.count if isinstance(item, Blocks) else f"({_structure(item.body)})" for item in layout.items
+    )
+
+
+def _width(theirs: ForeignConfig) -> int:
+    key = "hidden_size" if theirs.values.get("decoder_embed_dim") is None else "decoder_embed_dim"
+    width = theirs.get(key, int)
+    theirs.only("hidden_size", width)
+    heads = theirs.get("decoder_attention_heads", int)
+    if heads < 1 or width % (2 * heads):
+        raise theirs.error("decoder_attention_heads", f"{key} = {width} must be an even multiple of it")
+    return width
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a folder, memory-mapped where the file allows it, and the file they come from."""
+    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+        files = WeightFiles(folder)
+        return files.load(files.names()), str(folder / WEIGHTS)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+    if len(found) != 1:
+        listed = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder}: no {WEIGHTS}, so exactly one *{', *'.join(_PICKLES)} is needed; found: {listed}")
+    return dict(_state_dict(found[0])), str(found[0])
+
+
+def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises whatever the bytes lead it to
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read as a state dict of tensors and nothing else: {first}") from None
+    content = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: holds a {type(content).__name__}; expected a state dict, or one under the key 'model'"
+        )
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+        yield str(name), tensor
+
+
+def _refuse_what_the_published_code_lacks(model: Decoder) -> None:
+    config, attention = model.config, model.config.attention
+    heads = attention.heads
+    levels = [part for part in model.layout.walk() if not isinstance(part, Blocks)]
+    letters = {part.letter for part in model.layout.walk() if isinstance(part, Blocks)}
+    plain = letters == {"F"} and all(level.name == "subllm" for level in levels)
+    rules = (
+        (plain, "layout", config.layout, "only F blocks and subllm(...)"),
+        (config.kv_heads == heads, "attention.kv_heads", config.kv_heads, "as many as heads"),
+        (
+            config.head_size * attention.heads == config.hidden_size,
+            "attention.head_size",
+            config.head_size,
+            "width / heads",
+        ),
+        (not attention.qkv_bias, "attention.qkv_bias", True, "no biases"),
+        (not attention.output_bias, "attention.output_bias", True, "no biases"),
+        (not config.mlp.bias, "mlp.bias", True, "no biases"),
+        (not attention.qk_norm, "attention.qk_norm", True, "no norm of queries and keys"),
+        (config.scales == ScalesConfig(), "scales", config.scales, "all are 1"),
+        (config.norm_eps == _EPS, "norm_eps", config.norm_eps, f"it is {_EPS}"),
+        (config.rotary.base == _ROTARY_BASE, "rotary.base", config.rotary.base, f"it is {_ROTARY_BASE}"),
+        (not config.subllm or config.subllm.selection == "published", "subllm.selection", "causal", "published"),
+    )
+    for kept, name, value, legal in rules:
+        refuse_unless(kept, MODEL_TYPE, name, value, legal)

@@ -1,0 +1,66 @@
+"""Loss on held-out text, in the mode in which the model will run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from longwave.data.packed import Batch, PackedTokens
+from longwave.model import Decoder
+from longwave.stream import Stream, Windows
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """loss: nats per predicted token. retention: share of the tokens entering each level that it kept."""
+
+    loss: float
+    tokens: int
+    retention: tuple[float, ...]
+
+
+def held_out_loss(
+    model: Decoder, data: PackedTokens, *, windows: int = 0, batch_windows: int = 8, selection: str = "threshold"
+) -> HeldOut:
+    """Mean loss over the first `windows` windows (0 for all).
+
+    selection: "threshold", as the model runs, or "training", with the choice that training makes (it may see later
+    tokens, so its loss is no quality figure; the gap between the two is worth watching).
+    """
+    count = len(data) if windows == 0 else min(windows, len(data))
+    with _mode(model, training=selection == "training"), torch.no_grad():
+        total, tokens = 0.0, 0
+        for start in range(0, count, batch_windows):
+            batch = data.batch(range(start, min(start + batch_windows, count)))
+            total += float(batch_loss(model, batch))
+            tokens += targets_in(batch)
+    kept = [resampler.kept_of for resampler in model.resamplers]
+    return HeldOut(total / max(tokens, 1), tokens, tuple(some / max(met, 1) for some, met in kept))
+
+
+def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
+    """Sum of the losses of a batch of packed windows, in nats."""
+    device = model.embed.weight.device
+    stream = Stream.of(batch.runs, windows=Windows(batch.windows, batch.samples), device=device)
+    return model.loss(batch.tokens.to(device), batch.targets.to(device), stream)
+
+
+def targets_in(batch: Batch) -> int:
+    """How many tokens of a batch are predicted."""
+    return int((batch.targets != -100).sum())
+
+
+@contextmanager
+def _mode(model: Decoder, training: bool) -> Iterator[None]:
+    """Puts the model into a mode with fresh retention counts, and back."""
+    before = model.training
+    for resampler in model.resamplers:
+        resampler.kept_of = [0, 0]
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)

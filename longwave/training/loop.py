@@ -1,0 +1,234 @@
+"""The training loop: one run from a recipe, resumable to the bit.
+
+- The position in the data is an integer, draws are keyed, schedules are functions of the step: a checkpoint is the
+  weights, the optimizer's tensors and three integers, and there is no generator to save.
+- Every checkpoint is also a model folder that `longwave.load` takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from longwave import durable
+from longwave.checkpoints import load, native
+from longwave.checkpoints.weights import WeightFiles, write
+from longwave.data.packed import Batch, PackedTokens, WindowSampler
+from longwave.data.shards import PreparedInfo
+from longwave.data.tokenizer import Tokenizer
+from longwave.device import device_of
+from longwave.errors import UserError
+from longwave.evaluation.held_out import batch_loss, held_out_loss, targets_in
+from longwave.model import Decoder
+from longwave.training.metrics import MetricsFile, Observer, TensorBoard
+from longwave.training.recipe import Recipe, TrainingConfig
+
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop; a checkpoint of `step` was written, and the same command goes on from there."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}; the same command continues from there")
+
+
+class Trainer:
+    """One run in one folder: `checkpoints/`, `metrics.jsonl`, and at the end `model/`."""
+
+    def __init__(self, recipe: Recipe, output: str | Path, observers: Sequence[Observer] = ()) -> None:
+        self.recipe, self.output = recipe, Path(output)
+        run = recipe.training
+        self.device = device_of(run.device)
+        self.info = PreparedInfo.read(recipe.data.folder)
+        self.info.require_vocab(recipe.model.vocab_size)
+        self.tokenizer = Tokenizer.load(recipe.data.folder)
+        self.data = PackedTokens(recipe.data.folder, "train", run.window)
+        self.sampler = WindowSampler(len(self.data), run.seed)
+        self.held_out = PackedTokens(recipe.data.folder, "held_out", run.window, keep_last=True)
+        self.step = 0
+        self.model = self._resumed_model() or Decoder(recipe.model, run.seed).to(self.device)
+        self.model.train().checkpoint_blocks(run.recompute)
+        self.optimizer = recipe.optimizer.build(self.model)
+        self._resume_optimizer()
+        self._observers = [*observers]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step has been run."""
+        return self.step >= self.recipe.training.steps
+
+    def run(self) -> Decoder:
+        """Trains to the last step and writes `model/`; Interrupted after a signal, once a checkpoint is safe."""
+        run = self.recipe.training
+        self._observers += self._own_observers()
+        self._compile()
+        self.model.set_step(self.step, run.seed)
+        try:
+            with _stop_signals() as stopped:
+                while not self.finished:
+                    self._one_step()
+                    if stopped and not self.finished:
+                        self._checkpoint()
+                        raise Interrupted(self.step)
+        finally:
+            for observer in self._observers:
+                observer.close()
+        self._write_model()
+        return self.model.eval()
+
+    def _one_step(self) -> None:
+        run, started = self.recipe.training, time.perf_counter()
+        loss, report, lr = self._update()
+        self.step += 1
+        self.model.set_step(self.step, run.seed)
+        entry: dict[str, Any] = {"step": self.step, "tokens": self.step * run.batch_windows * run.window}
+        if _due(self.step, run.log_every, run.steps) or self.step == 1:
+            entry |= {"loss": loss, "lr_scale": lr, "grad_norm": report.grad_norm, "clip": report.clip}
+            entry |= {"tokens_per_second": run.batch_windows * run.window / (time.perf_counter() - started)}
+            entry |= self._shares()
+        if _due(self.step, run.evaluate_every, run.steps):
+            entry |= self._evaluation()
+        if len(entry) > 2:
+            for observer in self._observers:
+                observer.record(entry)
+        if _due(self.step, run.checkpoint_every, run.steps):
+            self._checkpoint()
+
+    def _update(self) -> tuple[float, Any, float]:
+        """One optimizer step; returns the loss per token, the optimizer's report and the schedule's factor."""
+        run = self.recipe.training
+        batches = self._batches()
+        tokens = sum(map(targets_in, batches))
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                part = batch_loss(self.model, batch) / max(tokens, 1)
+            part.backward()
+            loss += part.detach()
+        seen = self.step * run.batch_windows * run.window
+        scale = self.recipe.schedule.scale(self.step, seen, run.steps)
+        report = self.optimizer.step(scale)
+        self.optimizer.zero_grad()
+        return float(loss), report, scale
+
+    def _batches(self) -> list[Batch]:
+        run = self.recipe.training
+        first, size = self.step * run.batch_windows, run.micro_windows or run.batch_windows
+        starts = range(first, first + run.batch_windows, size)
+        return [self.data.batch(range(start, start + size), self.sampler) for start in starts]
+
+    def _shares(self) -> dict[str, list[float]]:
+        """What each level's selection did in the last forward: one list per quantity, outer levels first."""
+        shares = [resampler.shares for resampler in self.model.resamplers]
+        return {name: [float(level[name]) for level in shares] for name in (shares[0] if shares else ())}
+
+    def _evaluation(self) -> dict[str, Any]:
+        run = self.recipe.training
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            result = held_out_loss(self.model, self.held_out, windows=run.evaluate_windows)
+        retention = {"retention": list(result.retention)} if result.retention else {}
+        return {"held_out_loss": result.loss, **retention}
+
+    def _own_observers(self) -> list[Observer]:
+        self.output.mkdir(parents=True, exist_ok=True)
+        observers: list[Observer] = [MetricsFile(self.output / "metrics.jsonl", self.step)]
+        if self.recipe.training.tensorboard:
+            observers.append(TensorBoard(self.output / "tensorboard"))
+        return observers
+
+    def _compile(self) -> None:
+        if self.recipe.training.compile:
+            for block in self.model.blocks:
+                block.mlp.compile(dynamic=True)
+
+    def _checkpoint(self) -> None:
+        parent = self.output / "checkpoints"
+        durable.sweep(parent)
+        with durable.folder(durable.step_folder(parent, self.step)) as staging:
+            self._write_folder(staging)
+            write(self.optimizer.tensors(), staging / "optimizer.safetensors")
+            progress = {"step": self.step, "recipe": self.recipe.to_dict(), "tokenizer": self.tokenizer.fingerprint}
+            (staging / "trainer.json").write_text(json.dumps(progress, indent=2) + "\n")
+        durable.prune(parent, self.recipe.training.keep)
+
+    def _write_model(self) -> None:
+        with durable.folder(self.output / "model") as staging:
+            self._write_folder(staging)
+
+    def _write_folder(self, staging: Path) -> None:
+        native.write_model(self.model, staging)
+        self.tokenizer.save(staging)
+
+    def _resumed_model(self) -> Decoder | None:
+        newest = durable.newest(self.output / "checkpoints")
+        if newest is None:
+            return None
+        durable.verify(newest.path)
+        progress = json.loads((newest.path / "trainer.json").read_text())
+        _check_same_run(progress, self.recipe, self.tokenizer, newest.path)
+        self.step = int(progress["step"])
+        return load(newest.path, device=self.device)
+
+    def _resume_optimizer(self) -> None:
+        if self.step:
+            folder = durable.step_folder(self.output / "checkpoints", self.step)
+            files = WeightFiles(folder, "optimizer.safetensors")
+            self.optimizer.load_tensors({name: tensor.clone() for name, tensor in files.load(files.names()).items()})
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:
+    """A checkpoint continues only the run that wrote it."""
+    theirs, ours = _flat(progress["recipe"]), _flat(json.loads(json.dumps(recipe.to_dict())))
+    free = {f"training.{name}" for name in _FREE_TO_CHANGE}
+    for name in sorted({*theirs, *ours} - free):
+        if theirs.get(name) != ours.get(name):
+            values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
+            raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
+    if progress["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{path}: trained with another tokenizer than {recipe.data.folder} has; give another output")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them, so that a step is never cut; a second one kills."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in previous:
+            signal.signal(number, note)
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def with_training(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other values in its `training` table."""
+    training: TrainingConfig = dataclasses.replace(recipe.training, **changes)
+    return dataclasses.replace(recipe, training=training)

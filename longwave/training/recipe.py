@@ -1,0 +1,120 @@
+"""A recipe: everything one training run needs, in one TOML file.
+
+Precedence: defaults < recipe file < `key.path=value` on the command line. A key that nothing knows is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from longwave.config import ModelConfig, Strict, build, require
+from longwave.errors import UserError
+from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
+from longwave.training.schedules import Eden, ScheduleConfig
+
+
+@dataclass(frozen=True)
+class DataConfig(Strict):
+    """Prepared data: the folder that `longwave prepare` wrote."""
+
+    folder: str
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Strict):
+    """One run.
+
+    steps: optimizer steps. window: tokens of a training window. batch_windows: windows of one step, run in pieces of
+    `micro_windows` (all at once by default). precision: `bf16` computes in bf16 over fp32 weights.
+    recompute: blocks keep only their inputs for the backward pass. compile: the feed-forwards go through torch.compile.
+    *_every: in steps; 0 means only at the end. evaluate_windows: held-out windows of one evaluation, 0 for all.
+    keep: newest checkpoints kept.
+    """
+
+    steps: int
+    window: int
+    batch_windows: int
+    micro_windows: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+    seed: int = 0
+    recompute: bool = False
+    compile: bool = False
+    tensorboard: bool = False
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluate_windows: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "window", "batch_windows", "log_every", "keep"):
+            require(getattr(self, name) > 0, f"training.{name} = {getattr(self, name)}: 1 or more")
+        for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
+            require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
+        micro = self.micro_windows
+        fits = micro is None or (micro > 0 and self.batch_windows % micro == 0)
+        require(fits, f"training.micro_windows = {micro} does not divide training.batch_windows = {self.batch_windows}")
+
+
+@dataclass(frozen=True)
+class Recipe(Strict):
+    """Model, data, optimizer, schedule and run."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = field(default_factory=ScaledAdamConfig)
+    schedule: ScheduleConfig = field(default_factory=Eden)
+
+    def __post_init__(self) -> None:
+        fits = self.training.window <= self.model.context_window
+        window = f"training.window = {self.training.window}"
+        require(fits, f"{window} is longer than model.context_window = {self.model.context_window}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `build` makes the same recipe from."""
+        return dataclasses.asdict(self)
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file and applies `key.path=value` overrides; a UserError names the file, key and value."""
+    return build(Recipe, read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a TOML file with overrides applied."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf8"))
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; give a recipe file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not TOML: {error}") from None
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UserError(f"{override!r}: an override reads key.path=value")
+    *tables, last = path.split(".")
+    for name in tables:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{override!r}: {name} is a value, not a table")
+    values[last] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (so that strings need no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,54 @@
+"""What every test runs under: one thread, shapes checked, uninitialised memory poisoned, no GPU test skipped in silence."""
+
+from __future__ import annotations
+
+import os
+
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are checked in tests only, so the hook has to come before longwave's first import.
+CHECKED = install_import_hook("longwave", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("dev", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+NO_GPU = "no CUDA device here"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread where several processes share the cores; a second one in a worker would only fight its neighbours."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, by name and reason, where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names every GPU test that was skipped, and why."""
+    for report in terminalreporter.stats.get("skipped", []):
+        if "gpu" in report.keywords:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            terminalreporter.write_line(f"GPU test skipped: {report.nodeid}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory from `torch.empty` holds NaN, or the largest integer, so that reading what was never written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

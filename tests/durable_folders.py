@@ -1,0 +1,31 @@
+"""What the tests of longwave.durable save and look at."""
+
+import os
+from pathlib import Path
+
+from longwave import durable
+
+NAMES = ("model.safetensors", "config.json", "optimizer/part-0")
+
+
+def content(name: str, version: int) -> bytes:
+    return f"{name} {version} ".encode() * 50
+
+
+def save(path: Path, version: int = 0) -> None:
+    with durable.folder(path) as staging:
+        durable.disk.mkdir(staging / "optimizer")
+        for name in NAMES:
+            durable.disk.write(staging / name, content(name, version))
+
+
+def version_of(path: Path) -> int:
+    """The version of a whole folder, every byte of which is looked at."""
+    assert durable.verify(path)
+    version = int((path / "config.json").read_text().split()[1])
+    assert all((path / name).read_bytes() == content(name, version) for name in NAMES)
+    return version
+
+
+def hidden(root: Path) -> list[str]:
+    return sorted(name for name in os.listdir(root) if name.startswith("."))
