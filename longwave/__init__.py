@@ -1,0 +1,52 @@
+"""longwave: language models whose cost does not explode with context length.
+
+    import longwave as lw
+    model = lw.load("path/to/model")
+    text = lw.generate(model, "prompt", max_new_tokens=64)
+    lw.save(model, "path/to/out")
+
+The names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from longwave.version import __version__
+
+if TYPE_CHECKING:
+    from longwave.api import generate, load, save
+    from longwave.config import ModelConfig
+    from longwave.errors import MachineError, UserError
+    from longwave.model import Decoder
+    from longwave.stream import Stream
+
+_HOMES = {
+    "load": "api",
+    "save": "api",
+    "generate": "api",
+    "Decoder": "model",
+    "ModelConfig": "config",
+    "Stream": "stream",
+    "UserError": "errors",
+    "MachineError": "errors",
+}
+
+__all__ = [
+    "Decoder",
+    "MachineError",
+    "ModelConfig",
+    "Stream",
+    "UserError",
+    "__version__",
+    "generate",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'longwave' has no attribute {name!r}")
+    return getattr(import_module(f"longwave.{_HOMES[name]}"), name)

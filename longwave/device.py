@@ -18,7 +18,9 @@ def device_of(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device = {name!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto")
+        raise UserError(
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
     return device
 
 

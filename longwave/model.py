@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from longwave.config import ModelConfig, require
+from longwave.costs import Cost, count, total, weight_bytes
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
 from longwave.layers.norm import RMSNorm
@@ -34,6 +36,9 @@ from longwave.resamplers import RESAMPLERS, Clock, Subllm
 from longwave.states import State
 from longwave.stream import Stream
 
+if TYPE_CHECKING:
+    from longwave.data.tokenizer import Tokenizer
+
 
 class Decoder(nn.Module):
     """A causal language model over streams.
@@ -44,6 +49,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
         self.layout = parse(config.layout)
         check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -118,17 +124,29 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.mixer.use_form(name)
 
+    def costs(self, tokens: int, dtype: torch.dtype | None = None) -> list[Cost]:
+        """What each part costs at a context of `tokens`, with weights and activations in `dtype` (the model's own)."""
+        dtype = dtype or self.embed.weight.dtype
+        own, flops = count(self.norm) + (0 if self.head is None else count(self.head)), self.head_flops()
+        head_bytes = weight_bytes(count(self.norm) + self.head_weight.numel(), dtype)
+        row = self.config.hidden_size * dtype.itemsize
+        return [
+            Cost("embedding", count(self.embed), decode_bytes=row),
+            *self.stack.costs(tokens, 1.0, dtype),
+            Cost("norm and head", own, flops, flops, head_bytes),
+        ]
+
     def prefill_flops(self, tokens: int) -> int:
         """FLOPs of one sequence of `tokens`, logits of the last row only."""
-        return self.stack.prefill_flops(tokens) + self.head_flops()
+        return total(self.costs(tokens)).prefill_flops
 
     def training_flops(self, tokens: int) -> int:
         """FLOPs of forward and backward over one sequence, logits at every row."""
-        return 3 * (self.stack.prefill_flops(tokens) + tokens * self.head_flops())
+        return 3 * (self.prefill_flops(tokens) + (tokens - 1) * self.head_flops())
 
     def decode_flops(self, context: int) -> float:
         """Expected FLOPs of the token that follows `context` others."""
-        return self.stack.decode_flops(context) + self.head_flops()
+        return total(self.costs(context)).decode_flops
 
     def head_flops(self) -> int:
         """FLOPs of one row of logits."""
@@ -155,7 +173,7 @@ class _Builder:
         for item in layout.items:
             if isinstance(item, Blocks):
                 for _ in range(item.count):
-                    yield Block(self.config, BLOCKS[item.letter], Site(f"blocks.{self.depth}", self.depth, level))
+                    yield Block(self.config, item.letter, Site(f"blocks.{self.depth}", self.depth, level))
                     self.depth += 1
             else:
                 index, self.index = self.index, self.index + 1

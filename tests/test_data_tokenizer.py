@@ -73,16 +73,36 @@ def test_streaming_any_ids_equals_decoding_them(ids: list[int]):
 
 
 BYTES = Tokenizer.train(["ab"], 258)
-HALVES = [BYTES.encode(text)[:count] for text in ("你", "\U0001f9ed") for count in range(1, len(text.encode()))]
+YOU, COMPASS = (BYTES.encode(text) for text in ("你", "\U0001f9ed"))
+HALVES = [character[:count] for character in (YOU, COMPASS) for count in range(1, len(character))]
 
 
-@given(st.lists(st.sampled_from(HALVES), min_size=15, max_size=60))
+def straddling() -> Tokenizer:
+    """A tokenizer with one token that ends a character and begins the next, as byte-level merges may."""
+    definition = json.loads(BYTES._plain.to_str())
+    last, first = (BYTES._plain.id_to_token(id) for id in (YOU[2], YOU[0]))
+    definition["model"]["vocab"][last + first] = BYTES.vocab_size
+    definition["model"]["merges"].append([last, first])
+    return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)), {})
+
+
+STRADDLING = straddling()
+
+
+@given(st.lists(st.sampled_from([*HALVES, [BYTES.vocab_size], YOU[1:2]]), min_size=15, max_size=90))
 def test_streaming_half_characters_equals_decoding_them_and_does_not_pile_up(halves: list[list[int]]):
-    ids, decoder, text = list(chain(*halves)), StreamDecoder(BYTES), ""
-    for id in ids:
+    ids, decoder, text = list(chain(*halves)), StreamDecoder(STRADDLING), ""
+    for number, id in enumerate(ids, start=1):
         text += decoder.push(id)
-        assert len(decoder._pending) <= 20
-    assert text + decoder.finish() == BYTES.decode(ids)
+        assert len(STRADDLING.decode(ids[:number])) - len(text) <= 17
+        assert len(decoder._ids) <= 66
+    assert text + decoder.finish() == STRADDLING.decode(ids)
+
+
+def test_characters_come_out_at_once_though_no_token_ends_with_one():
+    ids = STRADDLING.encode("你" * 50)
+    assert ids == [*YOU[:2], *[BYTES.vocab_size, YOU[1]] * 49, YOU[2]]
+    assert streamed(STRADDLING, ids) == [*["", ""], *["你", ""] * 49, "你", ""]
 
 
 @given(st.lists(st.sampled_from(["a", " a", "b ", "你", "", "  "]), min_size=2, max_size=6))

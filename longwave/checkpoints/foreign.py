@@ -42,6 +42,11 @@ class Row:
         parts = re.split(r"\{(\w+)\}", self.ours)  # text and holes in turn
         return re.compile("".join(_HOLES[part] if at % 2 else re.escape(part) for at, part in enumerate(parts)))
 
+    def foreign_name(self, holes: Mapping[str, str], numbering: Numbering) -> str:
+        """The foreign name, given what stands in the holes of the native one."""
+        used = {name: order[int(holes["i"])] for name, order in numbering.items() if f"{{{name}}}" in self.theirs}
+        return self.theirs.format(**holes, **used)
+
 
 @dataclass
 class Holding:
@@ -73,9 +78,8 @@ def holdings(native: Iterable[str], table: Sequence[Row], numbering: Numbering |
     names, held = list(native), dict[str, Holding]()
     for row in table:
         for match in filter(None, map(row.pattern.fullmatch, names)):
-            holes = match.groupdict()
-            others = {name: order[int(holes["i"])] for name, order in (numbering or {}).items() if "i" in holes}
-            held.setdefault(row.theirs.format(**holes, **others), Holding(as_row=row.as_row)).ours.append(match[0])
+            theirs = row.foreign_name(match.groupdict(), numbering or {})
+            held.setdefault(theirs, Holding(as_row=row.as_row)).ours.append(match[0])
     return held
 
 

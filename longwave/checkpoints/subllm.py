@@ -217,9 +217,7 @@ def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path}: cannot be read as a state dict of tensors and nothing else: {first}") from None
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: holds a {type(content).__name__}; expected a state dict, or one under the key 'model'"
-        )
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict, nor one under the key 'model'")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
@@ -236,10 +234,10 @@ def _refuse_what_the_published_code_lacks(model: Decoder) -> None:
         (plain, "layout", config.layout, "only F blocks and subllm(...)"),
         (config.kv_heads == heads, "attention.kv_heads", config.kv_heads, "as many as heads"),
         (
-            config.head_size * attention.heads == config.hidden_size,
+            config.head_size * heads == config.hidden_size,
             "attention.head_size",
             config.head_size,
-            "width / heads",
+            "hidden_size / heads",
         ),
         (not attention.qkv_bias, "attention.qkv_bias", True, "no biases"),
         (not attention.output_bias, "attention.output_bias", True, "no biases"),

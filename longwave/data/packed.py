@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ class Batch:
 class WindowSampler:
     """The data order: every window once per epoch, in an order that the seed and the epoch alone decide.
 
-    A Feistel network permutes the smallest range of 4^n numbers that holds all windows; numbers beyond the last window
-    are sent through again until they land on one (cycle walking; Black and Rogaway 2002, section 3).
+    A Feistel network permutes the smallest square range that holds all windows; numbers beyond the last window are sent
+    through again until they land on one (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     count: int
@@ -66,12 +67,11 @@ class WindowSampler:
         return place
 
     def _permuted(self, place: int, key: int) -> int:
-        bits = max(1, ((self.count - 1).bit_length() + 1) // 2)
-        mask = (1 << bits) - 1
-        left, right = place >> bits, place & mask
+        side = isqrt(self.count - 1) + 1
+        left, right = divmod(place, side)
         for number in range(_ROUNDS):
-            left, right = right, left ^ (keyed.key(key, number << 32 | right) & mask)
-        return left << bits | right
+            left, right = right, (left + keyed.key(key, number << 32 | right)) % side
+        return left * side + right
 
 
 class PackedTokens:

@@ -32,9 +32,7 @@ FORMAT = 1
 META_FILE = "meta.json"
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
-TRAINING_CHARACTERS = (
-    1 << 30
-)  # a vocabulary hardly changes after the first GiB, and its training holds all words in memory
+TRAINING_CHARACTERS = 1 << 30  # a vocabulary hardly changes after that, and its training holds every word in memory
 _CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024
 
 Split = Literal["train", "held_out"]
@@ -101,7 +99,7 @@ class PreparedInfo:
         return TypeAdapter(PreparedInfo).dump_json(self, indent=2) + b"\n"
 
     def split(self, split: Split) -> SplitInfo:
-        return self.train if split == "train" else self.held_out
+        return {"train": self.train, "held_out": self.held_out}[split]
 
     def require_vocab(self, vocab_size: int) -> None:
         """Raises UserError unless a model with `vocab_size` entries can take every id of this data."""

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from longwave.errors import UserError
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+REPLACEMENT = "\ufffd"
 SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -146,50 +147,50 @@ class StreamDecoder:
     (With SentencePiece's byte fallback, bytes that are no UTF-8 may give another number of U+FFFD than at once.)
     """
 
-    _FEW = 16  # more pending tokens than a run of half characters has in real text
+    _FEW = 16  # more tokens than lie between two whole characters in any but broken text
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._said: list[int] = []  # the last tokens given out: decoders treat the start of a text specially
-        self._pending: list[int] = []
+        self._ids: list[
+            int
+        ] = []  # the last ones that ended whole, since decoders treat a start specially, and all after
+        self._fresh = 0  # how many of them came after the text was last whole
+        self._given = 0  # how many characters of their text were given out
 
     def push(self, id: int) -> str:
-        """The text that `id` completes; empty while a character, or what may become one, lacks bytes."""
+        """The text that `id` completes: all but what may become a character when more bytes come."""
         if id in self._tokenizer.special_ids:
             return ""
-        self._pending.append(id)
-        if not self._text(self._pending).endswith("\ufffd"):
-            return self._say(len(self._pending))
-        return self._say(self._settled()) if len(self._pending) > self._FEW else ""
+        self._ids.append(id)
+        self._fresh += 1
+        text = self._tokenizer.decode(self._ids)
+        piece = text[self._given : self._sure(text)]
+        self._given += len(piece)
+        if not text.endswith(REPLACEMENT):
+            self._forget(self._fresh)
+            self._fresh = 0
+        elif self._fresh > 2 * self._FEW:
+            self._forget(self._FEW)
+            self._fresh = self._FEW
+        return piece
 
     def finish(self) -> str:
         """The text still held back, half characters as U+FFFD; the decoder is then as new."""
-        text = self._say(len(self._pending))
-        self._said = []
-        return text
+        piece = self._tokenizer.decode(self._ids)[self._given :]
+        self._ids, self._fresh, self._given = [], 0, 0
+        return piece
 
-    def _say(self, count: int) -> str:
-        """Gives out the first `count` pending tokens."""
-        if count == 0:
-            return ""
-        text = self._text(self._pending[:count])
-        self._said, self._pending = self._pending[:count], self._pending[count:]
-        return text
+    def _sure(self, text: str) -> int:
+        """How many characters no later token can change; a half character shows as up to three U+FFFD at the end."""
+        if self._fresh > self._FEW and text.endswith(REPLACEMENT * 4):
+            return len(text) - 3
+        return len(text.rstrip(REPLACEMENT))
 
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(self._said + ids)[len(self._tokenizer.decode(self._said)) :]
-
-    def _settled(self) -> int:
-        """How many pending tokens no later byte can change: a half character lies in the last three.
-
-        Keeps the cost per token bounded when a model emits endless broken bytes.
-        """
-        whole = self._text(self._pending)
-        for count in range(len(self._pending) - 3, 0, -1):
-            head, tail = self._pending[:count], self._pending[count:]
-            if self._text(head) + self._tokenizer.decode(tail) == whole:
-                return count
-        return 0
+    def _forget(self, keep: int) -> None:
+        """Keeps the last tokens only, so that the cost of a push never grows; what was not given out lies in them."""
+        held_back = len(self._tokenizer.decode(self._ids)) - self._given
+        self._ids = self._ids[-keep:]
+        self._given = len(self._tokenizer.decode(self._ids)) - held_back
 
 
 def _untrained() -> tokenizers.Tokenizer:

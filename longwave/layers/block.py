@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longwave.config import ModelConfig
+from longwave.costs import Cost, count, weight_bytes
 from longwave.layers.mlp import MLP
 from longwave.layers.norm import RMSNorm
 from longwave.mixers import MIXERS, Site
@@ -30,27 +32,24 @@ BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window")
 
 @runtime_checkable
 class Layer(Protocol):
-    """A block or a resampler: hidden (T, D) in, hidden (T, D) out, with its cost in FLOPs."""
+    """A block or a resampler: hidden (T, D) in, hidden (T, D) out, with its costs."""
 
     def __call__(self, hidden: Tensor, stream: Stream, state: State | None) -> Tensor: ...
 
-    def prefill_flops(self, tokens: int) -> int:
-        """FLOPs of a whole sequence."""
-        ...
-
-    def decode_flops(self, context: int) -> float:
-        """Expected FLOPs of the token that follows `context` others."""
+    def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
+        """What the layer and all it holds cost at `tokens` tokens, of which a new one gets here with `chance`."""
         ...
 
 
 class Block(nn.Module):
     """norm, mixer, residual, norm, MLP, residual."""
 
-    def __init__(self, config: ModelConfig, kind: BlockKind, site: Site) -> None:
+    def __init__(self, config: ModelConfig, letter: str, site: Site) -> None:
         super().__init__()
+        self.letter = letter
         self.site, self.scale = site, config.scales.residual
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[kind.mixer](config, site)
+        self.mixer = MIXERS[BLOCKS[letter].mixer](config, site)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
@@ -61,13 +60,19 @@ class Block(nn.Module):
     def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
         return hidden + (branch if self.scale == 1 else self.scale * branch)
 
-    def prefill_flops(self, tokens: int) -> int:
-        """FLOPs of a whole sequence."""
-        return self.mixer.prefill_flops(tokens) + tokens * self.mlp.flops()
-
-    def decode_flops(self, context: int) -> int:
-        """FLOPs of the token that follows `context` others."""
-        return self.mixer.decode_flops(context) + self.mlp.flops()
+    def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
+        """What the block costs at `tokens` tokens, of which a new one gets here with `chance`."""
+        parameters, state = count(self), self.mixer.state_spec().bytes(tokens, dtype)
+        return [
+            Cost(
+                f"{self.letter} in level {self.site.level + 1}" if self.site.level >= 0 else self.letter,
+                parameters,
+                self.mixer.prefill_flops(tokens) + tokens * self.mlp.flops(),
+                chance * (self.mixer.decode_flops(tokens) + self.mlp.flops()),
+                chance * (weight_bytes(parameters, dtype) + state),
+                state,
+            )
+        ]
 
 
 class Stack(nn.Module):
@@ -86,13 +91,7 @@ class Stack(nn.Module):
                 hidden = layer(hidden, stream, state)
         return hidden
 
-    def prefill_flops(self, tokens: int) -> int:
-        """FLOPs of a whole sequence."""
-        return sum(layer.prefill_flops(tokens) for layer in self._costed())
-
-    def decode_flops(self, context: int) -> float:
-        """Expected FLOPs of the token that follows `context` others."""
-        return sum(layer.decode_flops(context) for layer in self._costed())
-
-    def _costed(self) -> list[Layer]:
-        return list(self.layers)  # pyright: ignore[reportReturnType]
+    def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
+        """What each layer costs at `tokens` tokens, of which a new one gets here with `chance`."""
+        layers: list[Layer] = list(self.layers)  # pyright: ignore[reportAssignmentType]
+        return [cost for layer in layers for cost in layer.costs(tokens, chance, dtype)]

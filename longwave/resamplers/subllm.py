@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from longwave.config import ModelConfig, SubllmConfig, require, retention_of
+from longwave.costs import Cost, weight_bytes
 from longwave.errors import UserError
 from longwave.keyed import uniform
 from longwave.laws import ALL, Law, Laws
@@ -53,7 +54,7 @@ class Subllm(nn.Module):
         super().__init__()
         require(len(arguments) == 1, f"layout: subllm takes one argument, its retention, not {len(arguments)}")
         self.config = config.subllm or SubllmConfig()
-        self.retention = retention_of(arguments[0])
+        self.retention, self.retention_text = retention_of(arguments[0]), arguments[0]
         self.expected_retention = float(self.retention)
         self.site, self.index = site, index
         self.score = _Score(config.hidden_size, self.config.score_lr_scale)
@@ -208,13 +209,17 @@ class Subllm(nn.Module):
         """The place in the sequence of every kept token, by which states are truncated."""
         return StateSpec({"order": PerToken(1, 1, torch.int32)}, None, self.index)
 
-    def prefill_flops(self, tokens: int) -> int:
-        """FLOPs of a whole sequence at the expected retention; the score is element-wise work and not counted."""
-        return self.body.prefill_flops(self.kept(tokens))
-
-    def decode_flops(self, context: int) -> float:
-        """Expected FLOPs of the token that follows `context` others, which runs the body only if it is kept."""
-        return self.expected_retention * self.body.decode_flops(self.kept(context))
+    def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
+        """What the level and its body cost at `tokens` tokens entering it, at the expected retention."""
+        parameters = self.score.weight.numel() + self.bypass.numel()
+        kept = self.kept(tokens)
+        own = Cost(
+            f"subllm {self.retention_text}",
+            parameters,
+            decode_bytes=chance * weight_bytes(parameters, dtype),
+            state_bytes=self.state_spec().bytes(kept, dtype),
+        )
+        return [own, *self.body.costs(kept, chance * self.expected_retention, dtype)]
 
     def kept(self, tokens: int) -> int:
         """Tokens that are expected to stay of `tokens`."""

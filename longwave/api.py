@@ -1,0 +1,50 @@
+"""The public face of the library: `load`, `save` and `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from longwave import checkpoints
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+from longwave.inference.sampling import Sampling
+from longwave.inference.text import complete
+from longwave.model import Decoder
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+    """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported layout.
+
+    dtype: of the weights; as they were saved by default. Raises UserError for a folder that does not fit.
+    """
+    model = checkpoints.load(path, dtype=dtype, device=device)
+    model.tokenizer = Tokenizer.load(path) if (Path(path) / "tokenizer.json").exists() else None
+    return model
+
+
+def save(model: Decoder, path: str | Path, *, layout: str = "longwave") -> None:
+    """Saves a model with its tokenizer; the folder appears whole or not at all.
+
+    layout: "longwave", or the foreign layout to write, such as "llama" for an ordinary `transformers` folder.
+    """
+    checkpoints.save(model, path, tokenizer=model.tokenizer, layout=layout)
+
+
+def generate(
+    model: Decoder,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+) -> str:
+    """The model's continuation of a prompt; greedy at temperature 0. Raises UserError for a prompt that does not fit."""
+    if model.tokenizer is None:
+        raise UserError("this model has no tokenizer: load a folder with tokenizer.json, or set model.tokenizer")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return complete(model, model.tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)[0]

@@ -1,0 +1,45 @@
+"""Choosing the next token from logits, with draws keyed by seed, place and sequence, so that company changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longwave.config import Strict, require
+from longwave.keyed import uniform
+
+
+@dataclass(frozen=True)
+class Sampling(Strict):
+    """How tokens are drawn.
+
+    temperature: 0 takes the most likely token. top_k: only the k most likely, or all with None. top_p: the fewest most
+    likely tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, the same text.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature = {self.temperature}: 0 (greedy) or more")
+        require(self.top_k is None or self.top_k > 0, f"top_k = {self.top_k}: 1 or more")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p}: more than 0, at most 1")
+        greedy = self.temperature == 0 and (self.top_k is not None or self.top_p < 1)
+        require(not greedy, "top_k and top_p have no effect at temperature = 0; give a temperature above 0")
+
+
+def choose_token(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int, place: int) -> int:
+    """The token that sequence number `sequence` puts at `place`."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    ranked, tokens = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
+    probabilities = torch.softmax(ranked[: sampling.top_k], dim=0)
+    cumulated = probabilities.cumsum(0)
+    kept = int((cumulated - probabilities < sampling.top_p).sum())
+    draw = uniform(sampling.seed, sequence, place) * float(cumulated[kept - 1])
+    return int(tokens[min(kept - 1, int(torch.searchsorted(cumulated[:kept], draw, right=True)))])

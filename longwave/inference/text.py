@@ -1,0 +1,97 @@
+"""Text in, text out: prompts are encoded, tokens decoded as they come, stop strings cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from longwave.config import require
+from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.inference.generate import Generation
+from longwave.inference.sampling import Sampling
+from longwave.model import Decoder
+
+
+class Piece(NamedTuple):
+    """Some new text of one prompt, by the prompt's index."""
+
+    prompt: int
+    text: str
+
+
+@dataclass
+class _Writer:
+    """Decodes one sequence and holds back what may be the beginning of a stop string."""
+
+    decoder: StreamDecoder
+    stops: Sequence[str]
+    held: str = ""
+    stopped: bool = False
+
+    def push(self, token: int) -> str:
+        return self._release(self.decoder.push(token))
+
+    def finish(self) -> str:
+        if self.stopped:
+            return ""
+        text = self._release(self.decoder.finish()) + ("" if self.stopped else self.held)
+        self.held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        self.held += text
+        ends = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self.held[: min(ends)]
+        keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        ready, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return ready
+
+
+def generate_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> Iterator[Piece]:
+    """Yields the continuation of every prompt in pieces of text; a stop string and what follows it are left out.
+
+    Prompts begin with the tokenizer's bos token where it has one. Raises UserError like `Generation`.
+    """
+    require(all(stop), "stop: a stop string is empty; leave it out")
+    encoded = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
+    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
+    writers = [_Writer(StreamDecoder(tokenizer), stop) for _ in prompts]
+    for prompt, token in generation:
+        text = writers[prompt].push(token)
+        if writers[prompt].stopped:
+            generation.stop(prompt)
+        if text:
+            yield Piece(prompt, text)
+    for prompt, writer in enumerate(writers):
+        if text := writer.finish():
+            yield Piece(prompt, text)
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """The whole continuation of every prompt."""
+    texts = [""] * len(prompts)
+    for prompt, text in generate_text(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+    ):
+        texts[prompt] += text
+    return texts
