@@ -43,7 +43,7 @@ def generate(
     seed: int = 0,
     stop: tuple[str, ...] = (),
 ) -> str:
-    """The model's continuation of a prompt; greedy at temperature 0. Raises UserError for a prompt that does not fit."""
+    """The model's continuation of a prompt, greedy at temperature 0. UserError for a prompt that does not fit."""
     if model.tokenizer is None:
         raise UserError("this model has no tokenizer: load a folder with tokenizer.json, or set model.tokenizer")
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -47,14 +47,22 @@ class LongwaveConfig(PretrainedConfig):
     model_type = native.MODEL_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
-    longwave_format: int = native.FORMAT
-    longwave_version: str = ""
-    model: dict[str, Any] | None = None
-    use_cache: bool = True
+    def __init__(
+        self,
+        model: dict[str, Any] | None = None,
+        longwave_format: int = native.FORMAT,
+        longwave_version: str = "",
+        use_cache: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.model = model or {}
+        self.longwave_format, self.longwave_version = longwave_format, longwave_version
+        self.use_cache = use_cache
+        super().__init__(**kwargs)
 
     def decoder_config(self) -> ModelConfig:
         """The config of the decoder; UserError for a format or a key that this longwave does not know."""
-        values = {"longwave_format": self.longwave_format, "model": self.model or {}}
+        values = {"longwave_format": self.longwave_format, "model": self.model}
         return native.config_from(values, self.name_or_path or type(self).__name__)
 
     @property

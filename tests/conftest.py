@@ -22,9 +22,8 @@ NO_GPU = "no CUDA device here"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread where several processes share the cores; a second one in a worker would only fight its neighbours."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
+    """One thread per process: tests are small, and under xdist a second thread only fights the neighbours."""
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Generation: several prompts at once as one ragged stream, prefilled in bounded chunks, then one token each per step."""
+"""Generation: several prompts as one ragged stream, prefilled in bounded chunks, then one token each per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits, with draws keyed by seed, place and sequence, so that company changes nothing."""
+"""Choosing the next token, with draws keyed by seed, place and sequence, so that company changes nothing."""
 
 from __future__ import annotations
 

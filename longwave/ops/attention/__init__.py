@@ -50,7 +50,8 @@ def attention(
         if form == "torch" and len(set(lengths)) == 1:
             return sdpa.packed(query, key, value, len(lengths), window, scale)
         key, value = _by_run(key, lengths), _by_run(value, lengths)
-    assert isinstance(key, list) and isinstance(value, list)
+    assert isinstance(key, list)
+    assert isinstance(value, list)
     return FORMS[form](query, key, value, lengths, window, scale)
 
 
