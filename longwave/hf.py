@@ -22,12 +22,16 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longwave.checkpoints import load, native, save
+from longwave.checkpoints import llama, load, native, save
+from longwave.checkpoints.foreign import disassemble
 from longwave.config import ModelConfig
 from longwave.errors import UserError
 from longwave.model import Decoder
@@ -200,7 +204,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Int64[Tensor, "B N"],
         attention_mask: Tensor | None = None,
-        past_key_values: LongwaveCache | None = None,
+        past_key_values: Cache | None = None,
         labels: Int64[Tensor, "B N"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
@@ -221,6 +225,8 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values
         if cache is None and self._wants_cache(use_cache, labels is not None):
             cache = LongwaveCache(self.decoder, input_ids.shape[0])
+        if cache is not None and self.training and self.decoder.resamplers:
+            raise UserError("a SUBLLM in training mode ranks whole windows, without a cache; call model.eval() first")
         hidden = self._hidden(input_ids, real, cache)
         loss = None if labels is None else self._loss(hidden, labels, real)
         before = hidden.new_zeros(len(real), hidden.shape[1]) if cache is None else cache.last
@@ -235,13 +241,8 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _wants_cache(self, use_cache: bool | None, has_labels: bool) -> bool:
-        if use_cache is None:
-            return self.config.use_cache and not self.training and not has_labels
-        if use_cache and self.training and self.decoder.resamplers:
-            raise UserError(
-                "use_cache = True: a SUBLLM in training mode ranks whole windows; call model.eval() before it generates"
-            )
-        return use_cache
+        by_default = self.config.use_cache and not self.training and not has_labels
+        return by_default if use_cache is None else use_cache
 
     def _hidden(self, input_ids: Tensor, real: Tensor, cache: LongwaveCache | None) -> Float[Tensor, "T D"]:
         """Normalised hidden states of the tokens without the pads, row after row."""
@@ -299,7 +300,7 @@ def _places(real: Bool[Tensor, "B N"]) -> Int64[Tensor, "B N"]:
 
 
 def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """ "auto" and None keep the weights as they were saved."""
+    """The dtype of a name; None, for weights as they were saved, of None and "auto"."""
     found = None if name in (None, "auto") else getattr(torch, name, name) if isinstance(name, str) else name
     if found is not None and not isinstance(found, torch.dtype):
         raise UserError(f"dtype = {name!r}; use 'auto' or a floating type such as 'bfloat16'")
@@ -320,3 +321,19 @@ def _device(device_map: torch.device | str | dict[str, Any] | None) -> torch.dev
 
 AutoConfig.register(native.MODEL_TYPE, LongwaveConfig)
 AutoModelForCausalLM.register(LongwaveConfig, LongwaveForCausalLM)
+
+
+def llama_from(decoder: Decoder) -> LlamaForCausalLM:
+    """`transformers`' own Llama (SDPA attention) over the very weights of a decoder, which it shares.
+
+    UserError for a decoder that is no plain Llama.
+    """
+    config = LlamaConfig(**llama.config_json(decoder, None), attn_implementation="sdpa")
+    with no_init_weights():
+        model = LlamaForCausalLM(config)
+    tensors = disassemble(decoder, llama.TABLE)
+    if decoder.config.tie_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.to(decoder.embed.weight.device).eval()

@@ -124,6 +124,13 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.mixer.use_form(name)
 
+    def describe(self) -> list[str]:
+        """Lines for people: the shape, and the form that each kind of part runs."""
+        weight, parameters = self.embed.weight, total(self.costs(1)).parameters
+        shape = f"{self.config.layout}  {parameters:,} parameters"
+        forms = sorted({f"{block.letter}: {block.mixer.form}" for block in self.blocks})
+        return [f"{shape}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}; attention {', '.join(forms)}"]
+
     def costs(self, tokens: int, dtype: torch.dtype | None = None) -> list[Cost]:
         """What each part costs at a context of `tokens`, with weights and activations in `dtype` (the model's own)."""
         dtype = dtype or self.embed.weight.dtype

@@ -673,6 +673,17 @@ def test_dtype_is_that_of_every_weight(tmp_path: Path, make: Callable[[Path], ob
 
 
 @every_layout
+def test_training_a_loaded_model_leaves_its_folder_alone(tmp_path: Path, make: Callable[[Path], object]):
+    """Its weights are memory-mapped."""
+    make(tmp_path / "m")
+    model, expected = load(tmp_path / "m"), load(tmp_path / "m").double().state_dict()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    same(load(tmp_path / "m").double().state_dict(), expected)
+
+
+@every_layout
 def test_native_folder_of_any_model_is_the_same_model(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     model = load(tmp_path / "m")

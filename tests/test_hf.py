@@ -62,6 +62,10 @@ def alone(decoder: Decoder, tokens: Tensor) -> Tensor:
         return decoder(tokens, Stream.of([len(tokens)]))
 
 
+def near(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def greedy(decoder: Decoder, tokens: Tensor, count: int) -> list[int]:
     """Longwave's own greedy loop, without any cache."""
     for _ in range(count):
@@ -89,6 +93,15 @@ def test_auto_classes_find_longwave(model: Model, tmp_path: Path):
     assert shape == (31, 16, 2, 2048)
 
 
+def test_model_from_a_config_is_drawn_by_longwave(model: Model):
+    config = model("subllm").config
+    drawn = AutoModelForCausalLM.from_config(config)
+    for (name, weight), other in zip(
+        drawn.decoder.state_dict().items(), Decoder(config.decoder_config()).state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, other), name
+
+
 @every_layout
 def test_logits_are_those_of_the_decoder(model: Model, layout: str):
     ours = model(layout)
@@ -97,7 +110,7 @@ def test_logits_are_those_of_the_decoder(model: Model, layout: str):
     assert output.logits.shape == (4, 12, 31)
     assert output.loss is None
     for row, tokens in enumerate(ROWS):
-        torch.testing.assert_close(output.logits[row], alone(decoder(layout), tokens), atol=1e-5, rtol=0)
+        near(output.logits[row], alone(decoder(layout), tokens))
     if layout == "subllm":
         assert all(0 < kept < met for kept, met in (level.kept_of for level in ours.decoder.resamplers))
 
@@ -110,10 +123,10 @@ def test_padded_rows_are_what_each_is_alone(model: Model, layout: str, side: str
         logits = model(layout)(ids, attention_mask=mask).logits
     for row, length in enumerate(LENGTHS):
         expected = alone(decoder(layout), ROWS[row, :length])
-        torch.testing.assert_close(logits[row, mask[row].bool()], expected, atol=1e-5, rtol=0)
+        near(logits[row, mask[row].bool()], expected)
         pads = logits[row, ~mask[row].bool()]
         before = expected[-1:] if side == "right" else torch.zeros(1, 31)
-        torch.testing.assert_close(pads, before.expand_as(pads), atol=1e-5, rtol=0)
+        near(pads, before.expand_as(pads))
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
@@ -166,7 +179,7 @@ def test_any_chunking_through_the_cache_is_one_forward(model: Model, layout: str
         assert expected.past_key_values is None
         assert isinstance(cache, LongwaveCache)
         assert (cache.get_seq_length(), cache.state.seen) == (12, list(LENGTHS))
-        torch.testing.assert_close(torch.cat(pieces, 1), expected.logits, atol=1e-5, rtol=0)
+        near(torch.cat(pieces, 1), expected.logits)
 
 
 @every_layout
@@ -193,7 +206,7 @@ def test_cropped_and_selected_cache_is_that_of_a_fresh_run(model: Model, layout:
         found = ours(ROWS[:, 8:], past_key_values=cache).logits
         for row, source in enumerate((3, 3, 1, 1)):
             expected = alone(decoder(layout), torch.cat([ROWS[source, :6], ROWS[row, 6:]]))[8:]
-            torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=0)
+            near(found[row], expected)
         cache.reset()
         assert torch.equal(ours(ROWS, past_key_values=cache).logits, ours(ROWS).logits)
 
@@ -211,7 +224,7 @@ def test_loss_is_the_mean_cross_entropy(model: Model, layout: str):
     with torch.no_grad():
         output = model(layout)(ROWS, labels=labels)
     expected = manual_loss(decoder(layout), labels[:, 1:].flatten(), list(ROWS))
-    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=0)
+    near(output.loss, expected)
     assert output.logits.shape == (4, 12, 31)
 
 
@@ -224,20 +237,19 @@ def test_loss_of_padded_rows_counts_no_pad(model: Model, layout: str, side: str)
         loss = model(layout)(ids, attention_mask=mask, labels=ids).loss
     rows = [ROWS[row, :length] for row, length in enumerate(LENGTHS)]
     expected = manual_loss(decoder(layout), torch.cat([row[1:] for row in rows]), rows)
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    near(loss, expected)
 
 
 def test_loss_is_that_of_transformers_llama(tmp_path: Path):
-    theirs = LlamaForCausalLM(
-        LlamaConfig(31, 16, 24, num_hidden_layers=2, num_attention_heads=2, initializer_range=1.0)
-    )
+    shape = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    theirs = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, initializer_range=0.5, **shape)).eval()
     theirs.save_pretrained(tmp_path / "hf")
     ours = LongwaveForCausalLM.from_pretrained(tmp_path / "hf")
     ids, mask = padded("right")
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, labels=labels).loss
-        torch.testing.assert_close(ours(ids, attention_mask=mask, labels=labels).loss, expected, atol=1e-4, rtol=0)
+        near(ours(ids, attention_mask=mask, labels=labels).loss, expected)
 
 
 def test_loss_without_any_label_is_zero(model: Model):
@@ -270,8 +282,10 @@ def test_subllm_in_training_asks_for_its_step(model: Model):
     with pytest.raises(UserError, match="set_step"):
         ours(ROWS, labels=ROWS)
     ours.decoder.set_step(0)
-    with pytest.raises(UserError, match=r"use_cache = True: .* model\.eval\(\)"):
+    with pytest.raises(UserError, match=r"without a cache; call model\.eval\(\)"):
         ours.generate(ROWS, max_new_tokens=2)
+    with pytest.raises(UserError, match=r"without a cache; call model\.eval\(\)"):
+        ours(ROWS, past_key_values=LongwaveCache(ours.decoder, 4))
 
 
 @pytest.mark.parametrize("keep", [1, 3, 0, torch.tensor([0, 5])], ids=str)
@@ -281,10 +295,10 @@ def test_logits_to_keep(model: Model, keep: int | Tensor):
         everything = ours(ids, attention_mask=mask).logits
         kept = ours(ids, attention_mask=mask, logits_to_keep=keep).logits
     columns = slice(-keep, None) if isinstance(keep, int) else keep
-    torch.testing.assert_close(kept, everything[:, columns], atol=1e-6, rtol=0)
+    near(kept, everything[:, columns])
 
 
-def test_pads_never_enter_the_model(model: Model, monkeypatch: pytest.MonkeyPatch):
+def test_pads_never_enter_the_model(model: Model):
     ours, (ids, mask) = model("subllm"), padded("left")
     seen: list[int] = []
     ours.decoder.embed.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
@@ -404,5 +418,5 @@ def test_published_llama_folder_loads_through_the_class_too(tmp_path: Path):
     save(decoder("llama"), tmp_path / "hf", layout="llama")
     loaded = LongwaveForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ROWS[:1]).logits[0], alone(decoder("llama"), ROWS[0]))
+        near(loaded(ROWS[:1]).logits[0], alone(decoder("llama"), ROWS[0]))
     assert loaded.config.model_type == longwave.hf.native.MODEL_TYPE

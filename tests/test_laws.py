@@ -483,7 +483,7 @@ def test_a_window_refuses_to_return_to_what_it_has_forgotten():
     for token in tokens_from(1, 80):
         step(model, state, [[token]], [0])
     with pytest.raises(ValueError, match=f"a window of {WINDOW} has forgotten it; snapshot"):
-        state.truncate(0, 310)
+        state.truncate(0, 200)
     assert state.seen == [380, 0]
 
 

@@ -11,6 +11,7 @@ import torch
 
 from longwave import durable
 from longwave.checkpoints import llama, native, subllm
+from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.model import Decoder
@@ -22,6 +23,11 @@ READERS: dict[str, Reader] = {
     native.MODEL_TYPE: native.read_model,
     llama.MODEL_TYPE: llama.read_model,
     subllm.MODEL_TYPE: subllm.read_model,
+}
+CONFIGS: dict[str, Callable[[dict[str, Any], str], ModelConfig]] = {
+    native.MODEL_TYPE: native.config_from,
+    llama.MODEL_TYPE: llama.config_from,
+    subllm.MODEL_TYPE: subllm.config_from,
 }
 WRITERS: dict[str, Writer] = {
     native.MODEL_TYPE: lambda model, folder, _: native.write_model(model, folder),
@@ -57,6 +63,13 @@ def save(
         if tokenizer is not None:
             tokenizer.save(staging)
             _write_generation_config(tokenizer, staging)
+
+
+def load_config(path: str | Path) -> ModelConfig:
+    """The config of the model in a folder, of which only `config.json` need exist."""
+    folder = Path(path)
+    values = read_config(folder)
+    return CONFIGS[family(values, folder)](values, str(folder / "config.json"))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from longwave.checkpoints import load
 from longwave.data.packed import Batch, PackedTokens
+from longwave.data.shards import PreparedInfo
+from longwave.data.tokenizer import Tokenizer
+from longwave.device import device_of
 from longwave.model import Decoder
 from longwave.stream import Stream, Windows
 
@@ -51,6 +58,29 @@ def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
 def targets_in(batch: Batch) -> int:
     """How many tokens of a batch are predicted."""
     return int((batch.targets != -100).sum())
+
+
+def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
+    """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data."""
+    decoder = load(model, device=device_of(device))
+    info = PreparedInfo.read(data)
+    if (Path(model) / "tokenizer.json").exists():
+        info.require_tokenizer(Tokenizer.load(model))
+    info.require_vocab(decoder.config.vocab_size)
+    packed = PackedTokens(data, "held_out", window or decoder.config.context_window, keep_last=True)
+    result = held_out_loss(decoder, packed)
+    return {
+        "loss": result.loss,
+        "perplexity": math.exp(result.loss),
+        "bits_per_byte": bits_per_byte(result, info),
+        "tokens": result.tokens,
+        "retention": list(result.retention),
+    }
+
+
+def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
+    """Loss in bits per byte of text, which other tokenizers' losses can be compared with."""
+    return result.loss / math.log(2) * info.held_out.tokens / info.held_out.bytes
 
 
 @contextmanager

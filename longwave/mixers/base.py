@@ -32,6 +32,7 @@ class Mixer(nn.Module, ABC):
     """Moves information between the tokens of each run."""
 
     laws: ClassVar[Laws] = Laws()
+    form: str = "torch"
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -45,7 +45,7 @@ class Interrupted(KeyboardInterrupt):
 class Trainer:
     """One run in one folder: `checkpoints/`, `metrics.jsonl`, and at the end `model/`."""
 
-    def __init__(self, recipe: Recipe, output: str | Path, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, recipe: Recipe, output: str | Path) -> None:
         self.recipe, self.output = recipe, Path(output)
         run = recipe.training
         self.device = device_of(run.device)
@@ -60,7 +60,11 @@ class Trainer:
         self.model.train().checkpoint_blocks(run.recompute)
         self.optimizer = recipe.optimizer.build(self.model)
         self._resume_optimizer()
-        self._observers = [*observers]
+        self._observers: list[Observer] = []
+
+    def watch(self, observer: Observer) -> None:
+        """Adds an observer."""
+        self._observers.append(observer)
 
     @property
     def finished(self) -> bool:
@@ -91,16 +95,16 @@ class Trainer:
         loss, report, lr = self._update()
         self.step += 1
         self.model.set_step(self.step, run.seed)
-        entry: dict[str, Any] = {"step": self.step, "tokens": self.step * run.batch_windows * run.window}
-        if _due(self.step, run.log_every, run.steps) or self.step == 1:
-            entry |= {"loss": loss, "lr_scale": lr, "grad_norm": report.grad_norm, "clip": report.clip}
-            entry |= {"tokens_per_second": run.batch_windows * run.window / (time.perf_counter() - started)}
+        tokens = run.batch_windows * run.window
+        entry: dict[str, Any] = {"step": self.step, "tokens": self.step * tokens, "loss": loss, "lr_scale": lr}
+        entry |= {"grad_norm": report.grad_norm, "clip": report.clip}
+        entry |= {"tokens_per_second": tokens / (time.perf_counter() - started)}
+        if _due(self.step, run.log_every, run.steps):
             entry |= self._shares()
         if _due(self.step, run.evaluate_every, run.steps):
             entry |= self._evaluation()
-        if len(entry) > 2:
-            for observer in self._observers:
-                observer.record(entry)
+        for observer in self._observers:
+            observer.record(entry)
         if _due(self.step, run.checkpoint_every, run.steps):
             self._checkpoint()
 
@@ -141,7 +145,9 @@ class Trainer:
 
     def _own_observers(self) -> list[Observer]:
         self.output.mkdir(parents=True, exist_ok=True)
-        observers: list[Observer] = [MetricsFile(self.output / "metrics.jsonl", self.step)]
+        observers: list[Observer] = [
+            MetricsFile(self.output / "metrics.jsonl", self.step, self.recipe.training.log_every)
+        ]
         if self.recipe.training.tensorboard:
             observers.append(TensorBoard(self.output / "tensorboard"))
         return observers

@@ -23,9 +23,10 @@ class Observer(Protocol):
 
 
 class MetricsFile:
-    """Appends entries to a file, of which those beyond `resumed_at` steps are dropped first."""
+    """Appends every `every`-th entry and every evaluation to a file; entries beyond `resumed_at` are dropped first."""
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(self, path: Path, resumed_at: int, every: int = 1) -> None:
+        self._every = every
         kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_at] if resumed_at else []
         staging = path.with_name(f".{path.name}.partial")
         staging.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf8")
@@ -34,6 +35,8 @@ class MetricsFile:
 
     def record(self, entry: dict[str, Any]) -> None:
         """Writes one line at once."""
+        if entry["step"] % self._every and entry["step"] != 1 and "held_out_loss" not in entry:
+            return
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 

@@ -1,0 +1,238 @@
+"""The command line: verbs, no logic of its own. Heavy imports wait until their verb is called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longwave.errors import MachineError, UserError
+from longwave.version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
+    try:
+        options = _parser().parse_args(arguments)
+        result = options.verb(options)
+        if getattr(options, "json", False) and result is not None:
+            print(json.dumps(result))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _fail(error, 2)
+    except MachineError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt as error:
+        return _fail(error if error.args else "interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+
+
+def _fail(problem: object, code: int) -> int:
+    print(f"longwave: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A wrong command line is one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="longwave", description="Language models whose cost does not explode with context length.")
+    parser.add_argument("--version", action="version", version=f"longwave {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _quickstart(verbs)
+    _doctor(verbs)
+    _prepare(verbs)
+    _train(verbs)
+    _eval(verbs)
+    _generate(verbs)
+    _plan(verbs)
+    _bench(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
+    parser.set_defaults(verb=run)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser
+
+
+def _quickstart(verbs: Any) -> None:
+    parser = _verb(verbs, "quickstart", _run_quickstart, "train a Llama and a SUBLLM on real text and compare them")
+    parser.add_argument("text", nargs="?", help="a text file or folder; the Python standard library by default")
+    parser.add_argument("--output", default="quickstart", help="folder of models, metrics.jsonl and report.html")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe values for both, training.steps=50")
+
+
+def _run_quickstart(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.quickstart import quickstart
+
+    text, overrides = options.text, list(options.overrides)
+    if text is not None and "=" in text and not Path(text).exists():
+        text, overrides = None, [text, *overrides]
+    return quickstart(text, Path(options.output), overrides)
+
+
+def _doctor(verbs: Any) -> None:
+    _verb(verbs, "doctor", _run_doctor, "tell what this machine has and which form each op will run, and why")
+
+
+def _run_doctor(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.doctor import facts
+
+    found = facts()
+    width = max(map(len, found))
+    for label, value in found.items():
+        print(f"{label:<{width}}  {value}")
+    return found
+
+
+def _prepare(verbs: Any) -> None:
+    parser = _verb(verbs, "prepare", _run_prepare, "turn text into tokenised shards")
+    parser.add_argument(
+        "source", help="a text file, a .jsonl file or a folder of them; 'stdlib' for Python's own sources"
+    )
+    parser.add_argument("output", help="a new folder")
+    parser.add_argument("--vocab-size", type=int, help="entries of the tokenizer to train (8192)")
+    parser.add_argument("--tokenizer", help="a folder with tokenizer.json to use instead of training one")
+    parser.add_argument("--held-out", type=float, default=0.02, help="share of documents kept from training (0.02)")
+    parser.add_argument("--text-field", default="text", help="field of the text in JSONL rows (text)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _run_prepare(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.data.shards import prepare
+    from longwave.data.sources import documents, standard_library
+    from longwave.data.tokenizer import Tokenizer
+
+    source = standard_library if options.source == "stdlib" else lambda: documents(options.source, options.text_field)
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
+    shares = {"held_out": options.held_out, "seed": options.seed}
+    info = prepare(source, options.output, tokenizer=tokenizer, vocab_size=options.vocab_size, **shares)
+    print(f"{options.output}: {info.train.tokens:,} training tokens and {info.held_out.tokens:,} held out, ", end="")
+    print(f"{info.train.documents + info.held_out.documents:,} documents, vocabulary of {info.vocab_size:,}")
+    return json.loads(info.to_json())
+
+
+def _train(verbs: Any) -> None:
+    parser = _verb(verbs, "train", _run_train, "train a model from a recipe; the same command resumes")
+    parser.add_argument("recipe", help="a TOML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as model.hidden_size=512")
+    parser.add_argument("--output", help="folder of the run (runs/NAME OF THE RECIPE)")
+
+
+def _run_train(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.progress import TrainingProgress, say
+    from longwave.training.loop import Trainer
+    from longwave.training.metrics import read_metrics
+    from longwave.training.recipe import read_recipe
+
+    output = Path(options.output or Path("runs") / Path(options.recipe).stem)
+    trainer = Trainer(read_recipe(options.recipe, options.overrides), output)
+    if trainer.step:
+        say(f"{output}: resuming after step {trainer.step}")
+    for line in trainer.model.describe():
+        say(line)
+    trainer.watch(TrainingProgress(output.name, trainer.recipe.training.steps, trainer.step))
+    trainer.run()
+    last = read_metrics(output / "metrics.jsonl")[-1]
+    print(f"{output / 'model'}: held-out loss {last['held_out_loss']:.4f} after {last['tokens']:,} tokens")
+    return {"model": str(output / "model"), **last}
+
+
+def _eval(verbs: Any) -> None:
+    parser = _verb(verbs, "eval", _run_eval, "loss of a model on held-out text, in the mode in which it runs")
+    parser.add_argument("model", help="a model folder")
+    parser.add_argument("data", help="prepared data, written with the model's own tokenizer")
+    parser.add_argument("--window", type=int, help="tokens of a window (the model's context window)")
+    parser.add_argument("--device", default="auto")
+
+
+def _run_eval(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.evaluation.held_out import evaluate_folder
+
+    result = evaluate_folder(options.model, options.data, options.window, options.device)
+    for name, value in result.items():
+        print(f"{name:<16} {value}")
+    return result
+
+
+def _generate(verbs: Any) -> None:
+    parser = _verb(verbs, "generate", _run_generate, "continue prompts")
+    parser.add_argument("model", help="a model folder")
+    parser.add_argument("--prompt", action="append", default=[], help="can be given several times; stdin without any")
+    parser.add_argument("--prompt-file", action="append", default=[], help="a file that holds one prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stop", action="append", default=[], help="a string that ends a text")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the weights; as saved by default")
+
+
+def _run_generate(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.inference.command import generate_command
+
+    return generate_command(options)
+
+
+def _plan(verbs: Any) -> None:
+    parser = _verb(verbs, "plan", _run_plan, "parameters, FLOPs and state bytes, before they are paid")
+    parser.add_argument("model", help="a recipe, or a folder of which only config.json need exist")
+    parser.add_argument("--context", default="4096", help="token counts, such as 4096,1M")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of weights and activations")
+
+
+def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    from longwave import plan
+    from longwave.device import dtype_of
+
+    config, contexts, dtype = (
+        plan.model_config(options.model),
+        plan.parse_sizes(options.context),
+        dtype_of(options.dtype),
+    )
+    print(f"{config.layout}  (hidden {config.hidden_size}, vocabulary {config.vocab_size:,})")
+    for context in contexts:
+        Console().print(plan.table(plan.costs_at(config, context, dtype), context, dtype))
+    return plan.to_json(config, contexts, dtype)
+
+
+def _bench(verbs: Any) -> None:
+    parser = _verb(verbs, "bench", _run_bench, "time a model against another, the output checked first")
+    parser.add_argument("kind", choices=("inference", "training"))
+    parser.add_argument("model", help="a recipe (random weights) or a model folder")
+    parser.add_argument("--against", default="transformers", help="'transformers', or another recipe or folder")
+    parser.add_argument("--contexts", default="2048,8192", help="token counts")
+    parser.add_argument("--batch", default="1", help="batch sizes, such as 1,8")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--retention", choices=("forced", "real"), default="real", help="forced: thresholds at nominal")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--decode-steps", type=int, default=32)
+
+
+def _run_bench(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_command
+
+    return bench_command(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Progress of long work: a bar where the output is a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows loss, tokens per second and time left of a training run; an observer of the trainer."""
+
+    def __init__(self, name: str, steps: int, done: int = 0, every_seconds: float = 10.0) -> None:
+        self._name, self._steps, self._every = name, steps, every_seconds
+        self._first, self._started, self._spoken = done, time.monotonic(), 0.0
+        self._bar = _bar() if sys.stderr.isatty() else None
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=steps, completed=done, facts="")
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Takes one step's entry."""
+        facts = f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
+        if "held_out_loss" in entry:
+            facts += f"  held-out {entry['held_out_loss']:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=entry["step"], facts=facts)
+        elif time.monotonic() - self._spoken >= self._every or entry["step"] == self._steps:
+            self._spoken = time.monotonic()
+            print(
+                f"{self._name}: step {entry['step']}/{self._steps}  {facts}  {self._left(entry['step'])}",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _left(self, step: int) -> str:
+        pace = (time.monotonic() - self._started) / max(1, step - self._first)
+        return f"{pace * (self._steps - step):.0f} s left"
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def say(message: str) -> None:
+    """One line about what is going on, to stderr."""
+    print(message, file=sys.stderr, flush=True)
