@@ -1,0 +1,333 @@
+"""`longwave quickstart`: a Llama and a SUBLLM of one shape, trained on real text, compared by measurement.
+
+Every stage leaves its result in the output folder, so that the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.resources import files
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longwave import doctor, durable
+from longwave.api import load
+from longwave.benchmarks.subjects import Longwave, Subject, measured_retention
+from longwave.benchmarks.timing import Timing, interleaved
+from longwave.benchmarks.yardstick import Transformers
+from longwave.config import ModelConfig
+from longwave.costs import total
+from longwave.data.packed import PackedTokens
+from longwave.data.shards import PreparedInfo, iter_documents, prepare
+from longwave.data.sources import standard_library
+from longwave.data.tokenizer import Tokenizer
+from longwave.device import device_of
+from longwave.errors import UserError
+from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
+from longwave.evaluation.trace import trace_selection
+from longwave.inference.sampling import Sampling
+from longwave.inference.text import complete
+from longwave.model import Decoder
+from longwave.progress import TrainingProgress, say
+from longwave.reports import report as page
+from longwave.training.loop import Trainer
+from longwave.training.metrics import read_metrics
+from longwave.training.recipe import Recipe, read_recipe
+
+NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
+_PROMPT_TOKENS, _NEW_TOKENS, _PASSAGE_TOKENS = 48, 64, 700
+_DECODE_STEPS, _REPEATS = 48, 5
+
+
+def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Runs or continues the comparison and returns its figures.
+
+    text: a file or folder of the user's own, or None for the Python standard library.
+    Raises UserError for text that cannot be used, and for an output folder that holds another comparison.
+    """
+    started = time.monotonic()
+    info = _prepared(text, output / "data", overrides)
+    recipes = {name: _recipe(name, output / "data", overrides) for name in NAMES}
+    seconds = {name: _train(name, recipe, output) for name, recipe in recipes.items()}
+    say("evaluating, generating and timing both, and transformers' Llama with the same weights")
+    models = {name: load(output / name / "model") for name in NAMES}
+    results = {name: _evaluate(models[name], recipes[name], info) for name in NAMES}
+    facts = _run_facts(text, info, recipes, {**seconds, "everything": time.monotonic() - started})
+    speed = _speed(models, recipes["llama"], info)
+    data = _report(models, recipes, results, speed, output, facts, _command(text, output, overrides))
+    page.write_report(data, output / "report.html")
+    _merge_metrics(output)
+    figures = _figures(data)
+    (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    for line in page.headline(data):
+        print(f"{line.label}: {line.value}. {line.sentence}")
+    print(f"{output / 'report.html'}: open it in a browser ({time.monotonic() - started:.0f} s in all)")
+    return figures
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with the package."""
+    return Path(str(files("longwave"))) / "recipes" / f"{name}.toml"
+
+
+def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:
+    bf16 = ["training.precision=bf16"] if doctor.fast_bf16() else []
+    return read_recipe(recipe_path(f"quickstart-{name}"), [*bf16, *overrides, f"data.folder={data}"])
+
+
+def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> PreparedInfo:
+    """The prepared data; what text it was made of stands beside it, so that another text is not mistaken for it."""
+    source = "the Python standard library" if text is None else str(Path(text).resolve())
+    note = folder.parent / "source.txt"
+    if (folder / "meta.json").exists():
+        if note.read_text(encoding="utf8") != source:
+            raise UserError(f"{folder}: made of {note.read_text(encoding='utf8')}; give another --output")
+        return PreparedInfo.read(folder)
+    vocabulary = _recipe("llama", folder, overrides).model.vocab_size
+    say(f"preparing {source}: tokenizer of {vocabulary:,} entries, packed tokens")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(source, encoding="utf8")
+    return prepare(standard_library if text is None else text, folder, vocab_size=vocabulary)
+
+
+def _train(name: str, recipe: Recipe, output: Path) -> float:
+    """Trains one of the two, or goes on with it; returns the seconds of all its sessions."""
+    folder = output / name
+    trainer = Trainer(recipe, folder)
+    if not (trainer.finished and (folder / "model" / durable.MANIFEST).exists()):
+        trainer.watch(TrainingProgress(NAMES[name], recipe.training.steps, trainer.step))
+        trainer.run()
+    tokens = recipe.training.batch_windows * recipe.training.window
+    entries = read_metrics(folder / "metrics.jsonl")
+    pace = sorted(entry["tokens_per_second"] for entry in entries)[len(entries) // 2]
+    return recipe.training.steps * tokens / pace
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    threshold: HeldOut
+    training: HeldOut | None
+    bits_per_byte: float
+    generations: list[page.Generation]
+
+
+def _evaluate(model: Decoder, recipe: Recipe, info: PreparedInfo) -> _Evaluation:
+    """Loss on all held-out text as the model will run, and for a SUBLLM with training's choice as well."""
+    data = PackedTokens(recipe.data.folder, "held_out", recipe.training.window, keep_last=True)
+    threshold = held_out_loss(model, data)
+    by_training = None
+    if model.resamplers:
+        model.set_step(recipe.training.steps, recipe.training.seed)
+        by_training = held_out_loss(model, data, selection="training")
+    return _Evaluation(threshold, by_training, bits_per_byte(threshold, info), _generations(model, recipe))
+
+
+def _generations(model: Decoder, recipe: Recipe) -> list[page.Generation]:
+    tokenizer = Tokenizer.load(recipe.data.folder)
+    prompts = [tokenizer.decode(document[1:][:_PROMPT_TOKENS].tolist()) for document in _held_out(recipe, 2)]
+    sampling = Sampling(temperature=0.7, top_p=0.95)
+    texts = complete(model, tokenizer, prompts, max_new_tokens=_NEW_TOKENS, sampling=sampling)
+    return [page.Generation(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def _held_out(recipe: Recipe, count: int) -> list[Any]:
+    """The first held-out documents that are long enough to show something."""
+    documents = iter_documents(recipe.data.folder)
+    some = [document for _, document in zip(range(200), documents, strict=False)]
+    return sorted(some, key=lambda document: len(document) < 2 * _PROMPT_TOKENS)[:count]
+
+
+def _speed(models: dict[str, Decoder], recipe: Recipe, info: PreparedInfo) -> list[page.SpeedRow]:
+    """Times prefill, decoding and the training step of all three, in turn, and counts what they remember."""
+    window = recipe.training.window
+    data = PackedTokens(recipe.data.folder, "held_out", min(window, info.held_out.tokens), keep_last=True)
+    tokens = data.batch([0]).tokens.unsqueeze(0)
+    steps = min(_DECODE_STEPS, tokens.shape[1] // 2)
+    subjects: dict[str, Subject] = {
+        "transformers": Transformers("transformers", models["llama"]),
+        **{name: Longwave(name, model) for name, model in models.items()},
+    }
+    shares = measured_retention(models["subllm"], tokens)
+    for resampler, share in zip(models["subllm"].resamplers, shares, strict=True):
+        resampler.expected_retention = share
+    prefill = interleaved({n: lambda s=s: s.last_logits(tokens) for n, s in subjects.items()}, _REPEATS)
+    decode = interleaved({n: s.decoder(tokens, steps) for n, s in subjects.items()}, _REPEATS)
+    precision = recipe.training.precision
+    trained = {name: subject.trainer(tokens, precision) for name, subject in subjects.items()}
+    training = interleaved(trained, _REPEATS)
+    context = tokens.shape[1]
+    return [
+        _row("prefill", f"Prefill, {context:,} tokens", context, prefill, _gain(models, "prefill_flops", context)),
+        _row("decode", f"Per token, after {context:,}", context, _each(decode, steps), _gain(models, "decode_bytes", context)),
+        _row("training", f"Training step, {context:,} tokens", context, training, _training_gain(models, context)),
+        _memory_row(models, context),
+    ]
+
+
+def _each(timings: dict[str, Timing], count: int) -> dict[str, Timing]:
+    return {name: timing.per(count) for name, timing in timings.items()}
+
+
+def _gain(models: dict[str, Decoder], quantity: str, context: int) -> page.Bound:
+    """The most that SUBLLM can gain over the Llama, by FLOPs or bytes, at the retention measured on this text."""
+    llama, subllm = (getattr(total(models[name].costs(context)), quantity) for name in NAMES)
+    basis = {"prefill_flops": "FLOPs at the real retention", "decode_bytes": "bytes read, at the real retention"}
+    return page.Bound(llama / subllm, basis[quantity])
+
+
+def _training_gain(models: dict[str, Decoder], context: int) -> page.Bound:
+    """In training the nominal share is kept."""
+    subllm = models["subllm"]
+    real = [resampler.expected_retention for resampler in subllm.resamplers]
+    for resampler in subllm.resamplers:
+        resampler.expected_retention = float(resampler.retention)
+    gain = models["llama"].training_flops(context) / subllm.training_flops(context)
+    for resampler, share in zip(subllm.resamplers, real, strict=True):
+        resampler.expected_retention = share
+    return page.Bound(gain, "FLOPs at the nominal retention")
+
+
+def _row(kind: Any, label: str, tokens: int, timings: dict[str, Timing], gain: page.Bound) -> page.SpeedRow:
+    figures = {
+        name: page.Figure(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, gain if name == "subllm" else None)
+        for name, timing in timings.items()
+    }
+    return page.SpeedRow(kind, label, tokens, **figures)
+
+
+def _memory_row(models: dict[str, Decoder], context: int) -> page.SpeedRow:
+    """State bytes by the declared formulas, which the tests hold to counted bytes."""
+    used = {name: total(models[name].costs(context)).state_bytes for name in NAMES}
+    bound = page.Bound(used["llama"] / used["subllm"], "kept tokens, with 4 bytes per level for their places")
+    llama, subllm = page.Figure(*[used["llama"]] * 3), page.Figure(*[used["subllm"]] * 3, bound)
+    return page.SpeedRow("memory", f"State, {context:,} tokens", context, llama, llama, subllm)
+
+
+def _report(
+    models: dict[str, Decoder],
+    recipes: dict[str, Recipe],
+    results: dict[str, _Evaluation],
+    speed: list[page.SpeedRow],
+    output: Path,
+    facts: list[page.Fact],
+    command: str,
+) -> page.Report:
+    metrics = {name: read_metrics(output / name / "metrics.jsonl") for name in NAMES}
+    return page.Report(
+        title="longwave quickstart",
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        machine=[page.Fact(label, value) for label, value in doctor.facts().items() if not label.startswith("op ")],
+        run=facts,
+        models=[_model_run(name, models[name], metrics[name], results[name]) for name in NAMES],
+        retention=_retention(models["subllm"], metrics["subllm"], results["subllm"]),
+        speed=speed,
+        passage=_passage(models["subllm"], recipes["subllm"]),
+        notes=_notes(recipes["subllm"], results),
+        command=command,
+    )
+
+
+def _model_run(name: str, model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> page.ModelRun:
+    evaluated = [entry for entry in metrics if "held_out_loss" in entry]
+    return page.ModelRun(
+        name=NAMES[name],
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        layout=model.config.layout,
+        train=[page.LossPoint(entry["step"], entry["loss"]) for entry in metrics],
+        held_out=[page.LossPoint(entry["step"], entry["held_out_loss"], "threshold") for entry in evaluated],
+        final_loss=result.threshold.loss,
+        bits_per_byte=result.bits_per_byte,
+        perplexity=exp(result.threshold.loss),
+        generations=result.generations,
+    )
+
+
+def _retention(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> page.Retention:
+    watched = [entry for entry in metrics if "positive" in entry]
+    levels = [
+        page.RetentionLevel(
+            name=f"level {level + 1}",
+            target=float(resampler.retention),
+            steps=[entry["step"] for entry in watched],
+            kept=[entry["positive"][level] for entry in watched],
+            live=[entry["live"][level] for entry in watched],
+            falsely_kept=[entry["false_keep"][level] for entry in watched],
+            falsely_dropped=[entry["false_drop"][level] for entry in watched],
+            final=result.threshold.retention[level],
+        )
+        for level, resampler in enumerate(model.resamplers)
+    ]
+    assert result.training is not None
+    return page.Retention(levels, result.training.loss, result.threshold.loss)
+
+
+def _passage(model: Decoder, recipe: Recipe) -> page.Passage:
+    tokenizer = Tokenizer.load(recipe.data.folder)
+    ids = _held_out(recipe, 1)[0][: min(_PASSAGE_TOKENS, model.config.context_window)].tolist()
+    traced = trace_selection(model, ids)
+    texts = [tokenizer.decode([id]) for id in ids]
+    tokens = [page.PassageToken(text, one.kept, one.scores) for text, one in zip(texts, traced, strict=True)]
+    return page.Passage("held-out text", tokens, code=True)
+
+
+def _notes(recipe: Recipe, results: dict[str, _Evaluation]) -> list[str]:
+    trained = recipe.training.steps * recipe.training.batch_windows * recipe.training.window
+    kept = ", ".join(f"{share:.0%}" for share in results["subllm"].threshold.retention)
+    return [
+        f"Both models saw the same {trained:,} tokens in the same order. That is a few minutes of training: enough to "
+        "show that everything works and what it costs, not what either model can learn.",
+        f"SUBLLM ran in threshold mode, as it does when it generates: of the tokens entering each level it kept {kept}.",
+        "Timings are medians of interleaved repeats on this machine; a model this small spends much of its time outside "
+        "matrix products, so gains lie below those of a larger one.",
+    ]
+
+
+def _run_facts(
+    text: str | None, info: PreparedInfo, recipes: dict[str, Recipe], seconds: dict[str, float]
+) -> list[page.Fact]:
+    run, shape = recipes["llama"].training, recipes["llama"].model
+    facts = {
+        "text": text or "Python standard library, sources and docstrings",
+        "documents": f"{info.train.documents:,} for training, {info.held_out.documents:,} held out",
+        "tokens": f"{info.train.tokens:,} for training, {info.held_out.tokens:,} held out",
+        "vocabulary": f"{info.vocab_size:,}",
+        "training": f"{run.steps:,} steps of {run.batch_windows} windows of {run.window:,} tokens, {run.precision}",
+        "optimizer": f"{recipes['llama'].optimizer.kind}, {recipes['llama'].schedule.kind}",
+        "shape": f"hidden {shape.hidden_size}, {shape.attention.heads} heads, MLP {shape.mlp.size}",
+        **{f"time, {NAMES.get(name, name)}": f"{value:.0f} s" for name, value in seconds.items()},
+    }
+    return [page.Fact(label, value) for label, value in facts.items()]
+
+
+def _command(text: str | None, output: Path, overrides: Sequence[str]) -> str:
+    parts = ["longwave", "quickstart", *([text] if text else []), "--output", str(output), *overrides]
+    return shlex.join(parts)
+
+
+def _merge_metrics(output: Path) -> None:
+    """`metrics.jsonl`: both runs' entries, each with the model's name."""
+    entries = [{"model": name, **entry} for name in NAMES for entry in read_metrics(output / name / "metrics.jsonl")]
+    staging = output / ".metrics.jsonl.partial"
+    staging.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf8")
+    os.replace(staging, output / "metrics.jsonl")
+
+
+def _figures(data: page.Report) -> dict[str, Any]:
+    """The figures of the comparison as plain values."""
+    llama, subllm = data.models
+    return {
+        "held_out_loss": {model.name: model.final_loss for model in data.models},
+        "relative_gap": page.relative_gap(subllm, llama),
+        "retention": [level.final for level in data.retention.levels],
+        "training_selection_loss": data.retention.top_k_loss,
+        "speed": [dataclasses.asdict(row) for row in data.speed],
+    }
