@@ -11,7 +11,7 @@ import torch
 from longwave.ops import attention
 from longwave.version import __version__
 
-_OPTIONAL = {"matplotlib": "plot", "tensorboard": "track", "triton": "kernels"}
+_OPTIONAL = {"tensorboard": "track"}
 
 
 def facts() -> dict[str, str]:

@@ -328,7 +328,7 @@ def llama_from(decoder: Decoder) -> LlamaForCausalLM:
 
     UserError for a decoder that is no plain Llama.
     """
-    config = LlamaConfig(**llama.config_json(decoder, None), attn_implementation="sdpa")
+    config = LlamaConfig.from_dict(llama.config_json(decoder, None), attn_implementation="sdpa")
     with no_init_weights():
         model = LlamaForCausalLM(config)
     tensors = disassemble(decoder, llama.TABLE)
@@ -336,4 +336,4 @@ def llama_from(decoder: Decoder) -> LlamaForCausalLM:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    return model.to(decoder.embed.weight.device).eval()
+    return model.to(device=decoder.embed.weight.device).eval()

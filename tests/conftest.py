@@ -7,7 +7,7 @@ import os
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked in tests only, so the hook has to come before longwave's first import.
-CHECKED = install_import_hook("longwave", "beartype.beartype")
+CHECKED = install_import_hook("longwave", "checked.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

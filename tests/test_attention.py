@@ -28,7 +28,9 @@ gqa = pytest.mark.parametrize(("heads", "groups"), GQA, ids=["ratio 1", "ratio 3
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def stream_of(lengths: tuple[int, ...], heads: int, groups: int, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +69,9 @@ def test_reference_is_softmax_over_the_visible_keys():
 @fast_forms
 @gqa
 @pytest.mark.parametrize("window", [None, 1, 2, 3, 4, 5, 100])
-@pytest.mark.parametrize("lengths", [(4,), (1,), (9,), (5, 5), (3, 4, 5), (0, 3, 1), (1, 1, 1), (12, 0), (8, 2)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(4,), (1,), (9,), (5, 5), (3, 4, 5), (0, 3, 1), (1, 1, 1), (12, 0), (8, 2)], ids=str
+)
 def test_parity_with_reference_forward_and_backward(form, heads, groups, window, lengths):
     """Runs of the stream itself: lengths below, at and above the window, one of 0 and 1 among them."""
     query, key, value = stream_of(lengths, heads, groups)
@@ -177,7 +181,11 @@ class Peak(TorchDispatchMode):
         return result
 
 
-TARGETS = {"all count": lambda t: t, "some ignored": lambda t: torch.where(t % 3 == 0, -100, t), "none counts": lambda t: t * 0 - 100}
+TARGETS = {
+    "all count": lambda t: t,
+    "some ignored": lambda t: torch.where(t % 3 == 0, -100, t),
+    "none counts": lambda t: t * 0 - 100,
+}
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -314,7 +322,9 @@ def test_rotary_scores_depend_on_distance_alone():
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 8e-3)]
+)
 def test_rms_norm_against_the_formula(dtype, tolerance):
     norm = RMSNorm(64, 1e-5)
     norm.weight.data.uniform_(0.5, 2)
@@ -337,5 +347,7 @@ def test_rms_norm_reduces_in_fp32():
 
 def test_rms_norm_gradcheck():
     norm = RMSNorm(6, 1e-5).double()
-    assert torch.autograd.gradcheck(lambda x, w: F.rms_norm(x, (6,), w, 1e-5), (random(3, 6).requires_grad_(), norm.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, w: F.rms_norm(x, (6,), w, 1e-5), (random(3, 6).requires_grad_(), norm.weight)
+    )
     close(norm(random(3, 6)), F.rms_norm(random(3, 6), (6,), norm.weight, 1e-5))

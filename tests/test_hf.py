@@ -211,6 +211,15 @@ def test_cropped_and_selected_cache_is_that_of_a_fresh_run(model: Model, layout:
         assert torch.equal(ours(ROWS, past_key_values=cache).logits, ours(ROWS).logits)
 
 
+def test_pads_after_a_reordered_cache_repeat_the_right_rows(model: Model):
+    ours, pads = model("subllm"), torch.zeros(4, 1, dtype=torch.int64)
+    with torch.no_grad():
+        output = ours(ROWS)
+        output.past_key_values.reorder_cache(torch.tensor([2, 2, 0, 1]))
+        found = ours(pads, attention_mask=pads, past_key_values=output.past_key_values).logits
+    near(found, output.logits[[2, 2, 0, 1], -1:])
+
+
 def manual_loss(decoder: Decoder, labels: Tensor, rows: list[Tensor]) -> Tensor:
     """Cross-entropy of every row by itself, the mean over the labels that count."""
     logits = torch.cat([alone(decoder, row)[:-1] for row in rows])

@@ -108,7 +108,9 @@ def test_chunking_fails_for_a_selection_that_ranks():
     name = "resampler subllm"
     assert Law.CHUNKING not in declared(model_of(name, training=True), training=True)
     model = model_of(name, training=True)
-    assert finds(lambda seed: distance(in_pieces(model, tokens_from(seed, 16), [8]), alone(model, tokens_from(seed, 16))))
+    assert finds(
+        lambda seed: distance(in_pieces(model, tokens_from(seed, 16), [8]), alone(model, tokens_from(seed, 16)))
+    )
 
 
 # --- company ----------------------------------------------------------------------------------------------------------

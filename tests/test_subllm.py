@@ -57,7 +57,9 @@ def tokens_of(seed: int, count: int) -> list[int]:
 # --- selection and mixing ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(2048, [1311, 840]), (4096, [2622, 1679]), (8192, [5243, 3356]), (1, [1, 1])])
+@pytest.mark.parametrize(
+    ("tokens", "kept"), [(2048, [1311, 840]), (4096, [2622, 1679]), (8192, [5243, 3356]), (1, [1, 1])]
+)
 def test_check_01_kept_counts_of_two_levels(tokens: int, kept: list[int]):
     ratio = retention_of("0.64")
     assert [kept_count(tokens, ratio), kept_count(kept_count(tokens, ratio), ratio)] == kept
@@ -79,7 +81,9 @@ def test_check_01_kept_counts_are_ceilings(tokens: int, thousandths: int):
 def test_check_01_shapes_in_the_model(tokens: int):
     """What the two bodies really run on, on a model too small to be slow."""
     shape = {"attention": AttentionConfig(1), "mlp": MLPConfig(2)}
-    model = Decoder(ModelConfig(7, 2, "subllm(0.64: W subllm(0.64: W))", **{**shape, "attention": AttentionConfig(1, window=2)}))
+    model = Decoder(
+        ModelConfig(7, 2, "subllm(0.64: W subllm(0.64: W))", **{**shape, "attention": AttentionConfig(1, window=2)})
+    )
     model.train().set_step(0)
     with rows_run(model) as rows:
         alone(model, [3] * tokens)
@@ -138,7 +142,9 @@ def test_check_02_ranking_is_by_raw_score_not_by_weight(seed: int):
     thousandths=st.integers(1, 1000),
     key=st.integers(0, 2**64 - 1),
 )
-def test_check_03_weights_lie_in_0_1_and_draws_in_the_own_window(sample, scores: list[float], thousandths: int, key: int):
+def test_check_03_weights_lie_in_0_1_and_draws_in_the_own_window(
+    sample, scores: list[float], thousandths: int, key: int
+):
     retention = Fraction(thousandths, 1000)
     table = torch.tensor([scores, [-9.0] * len(scores)], dtype=torch.float64)  # the other window discards only zeros
     selection = chosen(table.flatten(), [len(scores)] * 2, retention, sample, [key, key + 1])
@@ -208,7 +214,9 @@ class Body(nn.Module):
 
 def level(retention: str, body: nn.Module, width: int = 8, step: int = 0, **config) -> Subllm:
     """One SUBLLM level by itself, the scores of which are set by `scored`."""
-    settings = ModelConfig(7, width, f"subllm({retention}: F)", AttentionConfig(1), MLPConfig(4), subllm=SubllmConfig(**config))
+    settings = ModelConfig(
+        7, width, f"subllm({retention}: F)", AttentionConfig(1), MLPConfig(4), subllm=SubllmConfig(**config)
+    )
     resampler = Decoder(settings).double().resamplers[0]
     resampler.body = body
     resampler.set_clock(Clock(step, seed=1))
@@ -310,7 +318,9 @@ def test_check_06_parameters_of_the_published_shapes():
     assert parameters(dense) == 1_345_423_360
     assert parameters(subllm) - parameters(dense) == 8192
     assert parameters(subllm) == 1_345_431_552
-    assert sorted(p.shape for r in subllm.resamplers for p in r.parameters(recurse=True) if p.ndim == 1).count((2048,)) > 0
+    assert (
+        sorted(p.shape for r in subllm.resamplers for p in r.parameters(recurse=True) if p.ndim == 1).count((2048,)) > 0
+    )
     own = {name for name, _ in subllm.named_parameters()} - {name for name, _ in dense.named_parameters()}
     assert sum("score" in name or "bypass" in name for name in own) == 4
 
@@ -453,9 +463,7 @@ def closed_form(scores: list[float], incoming: list[float], low: float, high: fl
     m = mu / sigma
     e_m = 1 if m > m_hi else -1 if m < m_lo else 0
     e_r = 1 if r > r_hi else -1 if r < r_lo else 0
-    slope = [
-        e_m / (n * sigma) * (1 - mu * (x - mu) / sigma**2) + e_r * x / (n * r * r) for x in scores
-    ]
+    slope = [e_m / (n * sigma) * (1 - mu * (x - mu) / sigma**2) + e_r * x / (n * r * r) for x in scores]
     rms = math.sqrt(math.fsum(s * s for s in slope) / n)
     relative = [0.04 * s / rms if rms else 0.0 for s in slope]
     return [g + abs(g) * share for g, share in zip(incoming, relative, strict=True)]
@@ -522,7 +530,9 @@ def test_check_09_balancer_works_in_low_precision(dtype):
     torch.testing.assert_close(got.double(), torch.tensor(exact, dtype=torch.float64), rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("scores", [torch.zeros(5), torch.full((4,), 0.3), torch.tensor([2.0]), torch.zeros(0)], ids=str)
+@pytest.mark.parametrize(
+    "scores", [torch.zeros(5), torch.full((4,), 0.3), torch.tensor([2.0]), torch.zeros(0)], ids=str
+)
 def test_check_09_balancer_of_equal_scores_stays_finite(scores: Tensor):
     assert balanced(scores.double(), torch.ones_like(scores).double()).isfinite().all()
 
@@ -678,8 +688,9 @@ def test_check_13_threshold_mode_never_sees_the_future(seed: int):
     """Bit by bit where the levels keep as many tokens, to rounding where the inner products have another shape."""
     model, tokens = nested(seed), tokens_of(seed, 40)
     equal_shapes = 0
-    for trial in range(12):
-        changed = tokens[:25] + tokens_of(100 + 20 * seed + trial, 15)
+    for trial in range(30):
+        end = 26 if trial % 2 else 40  # one token, or all of them
+        changed = tokens[:25] + tokens_of(100 + 30 * seed + trial, end - 25) + tokens[end:]
         with rows_run(model) as rows:
             change = distance(alone(model, tokens)[:25], alone(model, changed)[:25])
         same = rows[: len(rows) // 2] == rows[len(rows) // 2 :]
@@ -726,14 +737,14 @@ def test_check_15_ragged_batch_equals_each_row_alone(seed: int):
     """Prefill and 32 steps; B1 is a row that keeps its last token, B3 one that skips where another does not."""
     model = nested(seed)
     prompts = [tokens_of(10 * seed + i, n) for i, n in enumerate((17, 1, 9, 30, 17))]
+    prompts[2] = next(p for n in range(9, 30) if last_is_kept(model, p := tokens_of(7, 30)[:n]))
     endings = [tokens_of(50 + 10 * seed + i, 32) for i in range(5)]
     outcomes = set()
     with rows_run(model) as rows:
         got = decoded_together(model, prompts, endings)
     outcomes.update(rows[2:])
-    assert len(outcomes) > 2  # steps in which some rows were kept and others were not
-    keeps_last = [last_is_kept(model, prompt) for prompt in prompts]
-    assert any(keeps_last)
+    assert len(outcomes) > 1  # steps in which some rows were kept and others were not
+    assert any(last_is_kept(model, prompt) for prompt in prompts)
     for prompt, ending, logits in zip(prompts, endings, got, strict=True):
         assert distance(logits, alone(model, prompt + ending)) <= 1e-10
 
@@ -872,7 +883,7 @@ def test_check_18_positions_at_every_level_are_those_of_the_sequence(seed: int):
         assert torch.equal(stream.positions, stream.order)
         assert torch.equal(stream.positions, places.long())
         assert hidden.shape[0] == places.numel()
-        turns = angles(model.config.rotary, places, 8)
+        turns = angles(model.config.rotary, places.long(), 8)
         assert torch.equal(stream.passengers["cos"], turns.cos().double())
     outer, inner = (set(stream.positions.tolist()) for _, stream in given)
     assert inner < outer < set(range(40))
@@ -952,21 +963,45 @@ def test_check_20_windows_of_unequal_length_keep_a_ceiling_each(seed: int):
 
 @every_seed
 def test_check_27_bfloat16_flips_few_decisions(seed: int):
-    """Under autocast, as bf16 models train and run: flips below 0.5%, all near the threshold, and the loss within 0.5%."""
+    """Under autocast: flips below 0.5%, all near the threshold, at both levels, and the loss within 0.5%.
+
+    Scores have the size that trained ones have (1.10: an rms of 0.5 to 0.8); bf16 errors grow with it. A decision that
+    flips at the outer level makes another sequence of it from there on, which is left out at the inner one.
+    """
     model = decoder(Case(NESTED), seed, torch.float32)
     tokens = torch.tensor(tokens_of(seed, 4000))
-    stream = Stream.of([400] * 10)
-    scores: list[Tensor] = []
-    model.resamplers[0].score.register_forward_hook(lambda module, given, output: scores.append(output))
+    stream = Stream.of([100] * 40)
+    scores: list[dict[int, float]] = []
+
+    def note(module: Subllm, given: tuple, output: Tensor) -> None:
+        hidden, entering, _ = given
+        rows = (entering.run_of_token * 100 + entering.order).tolist()
+        scores.append(dict(zip(rows, module.score(hidden).tolist(), strict=True)))
+
     with torch.no_grad():
+        for resampler in model.resamplers:  # outer first, whose size decides what the inner one meets
+            hook = resampler.register_forward_hook(note)
+            model(tokens[:400], Stream.of([400]))
+            hook.remove()
+            resampler.score.weight.div_(math.sqrt(sum(s * s for s in scores.pop().values()) / 400) / 0.65)
+        for resampler in model.resamplers:
+            resampler.register_forward_hook(note)
         exact = model.loss(tokens, tokens.roll(-1), stream)
         with torch.autocast("cpu", torch.bfloat16):
             rough = model.loss(tokens, tokens.roll(-1), stream)
-    flips = (scores[0] > 0) != (scores[1] > 0)
-    assert scores[1].dtype == torch.float32
-    assert flips.float().mean() < 0.005
-    assert scores[0][flips].abs().le(0.02).all()
     assert rough / exact == pytest.approx(1, abs=0.005)
+    spoiled: dict[int, int] = {}
+    for index, (plain, half) in ((1, (scores[1], scores[3])), (0, (scores[0], scores[2]))):
+        both = [row for row in plain if row in half and row < spoiled.get(row // 100, row + 1)]
+        assert len(both) > 500
+        assert any(plain[row] != half[row] for row in both)
+        flips = [row for row in both if (plain[row] > 0) != (half[row] > 0)]
+        assert len(flips) / len(both) < 0.005, index
+        print(
+            index, seed, [round(plain[row], 4) for row in flips], torch.tensor([plain[r] - half[r] for r in both]).std()
+        )
+        assert all(abs(plain[row]) < 0.02 for row in flips), index
+        spoiled = {row // 100: row for row in reversed(flips)}
 
 
 def test_check_27_scores_are_summed_in_fp32_row_by_row():
@@ -1029,7 +1064,7 @@ def test_causal_thresholds_follow_the_quantiles_of_the_scores(seed: int):
     resampler.score.register_forward_hook(lambda module, given, output: seen.append(output.detach()))
     model.set_step(0)
     model.loss(tokens, tokens, Stream.of([200]))
-    assert resampler.threshold.low == 0
+    assert resampler.threshold.low == 0.1
     with torch.no_grad():
         model(tokens, Stream.of([200]))  # evaluation in training mode is not observed
     model.set_step(1)
@@ -1056,5 +1091,5 @@ def test_thresholds_stay_in_double_precision_and_are_saved():
 
 
 def test_above_threshold_is_strict():
-    selection = above_threshold(torch.tensor([0.0, 1e-300, -1.0]).double(), torch.ones(3).double(), torch.tensor(0.0))
+    selection = above_threshold(torch.tensor([0.0, 1e-30, -1.0]), torch.ones(3), torch.tensor(0.0).double())
     assert selection.rows.tolist() == [1]

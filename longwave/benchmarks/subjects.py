@@ -1,39 +1,65 @@
 """What is timed: a longwave model, and `transformers`' Llama with the same weights, behind one face.
 
-Legend: `B` sequences of `N` tokens each.
+Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from longwave.benchmarks.roofline import Level, Load
+from longwave.benchmarks.timing import Task
 from longwave.model import Decoder
 from longwave.states import State
 from longwave.stream import Stream, Windows
 
-Task = Callable[[], object]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Decoding that can be repeated: every run gives the logits (B, S, V) of the same steps after the same context.
+
+    load: what a run meets at each level. used, reserved: bytes remembered of the context, and bytes allocated for it.
+    """
+
+    run: Callable[[], Float[Tensor, "B S V"]]
+    load: Load
+    used: int
+    reserved: int
 
 
 class Subject(Protocol):
-    """A model to time."""
+    """A model to time. `model` holds its weights, and knows what they cost."""
 
     name: str
+    model: Decoder
 
-    def last_logits(self, tokens: Int64[Tensor, "B N"]) -> Float[Tensor, "B V"]:
-        """Logits after the last token of each sequence, from an empty cache."""
+    def prefill(self, context: Int64[Tensor, " N"]) -> Callable[[], Float[Tensor, " V"]]:
+        """A task that fills an empty cache and gives the logits after the last token."""
         ...
 
-    def decoder(self, tokens: Int64[Tensor, "B N"], steps: int) -> Task:
-        """Prefills all but the last `steps` tokens; the task runs those one by one and can be repeated."""
+    def after(self, context: Int64[Tensor, " N"]) -> Callable[[Int64[Tensor, "B S"]], dict[str, Decoding]]:
+        """Prefills a context; what it returns makes B sequences that share it run S tokens each, one by one.
+
+        The decodings differ in how the cache is kept, and are keyed by a name for that.
+        """
+        ...
+
+    def loss(self, tokens: Int64[Tensor, "B N"], precision: str) -> float:
+        """The mean next-token loss in nats, as in training."""
         ...
 
     def trainer(self, tokens: Int64[Tensor, "B N"], precision: str) -> Task:
-        """A task that runs forward, backward and an AdamW step over next-token prediction."""
+        """A task that runs forward, backward and a fused AdamW step; it changes the weights."""
         ...
 
 
@@ -43,60 +69,98 @@ class Longwave:
     def __init__(self, name: str, model: Decoder) -> None:
         self.name, self.model = name, model
 
-    @torch.no_grad()
-    def last_logits(self, tokens: Int64[Tensor, "B N"]) -> Float[Tensor, "B V"]:
-        self.model.eval()
-        return self._run(tokens, self._state(tokens))
+    def prefill(self, context: Int64[Tensor, " N"]) -> Callable[[], Float[Tensor, " V"]]:
+        return lambda: self._filled(context)[1]
 
-    def decoder(self, tokens: Int64[Tensor, "B N"], steps: int) -> Task:
-        self.model.eval()
-        state, context = self._state(tokens), tokens.shape[1] - steps
-        self._run(tokens[:, :context], state)
+    def after(self, context: Int64[Tensor, " N"]) -> Callable[[Int64[Tensor, "B S"]], dict[str, Decoding]]:
+        filled, _ = self._filled(context)
+        return lambda following: {self.name: self._decoding(copy.deepcopy(filled), following)}
 
-        def task() -> None:
-            for place in range(context, tokens.shape[1]):
-                self._run(tokens[:, place : place + 1], state)
-            for slot in range(state.slots):
-                state.truncate(slot, context)
-
-        return task
+    def loss(self, tokens: Int64[Tensor, "B N"], precision: str) -> float:
+        self.model.train().set_step(0)
+        with torch.no_grad(), computing_in(precision, tokens.device):
+            return float(self._mean_loss(tokens))
 
     def trainer(self, tokens: Int64[Tensor, "B N"], precision: str) -> Task:
-        sizes = (tokens.shape[1],) * tokens.shape[0]
-        stream = Stream.of(sizes, windows=Windows(sizes, tuple(range(len(sizes)))), device=tokens.device)
-        flat, targets = tokens.flatten(), next_tokens(tokens).flatten()
-        step = [0]
+        step = 0
 
         def loss() -> Tensor:
-            step[0] += 1
-            self.model.set_step(step[0])
-            return self.model.loss(flat, targets, stream) / (targets != -100).sum()
+            nonlocal step
+            step += 1
+            self.model.set_step(step)
+            return self._mean_loss(tokens)
 
-        return training_task(self.model, loss, precision, tokens.device.type)
+        return training_task(self.model, loss, precision, tokens.device)
 
-    def _state(self, tokens: Tensor) -> State:
-        state = self.model.state(tokens.shape[0])
-        state.reserve(tokens.shape[1])
-        return state
+    def _mean_loss(self, tokens: Tensor) -> Tensor:
+        sizes = (tokens.shape[1],) * tokens.shape[0]
+        stream = Stream.of(sizes, windows=Windows(sizes, tuple(range(len(sizes)))), device=tokens.device)
+        following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
+        return self.model.loss(tokens.flatten(), following.flatten(), stream) / (following != -100).sum()
+
+    def _filled(self, context: Tensor) -> tuple[State, Tensor]:
+        """The state after a context, and the logits of its last token."""
+        state = self.model.eval().state(1)
+        return state, self._run(context, state)[0]
 
     @torch.no_grad()
     def _run(self, tokens: Tensor, state: State) -> Tensor:
-        stream = state.stream([tokens.shape[1]] * tokens.shape[0]).last_rows()
+        """Logits (B, V) after the same number of new tokens for each of B slots, one slot after the other."""
+        stream = state.stream([tokens.numel() // state.slots] * state.slots).last_rows()
         return self.model(tokens.flatten(), stream, state)
 
+    def _decoding(self, state: State, following: Tensor) -> Decoding:
+        context, (batch, steps) = state.seen[0], following.shape
+        state.reorder([0] * batch)
+        for slot in range(batch):
+            for part in (state.of(name, slot) for name in state.specs):
+                part.reserve(part.held + steps)
+        used, reserved = state.used_bytes(), state.reserved_bytes()
 
-def next_tokens(tokens: Int64[Tensor, "B N"]) -> Int64[Tensor, "B N"]:
-    """The target of each token; -100 at the end of a sequence."""
-    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], dim=1)
+        def advance() -> Tensor:
+            return torch.stack([self._run(following[:, step], state) for step in range(steps)], dim=1)
+
+        def forget() -> None:
+            for slot in range(batch):
+                state.truncate(slot, context)
+
+        def run() -> Tensor:
+            logits = advance()
+            forget()
+            return logits
+
+        advance()
+        load = _load(self.model, state, context, steps)
+        forget()
+        return Decoding(run, load, used, reserved)
 
 
-def training_task(model: torch.nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Task:
-    """Forward, backward, AdamW; `bf16` computes in bf16 over fp32 weights."""
+def _load(model: Decoder, state: State, context: int, steps: int) -> Load:
+    """What decoding has met at each level, from a state that holds the context and the steps after it."""
+    levels = {-1: Level.whole(context, state.slots, steps)}
+    for resampler in model.resamplers:
+        kept = [state.of(resampler.site.name, slot).view("order").flatten() for slot in range(state.slots)]
+        new = torch.cat([places[places >= context] for places in kept])
+        levels[resampler.index] = Level(
+            held=mean(int((places < context).sum()) + int((places >= context).sum()) / 2 for places in kept),
+            rows=new.numel() / steps,
+            runs=new.unique().numel() / steps,
+        )
+    return Load(levels)
+
+
+def computing_in(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a training forward: `bf16` computes in bf16 over fp32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def training_task(model: nn.Module, loss: Callable[[], Tensor], precision: str, device: torch.device) -> Task:
+    """Forward, backward and a fused AdamW step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def task() -> None:
         model.train()
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        with computing_in(precision, device):
             value = loss()
         value.backward()
         optimizer.step()
@@ -106,29 +170,33 @@ def training_task(model: torch.nn.Module, loss: Callable[[], Tensor], precision:
 
 
 @torch.no_grad()
-def force_retention(model: Decoder, tokens: Int64[Tensor, "B N"]) -> tuple[float, ...]:
+def one_pass(model: Decoder, tokens: Int64[Tensor, " N"], last: int) -> Float[Tensor, "{last} V"]:
+    """Logits of the last tokens, all at once and without a state: what every other way must agree with."""
+    rows = torch.arange(len(tokens) - last, len(tokens), device=tokens.device)
+    return model.eval()(tokens, replace(Stream.of([len(tokens)], device=tokens.device), outputs=rows))
+
+
+@torch.no_grad()
+def force_retention(model: Decoder, tokens: Int64[Tensor, " N"]) -> tuple[float, ...]:
     """Sets every level's threshold so that it keeps its nominal share of these tokens; returns the shares kept.
 
     Outer levels come first, since what they keep decides what inner ones meet.
     """
     model.eval()
-    stream = Stream.of([tokens.shape[1]] * tokens.shape[0], device=tokens.device)
     for resampler in model.resamplers:
         seen: list[Tensor] = []
         hook = resampler.score.register_forward_hook(lambda module, inputs, scores, seen=seen: seen.append(scores))
-        model.hidden(tokens.flatten(), stream)
+        one_pass(model, tokens, 1)
         hook.remove()
         ordered = seen[0].double().sort(descending=True).values
         kept = min(round(ordered.numel() * float(resampler.retention)), ordered.numel() - 1)
         resampler.threshold.low.copy_((ordered[kept - 1] + ordered[kept]) / 2 if kept else ordered[0])
-    return measured_retention(model, tokens)
+    return retention_in(model, lambda: one_pass(model, tokens, 1))[1]
 
 
-@torch.no_grad()
-def measured_retention(model: Decoder, tokens: Int64[Tensor, "B N"]) -> tuple[float, ...]:
-    """The share of the tokens entering each level that it keeps."""
-    model.eval()
+def retention_in(model: Decoder, inference: Callable[[], T]) -> tuple[T, tuple[float, ...]]:
+    """What `inference` gives, and the share of the tokens entering each level that the model kept meanwhile."""
     for resampler in model.resamplers:
         resampler.kept_of = [0, 0]
-    model.hidden(tokens.flatten(), Stream.of([tokens.shape[1]] * tokens.shape[0], device=tokens.device))
-    return tuple(kept / max(met, 1) for kept, met in (resampler.kept_of for resampler in model.resamplers))
+    result = inference()
+    return result, tuple(kept / max(met, 1) for kept, met in (resampler.kept_of for resampler in model.resamplers))

@@ -10,36 +10,53 @@ from statistics import median
 
 import torch
 
+Task = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median of the repeats, the least and the most."""
+    """Seconds of every repeat, in the order in which they were taken."""
 
-    median: float
-    low: float
-    high: float
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def low(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def high(self) -> float:
+        return max(self.seconds)
 
     def per(self, count: int) -> Timing:
         """The same for one of `count` equal parts."""
-        return Timing(self.median / count, self.low / count, self.high / count)
+        return Timing(tuple(taken / count for taken in self.seconds))
+
+    def ratio(self, other: Timing) -> float:
+        """The median, over the rounds of an interleaved run, of this time relative to the other's."""
+        return median(own / others for own, others in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleaved(forms: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(forms: Mapping[str, Task], repeats: int, warmup: int = 1) -> dict[str, Timing]:
     """Times each form `repeats` times, A B A B ..., so that a drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     for round_ in range(warmup + repeats):
         for name, form in forms.items():
-            taken = _once(form)
+            taken = seconds_of(form)
             if round_ >= warmup:
                 seconds[name].append(taken)
-    return {name: Timing(median(taken), min(taken), max(taken)) for name, taken in seconds.items()}
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
-def _once(form: Callable[[], object]) -> float:
+def seconds_of(task: Task) -> float:
+    """Seconds of one run, until the device has finished it."""
     gc.collect()
     _synchronise()
     start = time.perf_counter()
-    form()
+    task()
     _synchronise()
     return time.perf_counter() - start
 

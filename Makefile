@@ -1,0 +1,34 @@
+# `make quickstart` and `make test` are all a fresh machine needs: Python >= 3.11 and nothing else of ours.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart setup test test-slow test-gpu check clean
+
+quickstart: setup
+	$(BIN)/longwave quickstart $(TEXT)
+
+setup: $(STAMP)
+
+# Renewed when the dependencies change; does nothing when all is in place.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longwave needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,track]'
+	touch $@
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info

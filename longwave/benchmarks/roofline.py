@@ -1,0 +1,129 @@
+"""What the machine allows: its measured bandwidth and FLOP/s, and the least time that a model's work takes on it.
+
+Williams et al. 2009. Each part of a model is bounded by its bytes or by its FLOPs, and parts run one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from longwave.benchmarks.timing import Task, seconds_of
+from longwave.costs import weight_bytes
+from longwave.model import Decoder
+
+_BYTES, _SIDE, _REPEATS = 1 << 28, 2048, 5
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The machine's best at reading (bytes per second) and at a matrix product (FLOPs per second)."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_peaks(dtype: torch.dtype, device: torch.device | str = "cpu") -> Peaks:
+    """Measured here and now, on the threads that the models will have."""
+    large, row = torch.ones(_BYTES // (4 * _SIDE), _SIDE, device=device), torch.ones(_SIDE, device=device)
+    square = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    reading = min(_best(large.sum), _best(lambda: large @ row))
+    return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
+
+
+def _best(task: Task) -> float:
+    return min(seconds_of(task) for _ in range(_REPEATS))
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and bytes that have to be read."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, peaks: Peaks) -> float:
+        """The least time it takes."""
+        return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one level of a model meets in decoding.
+
+    held: tokens that each sequence remembers there. rows: tokens that get there per step, of all sequences.
+    runs: share of the steps at which any does, and the weights are read.
+    """
+
+    held: float
+    rows: float
+    runs: float
+
+    @classmethod
+    def whole(cls, context: int, sequences: int, steps: int) -> Level:
+        """The outermost level, which every token reaches."""
+        return cls(context + (steps - 1) / 2, sequences, 1.0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What decoding meets at each level, by the index of its resampler, or -1 outside of all."""
+
+    levels: Mapping[int, Level]
+
+    @property
+    def retention(self) -> tuple[float, ...]:
+        """The share of the decoded tokens that reaches each level, of all tokens decoded."""
+        return tuple(level.rows / self.levels[-1].rows for index, level in self.levels.items() if index >= 0)
+
+
+def decode_work(model: Decoder, load: Load) -> list[Work]:
+    """What each part does in one step, the embedding (a row) left out."""
+    dtype, outermost = model.embed.weight.dtype, load.levels[-1]
+    parts = []
+    for block in model.blocks:
+        level = load.levels[block.site.level]
+        cost = block.costs(round(level.held), 1.0, dtype)[0]
+        weights = weight_bytes(cost.parameters, dtype)
+        state = cost.decode_bytes - weights
+        parts.append(Work(level.rows * cost.decode_flops, level.runs * weights + level.rows * state))
+    head = next(cost for cost in model.costs(1) if cost.kind == "norm and head")
+    return [*parts, Work(outermost.rows * head.decode_flops, head.decode_bytes)]
+
+
+def prefill_work(model: Decoder, tokens: int, retention: Sequence[float]) -> Work:
+    """What one sequence does, at the retention that its tokens really have."""
+    with _expecting(model, retention):
+        return Work(model.prefill_flops(tokens), _all_weights(model))
+
+
+def training_work(model: Decoder, tokens: int, windows: int) -> Work:
+    """What one step over so many windows does, forward and backward, at the nominal retention."""
+    return Work(windows * model.training_flops(tokens), 3 * _all_weights(model))
+
+
+def total(parts: Sequence[Work]) -> Work:
+    """The sum of all."""
+    return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
+
+
+def _all_weights(model: Decoder) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+@contextmanager
+def _expecting(model: Decoder, retention: Sequence[float]) -> Iterator[None]:
+    before = [resampler.expected_retention for resampler in model.resamplers]
+    _expect(model, retention)
+    try:
+        yield
+    finally:
+        _expect(model, before)
+
+
+def _expect(model: Decoder, retention: Sequence[float]) -> None:
+    for resampler, share in zip(model.resamplers, retention, strict=True):
+        resampler.expected_retention = share

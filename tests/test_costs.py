@@ -1,0 +1,165 @@
+"""Costs are known before they are paid: the formulas against what a forward really does.
+
+Matrix products are counted as they are dispatched. The `reference` form of attention multiplies visible pairs only, one
+query at a time, so its count is the formula's, exactly. What the formulas leave out, and the counter with them, is
+element-wise work: norms, rotation, softmax, SiLU, a resampler's scores and its mixing.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import CASES, Case, decoder, step
+from torch.utils.flop_counter import FlopCounterMode
+
+from longwave.config import AttentionConfig
+from longwave.costs import Cost, by_kind, total
+from longwave.model import Decoder
+from longwave.stream import Stream
+
+SHAPES = {
+    **CASES,
+    "one KV head of an odd size": Case("F W", {"attention": AttentionConfig(4, 1, head_size=10, window=3)}),
+    "as many KV heads": Case("2F", {"attention": AttentionConfig(4)}),
+    "levels of different ratios": Case("F subllm(0.7: W subllm(0.35: 2F) F) F"),
+}
+every_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+def keeping_as_expected(name: str) -> Decoder:
+    """A model whose levels keep exactly ceil(N d) of any N tokens of a sequence, chosen by place, in eval mode."""
+    model = decoder(SHAPES[name])
+    model.use_form("reference")
+    for resampler in model.resamplers:
+        ratio = resampler.retention
+        resampler.score.register_forward_hook(
+            lambda module, given, output, ratio=ratio: first_of_each(
+                given[0].shape[0], -(-given[0].shape[0] * ratio // 1)
+            )
+        )
+    return model
+
+
+def first_of_each(tokens: int, kept: int) -> torch.Tensor:
+    """Scores of which the first `kept` are positive."""
+    return (torch.arange(tokens) < int(kept)).double() * 2 - 1
+
+
+def counted(run) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@every_shape
+@pytest.mark.parametrize("tokens", [1, 2, 5, 24])
+def test_prefill_flops_are_the_counted_ones(name: str, tokens: int):
+    model, ids = keeping_as_expected(name), torch.arange(tokens)
+    assert model.prefill_flops(tokens) == counted(lambda: model(ids, Stream.of([tokens]).last_rows()))
+
+
+@every_shape
+@pytest.mark.parametrize("tokens", [3, 17])
+def test_training_flops_are_three_forwards_with_every_row_of_logits(name: str, tokens: int):
+    model, ids = keeping_as_expected(name), torch.arange(tokens)
+    assert model.training_flops(tokens) == 3 * counted(lambda: model(ids, Stream.of([tokens])))
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "subllm" not in SHAPES[name].layout])
+def test_training_flops_are_the_counted_ones_of_forward_and_backward(name: str):
+    """A matrix product has two in its backward pass; the embedding has none."""
+    model, ids = keeping_as_expected(name), torch.arange(9)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, Stream.of([9])).sum().backward()
+    assert model.training_flops(9) == counter.get_total_flops()
+
+
+@every_shape
+@pytest.mark.parametrize("context", [0, 1, 4, 5, 6, 23])
+def test_decode_flops_are_the_counted_ones(name: str, context: int):
+    """At a retention of 1 the formula is one token's; below, it is the mean over tokens that are kept and dropped."""
+    model = keeping_as_expected(name)
+    state = model.state()
+    if context:
+        with torch.no_grad():
+            model(torch.arange(context), state.stream([context]), state)
+    snapshot = state.snapshot(0)
+
+    def flops(decides) -> int:
+        for resampler in model.resamplers:
+            resampler.score._forward_hooks.clear()
+            keep = decides(resampler.index)
+            resampler.score.register_forward_hook(
+                lambda m, g, out, keep=keep: torch.full_like(out, 1.0 if keep else -1.0)
+            )
+        spent = counted(lambda: step(model, state, [[7]]))
+        state.restore(snapshot)
+        return spent
+
+    expected = weight = 0.0
+    levels = len(model.resamplers)
+    for outcome in range(2**levels):
+        kept = [bool(outcome >> index & 1) for index in range(levels)]
+        chance = 1.0
+        for index, resampler in enumerate(model.resamplers):
+            ratio = float(resampler.retention)
+            chance *= ratio if kept[index] else 1 - ratio
+        expected += chance * flops(kept.__getitem__)
+        weight += chance
+    assert weight == pytest.approx(1, abs=1e-12)
+    assert model.decode_flops(context) == pytest.approx(expected, rel=1e-12)
+
+
+@every_shape
+@pytest.mark.parametrize("tokens", [0, 1, 5, 6, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_state_bytes_are_the_counted_ones(name: str, tokens: int, dtype: torch.dtype):
+    model = keeping_as_expected(name).to(dtype)
+    state = model.state()
+    step(model, state, [list(range(tokens))])
+    assert total(model.costs(tokens)).state_bytes == state.used_bytes(0)
+    elements = sum(
+        part.view(array)[:, -min(part.held, part.spec.window or part.held) :].numel() * part.view(array).element_size()
+        for part in state._sequences[0].parts.values()
+        for array in part.spec.per_token
+        if part.held
+    )
+    assert elements == state.used_bytes(0)
+    assert state.reserved_bytes(0) >= state.used_bytes(0)
+
+
+@every_shape
+def test_parameters_are_the_counted_ones_by_part(name: str):
+    model = decoder(SHAPES[name])
+    costs = model.costs(10)
+    assert total(costs).parameters == sum(p.numel() for p in model.parameters())
+    assert total(by_kind(costs)) == Cost(**{**vars(total(costs)), "parts": len(costs)})
+    assert len({cost.kind for cost in costs}) == len(by_kind(costs))
+
+
+def test_decoding_reads_every_weight_once_and_the_state():
+    """Of a dense model: all weights but the embedding, of which it reads a row, and keys and values."""
+    model = decoder(Case("2F W"))
+    expected = sum(p.numel() for p in model.parameters()) - model.embed.weight.numel() + 32
+    assert total(model.costs(20)).decode_bytes == 8 * expected + total(model.costs(20)).state_bytes
+
+
+def test_costs_follow_the_retention_that_was_measured():
+    model = decoder(Case("F subllm(0.5: F) F"))
+    before = model.prefill_flops(1000), model.decode_flops(1000)
+    model.resamplers[0].expected_retention = 0.75
+    dense = decoder(Case("3F"))
+    after, whole = (
+        (model.prefill_flops(1000), model.decode_flops(1000)),
+        (dense.prefill_flops(1000), dense.decode_flops(1000)),
+    )
+    assert all(one < other < all_ for one, other, all_ in zip(before, after, whole, strict=True))
+    assert model.resamplers[0].kept(1000) == 750
+    model.resamplers[0].expected_retention = 1.0
+    assert (model.prefill_flops(1000), model.decode_flops(1000)) == whole
+
+
+def test_costs_are_known_on_the_meta_device():
+    with torch.device("meta"):
+        model = Decoder(Case("F subllm(0.5: F) F").config())
+    assert model.prefill_flops(100) == decoder(Case("F subllm(0.5: F) F")).prefill_flops(100)
