@@ -199,8 +199,6 @@ def _plan(verbs: Any) -> None:
 
 
 def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
-
     from longwave import plan
     from longwave.device import dtype_of
 
@@ -211,7 +209,7 @@ def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
     )
     print(f"{config.layout}  (hidden {config.hidden_size}, vocabulary {config.vocab_size:,})")
     for context in contexts:
-        Console().print(plan.table(plan.costs_at(config, context, dtype), context, dtype))
+        plan.show(plan.costs_at(config, context, dtype), context, dtype)
     return plan.to_json(config, contexts, dtype)
 
 

@@ -336,4 +336,4 @@ def llama_from(decoder: Decoder) -> LlamaForCausalLM:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    return model.to(device=decoder.embed.weight.device).eval()
+    return cast(Any, model).to(decoder.embed.weight.device).eval()

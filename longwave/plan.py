@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 from longwave import checkpoints
@@ -56,9 +57,9 @@ def table(costs: list[Cost], context: int, dtype: torch.dtype) -> Table:
     """A table for people."""
     name = str(dtype).removeprefix("torch.")
     view = Table(title=f"{context:,} tokens, {name}", title_justify="left")
-    view.add_column("part")
-    for column in ("parts", "parameters", "prefill FLOPs", "FLOPs per token", "bytes per token", "state"):
-        view.add_column(column, justify="right")
+    view.add_column("part", no_wrap=True)
+    for column in ("parts", "parameters", "prefill FLOPs", "FLOPs/token", "bytes/token", "state"):
+        view.add_column(column, justify="right", no_wrap=True)
     for cost in costs:
         view.add_row(
             cost.kind,
@@ -71,6 +72,11 @@ def table(costs: list[Cost], context: int, dtype: torch.dtype) -> Table:
             style="bold" if cost is costs[-1] else "",
         )
     return view
+
+
+def show(costs: list[Cost], context: int, dtype: torch.dtype) -> None:
+    """Prints the table, never narrower than its figures."""
+    Console(width=max(Console().width, 100)).print(table(costs, context, dtype))
 
 
 def short(number: float) -> str:

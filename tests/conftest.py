@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, shapes checked, uninitialised memory poisoned, no GPU test skipped in silence."""
+"""What every test runs under: one thread, shapes checked, uninitialised memory poisoned, no GPU test lost."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ NO_GPU = "no CUDA device here"
 def pytest_configure(config: pytest.Config) -> None:
     """One thread per process: tests are small, and under xdist a second thread only fights the neighbours."""
     torch.set_num_threads(1)
+    # beartype looks at a random item of a list, which hypothesis frowns upon and which decides nothing
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def in_pieces(model: Decoder, tokens: Sequence[int], cuts: Sequence[int], state:
     """Logits of one sequence that is run piece by piece, cut before each place in `cuts`."""
     state = model.state() if state is None else state
     bounds = [0, *cuts, len(tokens)]
-    return torch.cat([step(model, state, [tokens[a:b]], [0]) for a, b in zip(bounds, bounds[1:], strict=False)])
+    return torch.cat([step(model, state, [tokens[a:b]], [0]) for a, b in pairwise(bounds)])
 
 
 @contextmanager

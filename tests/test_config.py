@@ -69,7 +69,7 @@ def test_plain_values_make_a_config_and_a_config_makes_plain_values():
         ("subllm.selection", "best", "subllm.selection = 'best': input should be 'published' or 'causal'"),
         ("subllm.bypass_probability", 1.5, "subllm: subllm.bypass_probability = 1.5: between 0 and 1"),
         ("subllm.balancer_steps", 0, "subllm: subllm.balancer_steps = 0: 1 or more optimizer steps"),
-        ("subllm.threshold_memory", 0.5, "subllm.threshold_memory has no effect with selection = 'published'"),
+        ("subllm.threshold_memory", 0.5, "subllm: subllm.threshold_memory has no effect with selection = 'published'"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(path: str, value: Any, message: str):

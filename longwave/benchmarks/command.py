@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from rich.console import Console
 
 from longwave.benchmarks.bench import BenchOptions, run
-from longwave.benchmarks.table import table, to_json
+from longwave.benchmarks.table import tables, to_json
 from longwave.config import build
 from longwave.plan import parse_sizes
+
+_FILE_WIDTH = 160
 
 
 def bench_command(options: argparse.Namespace) -> dict[str, Any]:
@@ -25,5 +28,5 @@ def bench_command(options: argparse.Namespace) -> dict[str, Any]:
     }
     against = None if options.against == "none" else options.against
     results = run(options.kind, options.model, against, build(BenchOptions, chosen, "bench"))
-    Console().print(table(results))
+    Console(width=None if sys.stdout.isatty() else _FILE_WIDTH).print(tables(results))
     return to_json(results)

@@ -8,28 +8,24 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from longwave.benchmarks.bench import Results, Row
 from longwave.device import device_of
 from longwave.doctor import cpu_name
 
-_COLUMNS = ("context", "batch", "model", "time", "spread", "tokens/s", "MFU", "MBU", "of bound")
-_COMPARED = ("time ratio", "bound ratio", "gain of bound")
+_COLUMNS = ("context", "batch", "model", "time", "spread", "tokens/s")
+_COMPARED = ("time ratio", "by bounds", "gain of bound")
 _DERIVED = ("mfu", "mbu", "of_bound", "gain_of_bound")
 
 
-def table(results: Results) -> Table:
-    """One line per row, the quantities apart."""
-    compared = any(row.ratio is not None for row in results.rows)
-    view = Table(title=_title(results), title_justify="left")
-    view.add_column("quantity")
-    for column in (*_COLUMNS, *(_COMPARED if compared else ()), "retention", "state (reserved)"):
-        view.add_column(column, justify="left" if column == "model" else "right")
-    for row, following in zip(results.rows, [*results.rows[1:], None], strict=True):
-        last = following is None or (row.quantity, row.context, row.batch) != _place(following)
-        view.add_row(*_cells(row, compared), end_section=last)
-    return view
+def tables(results: Results) -> Group:
+    """What it ran on, and one table per quantity; the bound of decoding is of bytes, the others' of FLOPs."""
+    quantities = dict.fromkeys(row.quantity for row in results.rows)
+    views = [_table(quantity, [row for row in results.rows if row.quantity == quantity]) for quantity in quantities]
+    return Group(_heading(results), *views)
 
 
 def to_json(results: Results) -> dict[str, Any]:
@@ -57,34 +53,51 @@ def hardware(results: Results) -> dict[str, Any]:
     }
 
 
-def _title(results: Results) -> str:
+def _heading(results: Results) -> str:
     facts = hardware(results)
-    peaks = f"{results.peaks.flops / 1e9:,.0f} GFLOP/s and {results.peaks.bandwidth / 1e9:,.1f} GB/s, measured"
-    lines = [f"{results.kind}, {facts['dtype']}: {facts['device']}, {facts['threads']} threads, {peaks}"]
+    peaks = f"{results.peaks.flops / 1e9:,.0f} GFLOP/s, {results.peaks.bandwidth / 1e9:,.1f} GB/s"
+    lines = [f"{results.kind} in {facts['dtype']} on {facts['device']}, {facts['threads']} threads; measured: {peaks}"]
     return "\n".join([*lines, *(f"{name}: {layout}" for name, layout in results.models.items())])
 
 
-def _place(row: Row) -> tuple[str, int, int]:
-    return row.quantity, row.context, row.batch
+def _table(quantity: str, rows: list[Row]) -> Table:
+    columns = _columns(rows)
+    view = Table(title=quantity, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        view.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        last = following is None or (row.context, row.batch) != (following.context, following.batch)
+        view.add_row(*(_cell(row, column) for column in columns), end_section=last)
+    return view
 
 
-def _cells(row: Row, compared: bool) -> list[str]:
-    timing, ratios = row.timing, (row.ratio, row.bound_ratio, row.gain_of_bound)
-    return [
-        row.quantity,
-        f"{row.context:,}",
-        str(row.batch),
-        row.subject,
-        _seconds(timing.median),
-        f"{_seconds(timing.low)} - {_seconds(timing.high)}",
-        f"{row.tokens / timing.median:,.1f}",
-        f"{row.mfu:.0%}",
-        f"{row.mbu:.0%}",
-        f"{row.of_bound:.0%}",
-        *((f"{ratio:.3f}" if ratio is not None else "" for ratio in ratios) if compared else ()),
-        " ".join(f"{share:.3f}" for share in row.retention),
-        "" if row.state_used is None else f"{_mib(row.state_used)} ({_mib(row.state_reserved or 0)})",
-    ]
+def _columns(rows: list[Row]) -> list[str]:
+    """Those that have something to say about these rows."""
+    columns = [*_COLUMNS, "MBU" if rows[0].quantity == "decode" else "MFU"]
+    columns += _COMPARED if rows[0].ratio is not None else ()
+    columns += ["retention"] if any(row.retention for row in rows) else ()
+    return columns + (["state", "reserved"] if rows[0].state_used is not None else [])
+
+
+def _cell(row: Row, column: str) -> str:
+    timing = row.timing
+    cells = {
+        "context": lambda: f"{row.context:,}",
+        "batch": lambda: str(row.batch),
+        "model": lambda: row.subject,
+        "time": lambda: _seconds(timing.median),
+        "spread": lambda: f"{_seconds(timing.low)} - {_seconds(timing.high)}",
+        "tokens/s": lambda: f"{row.tokens / timing.median:,.1f}",
+        "MFU": lambda: f"{row.mfu:.0%}",
+        "MBU": lambda: f"{row.mbu:.0%}",
+        "time ratio": lambda: f"{row.ratio:.3f}",
+        "by bounds": lambda: f"{row.bound_ratio:.3f}",
+        "gain of bound": lambda: f"{row.gain_of_bound:.3f}",
+        "retention": lambda: " ".join(f"{share:.3f}" for share in row.retention),
+        "state": lambda: _mib(row.state_used or 0),
+        "reserved": lambda: _mib(row.state_reserved or 0),
+    }
+    return cells[column]()
 
 
 def _seconds(seconds: float) -> str:
@@ -96,11 +109,8 @@ def _mib(count: int) -> str:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    derived = {name: getattr(row, name) for name in _DERIVED}
-    seconds = {"median": row.timing.median, "low": row.timing.low, "high": row.timing.high}
     own = {name: value for name, value in dataclasses.asdict(row).items() if name not in ("timing", "peaks")}
-    return (
-        own
-        | {"seconds": seconds, "samples": list(row.timing.seconds), "per_second": row.tokens / row.timing.median}
-        | derived
-    )
+    timing = row.timing
+    seconds = {"median": timing.median, "low": timing.low, "high": timing.high, "all": list(timing.seconds)}
+    derived = {name: getattr(row, name) for name in _DERIVED}
+    return own | {"seconds": seconds, "tokens_per_second": row.tokens / timing.median} | derived
