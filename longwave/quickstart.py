@@ -21,16 +21,15 @@ import torch
 
 from longwave import doctor, durable
 from longwave.api import load
-from longwave.benchmarks.subjects import Longwave, Subject, measured_retention
-from longwave.benchmarks.timing import Timing, interleaved
+from longwave.benchmarks.bench import BenchOptions, Row, bench_inference, bench_training
+from longwave.benchmarks.roofline import measure_peaks
+from longwave.benchmarks.subjects import Longwave, Subject
 from longwave.benchmarks.yardstick import Transformers
-from longwave.config import ModelConfig
-from longwave.costs import total
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo, iter_documents, prepare
 from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
-from longwave.device import device_of
+from longwave.device import dtype_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
 from longwave.evaluation.trace import trace_selection
@@ -45,7 +44,7 @@ from longwave.training.recipe import Recipe, read_recipe
 
 NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
 _PROMPT_TOKENS, _NEW_TOKENS, _PASSAGE_TOKENS = 48, 64, 700
-_DECODE_STEPS, _REPEATS = 48, 5
+_DECODE_STEPS, _REPEATS = 64, 5
 
 
 def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) ->
     models = {name: load(output / name / "model") for name in NAMES}
     results = {name: _evaluate(models[name], recipes[name], info) for name in NAMES}
     facts = _run_facts(text, info, recipes, {**seconds, "everything": time.monotonic() - started})
-    speed = _speed(models, recipes["llama"], info)
+    speed = _speed(models, recipes["llama"])
     data = _report(models, recipes, results, speed, output, facts, _command(text, output, overrides))
     page.write_report(data, output / "report.html")
     _merge_metrics(output)
@@ -146,70 +145,47 @@ def _held_out(recipe: Recipe, count: int) -> list[Any]:
     return sorted(some, key=lambda document: len(document) < 2 * _PROMPT_TOKENS)[:count]
 
 
-def _speed(models: dict[str, Decoder], recipe: Recipe, info: PreparedInfo) -> list[page.SpeedRow]:
-    """Times prefill, decoding and the training step of all three, in turn, and counts what they remember."""
-    window = recipe.training.window
-    data = PackedTokens(recipe.data.folder, "held_out", min(window, info.held_out.tokens), keep_last=True)
-    tokens = data.batch([0]).tokens.unsqueeze(0)
-    steps = min(_DECODE_STEPS, tokens.shape[1] // 2)
-    subjects: dict[str, Subject] = {
-        "transformers": Transformers("transformers", models["llama"]),
-        **{name: Longwave(name, model) for name, model in models.items()},
-    }
-    shares = measured_retention(models["subllm"], tokens)
-    for resampler, share in zip(models["subllm"].resamplers, shares, strict=True):
-        resampler.expected_retention = share
-    prefill = interleaved({n: lambda s=s: s.last_logits(tokens) for n, s in subjects.items()}, _REPEATS)
-    decode = interleaved({n: s.decoder(tokens, steps) for n, s in subjects.items()}, _REPEATS)
-    precision = recipe.training.precision
-    trained = {name: subject.trainer(tokens, precision) for name, subject in subjects.items()}
-    training = interleaved(trained, _REPEATS)
-    context = tokens.shape[1]
-    return [
-        _row("prefill", f"Prefill, {context:,} tokens", context, prefill, _gain(models, "prefill_flops", context)),
-        _row("decode", f"Per token, after {context:,}", context, _each(decode, steps), _gain(models, "decode_bytes", context)),
-        _row("training", f"Training step, {context:,} tokens", context, training, _training_gain(models, context)),
-        _memory_row(models, context),
-    ]
+def _speed(models: dict[str, Decoder], recipe: Recipe) -> list[page.SpeedRow]:
+    """Times prefill, decoding and the training step of all three, in turn, the outputs checked first."""
+    run = recipe.training
+    steps = min(_DECODE_STEPS, run.window // 4)
+    options = BenchOptions(contexts=(run.window - steps,), decode_steps=steps, repeats=_REPEATS)
+    llama = Longwave("llama", models["llama"])
+    subjects: list[Subject] = [Longwave("subllm", models["subllm"]), Transformers(models["llama"]), llama]
+    rows = bench_inference(subjects, measure_peaks(torch.float32), options)
+    trained = dataclasses.replace(options, contexts=(run.window,), dtype=run.precision)
+    rows += bench_training(subjects, measure_peaks(dtype_of(run.precision)), trained)
+    by_quantity = {row.quantity: [one for one in rows if one.quantity == row.quantity] for row in rows}
+    return [_speed_row(found) for found in by_quantity.values()] + [_memory_row(by_quantity["decode"])]
 
 
-def _each(timings: dict[str, Timing], count: int) -> dict[str, Timing]:
-    return {name: timing.per(count) for name, timing in timings.items()}
+def _speed_row(rows: list[Row]) -> page.SpeedRow:
+    """One quantity of all three in milliseconds; of transformers' two caches the faster."""
+    quantity, context = rows[0].quantity, rows[0].context
+    label = {"prefill": "Prefill, {:,} tokens", "decode": "Per token, after {:,}"}.get(quantity, "Step, {:,} tokens")
+    figures = {name: _figure(_fastest(rows, name)) for name in ("transformers", *NAMES)}
+    kind: Any = quantity.split()[0]
+    return page.SpeedRow(kind, label.format(context), context, **figures)
 
 
-def _gain(models: dict[str, Decoder], quantity: str, context: int) -> page.Bound:
-    """The most that SUBLLM can gain over the Llama, by FLOPs or bytes, at the retention measured on this text."""
-    llama, subllm = (getattr(total(models[name].costs(context)), quantity) for name in NAMES)
-    basis = {"prefill_flops": "FLOPs at the real retention", "decode_bytes": "bytes read, at the real retention"}
-    return page.Bound(llama / subllm, basis[quantity])
+def _fastest(rows: list[Row], name: str) -> Row:
+    return min((row for row in rows if row.subject.startswith(name)), key=lambda row: row.timing.median)
 
 
-def _training_gain(models: dict[str, Decoder], context: int) -> page.Bound:
-    """In training the nominal share is kept."""
-    subllm = models["subllm"]
-    real = [resampler.expected_retention for resampler in subllm.resamplers]
-    for resampler in subllm.resamplers:
-        resampler.expected_retention = float(resampler.retention)
-    gain = models["llama"].training_flops(context) / subllm.training_flops(context)
-    for resampler, share in zip(subllm.resamplers, real, strict=True):
-        resampler.expected_retention = share
-    return page.Bound(gain, "FLOPs at the nominal retention")
+def _figure(row: Row) -> page.Figure:
+    timing = row.timing
+    bound = None
+    if row.subject == "subllm" and row.bound_ratio:
+        kept = " and ".join(f"{share:.0%}" for share in row.retention) or "the nominal retention"
+        bound = page.Bound(1 / row.bound_ratio, f"least FLOPs and bytes, keeping {kept}")
+    return page.Figure(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, bound)
 
 
-def _row(kind: Any, label: str, tokens: int, timings: dict[str, Timing], gain: page.Bound) -> page.SpeedRow:
-    figures = {
-        name: page.Figure(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, gain if name == "subllm" else None)
-        for name, timing in timings.items()
-    }
-    return page.SpeedRow(kind, label, tokens, **figures)
-
-
-def _memory_row(models: dict[str, Decoder], context: int) -> page.SpeedRow:
-    """State bytes by the declared formulas, which the tests hold to counted bytes."""
-    used = {name: total(models[name].costs(context)).state_bytes for name in NAMES}
-    bound = page.Bound(used["llama"] / used["subllm"], "kept tokens, with 4 bytes per level for their places")
-    llama, subllm = page.Figure(*[used["llama"]] * 3), page.Figure(*[used["subllm"]] * 3, bound)
-    return page.SpeedRow("memory", f"State, {context:,} tokens", context, llama, llama, subllm)
+def _memory_row(rows: list[Row]) -> page.SpeedRow:
+    """Bytes that each remembers of the context; for longwave, those of the tokens that were kept."""
+    used = {name: _fastest(rows, name).state_used for name in ("transformers", *NAMES)}
+    figures = {name: page.Missing("not counted") if n is None else page.Figure(n, n, n) for name, n in used.items()}
+    return page.SpeedRow("memory", f"State, {rows[0].context:,} tokens", rows[0].context, **figures)
 
 
 def _report(
@@ -285,9 +261,10 @@ def _notes(recipe: Recipe, results: dict[str, _Evaluation]) -> list[str]:
     return [
         f"Both models saw the same {trained:,} tokens in the same order. That is a few minutes of training: enough to "
         "show that everything works and what it costs, not what either model can learn.",
-        f"SUBLLM ran in threshold mode, as it does when it generates: of the tokens entering each level it kept {kept}.",
-        "Timings are medians of interleaved repeats on this machine; a model this small spends much of its time outside "
-        "matrix products, so gains lie below those of a larger one.",
+        "SUBLLM ran in threshold mode, as it does when it generates: of the tokens entering each level it kept "
+        f"{kept}.",
+        "Timings are medians of interleaved repeats on this machine; a model this small spends much of its time "
+        "outside matrix products, so gains lie below those of a larger one.",
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longwave.model import Decoder
 from longwave.stream import Stream
@@ -29,7 +29,11 @@ def trace_selection(model: Decoder, tokens: Sequence[int]) -> list[TracedToken]:
     model.eval()
     seen: list[Tensor] = []
     levels = [one for one in model.resamplers if one.site.level == one.index - 1]
-    hooks = [one.score.register_forward_hook(lambda module, inputs, scores: seen.append(scores)) for one in levels]
+
+    def note(module: nn.Module, inputs: object, scores: Tensor) -> None:
+        seen.append(scores)
+
+    hooks = [one.score.register_forward_hook(note) for one in levels]
     model.hidden(torch.tensor(tokens, device=model.embed.weight.device), Stream.of([len(tokens)]))
     for hook in hooks:
         hook.remove()

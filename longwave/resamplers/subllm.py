@@ -192,7 +192,7 @@ class Subllm(nn.Module):
 
     @torch.no_grad()
     def _count(self, scores: Tensor, chosen: Selection) -> None:
-        """Shares of the entering tokens: above the threshold, live (0 < w < 1), and wrongly kept or dropped by top-k."""
+        """Shares of the entering tokens: above the threshold, live (0 < w < 1), wrongly kept or dropped by top-k."""
         above = scores > self.threshold.low
         weights = self._weights(scores)
         kept = torch.zeros_like(above).index_fill(0, chosen.rows, True)
@@ -273,7 +273,7 @@ class _Threshold(nn.Module):
 
     @torch.no_grad()
     def observe(self, scores: Tensor, retention: float) -> None:
-        """Notes two quantiles of a training stream: the one that keeps `retention`, and the one that keeps half of it."""
+        """Notes two quantiles of a training stream: that which keeps `retention`, and that which keeps half of it."""
         if scores.numel():
             ordered = scores.double().sort(descending=True).values
             places = [min(scores.numel() - 1, round(scores.numel() * share)) for share in (retention, retention / 2)]

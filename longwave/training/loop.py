@@ -52,6 +52,7 @@ class Trainer:
         self.info = PreparedInfo.read(recipe.data.folder)
         self.info.require_vocab(recipe.model.vocab_size)
         self.tokenizer = Tokenizer.load(recipe.data.folder)
+        self.info.require_tokenizer(self.tokenizer)
         self.data = PackedTokens(recipe.data.folder, "train", run.window)
         self.sampler = WindowSampler(len(self.data), run.seed)
         self.held_out = PackedTokens(recipe.data.folder, "held_out", run.window, keep_last=True)
@@ -149,7 +150,7 @@ class Trainer:
             MetricsFile(self.output / "metrics.jsonl", self.step, self.recipe.training.log_every)
         ]
         if self.recipe.training.tensorboard:
-            observers.append(TensorBoard(self.output / "tensorboard"))
+            observers.append(TensorBoard(self.output / "tensorboard", self.step))
         return observers
 
     def _compile(self) -> None:
@@ -176,10 +177,9 @@ class Trainer:
         self.tokenizer.save(staging)
 
     def _resumed_model(self) -> Decoder | None:
-        newest = durable.newest(self.output / "checkpoints")
+        newest = _newest_checkpoint(self.output / "checkpoints")
         if newest is None:
             return None
-        durable.verify(newest.path)
         progress = json.loads((newest.path / "trainer.json").read_text())
         _check_same_run(progress, self.recipe, self.tokenizer, newest.path)
         self.step = int(progress["step"])
@@ -194,6 +194,19 @@ class Trainer:
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
+
+
+def _newest_checkpoint(parent: Path) -> durable.Checkpoint | None:
+    """The newest checkpoint; damage to it, or to one beyond it, is refused, since no crash of ours can leave that."""
+    newest = durable.newest(parent)
+    beyond = [path for path in parent.glob("step-*") if newest is None or path.name > newest.path.name]
+    last = max(beyond, default=None if newest is None else newest.path)
+    try:
+        if last is not None and not durable.verify(last):
+            raise UserError(f"{last} has no {durable.MANIFEST}")
+    except UserError as error:
+        raise UserError(f"{error}; remove the folder to go on from an earlier one") from None
+    return newest
 
 
 def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:

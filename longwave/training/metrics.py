@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from longwave.errors import UserError
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Whoever watches a run: the metrics file, a progress bar, TensorBoard."""
 
@@ -59,14 +60,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """The numbers of every entry as TensorBoard scalars, beside the metrics file."""
+    """The numbers of every entry as TensorBoard scalars; what was shown beyond `resumed_at` is taken back."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError("training.tensorboard = true needs tensorboard: pip install 'longwave[track]'") from None
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
     def record(self, entry: dict[str, Any]) -> None:
         """Writes every number, lists by index."""

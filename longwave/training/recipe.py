@@ -76,6 +76,7 @@ class Recipe(Strict):
         fits = self.training.window <= self.model.context_window
         window = f"training.window = {self.training.window}"
         require(fits, f"{window} is longer than model.context_window = {self.model.context_window}")
+        self.schedule.scale(0, 0, self.training.steps)  # refuses a warm-up that does not fit the run
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `build` makes the same recipe from."""
