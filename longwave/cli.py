@@ -17,7 +17,7 @@ from longwave.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
     try:
-        options = _parser().parse_args(arguments)
+        options = _parsed(arguments)
         result = options.verb(options)
         if getattr(options, "json", False) and result is not None:
             print(json.dumps(result))
@@ -46,6 +46,17 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line; overrides may also follow options, which argparse alone does not take."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(one.startswith("-") for one in rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,10 +91,12 @@ def _quickstart(verbs: Any) -> None:
 def _run_quickstart(options: argparse.Namespace) -> dict[str, Any]:
     from longwave.quickstart import quickstart
 
-    text, overrides = options.text, list(options.overrides)
-    if text is not None and "=" in text and not Path(text).exists():
-        text, overrides = None, [text, *overrides]
-    return quickstart(text, Path(options.output), overrides)
+    given = [*([] if options.text is None else [options.text]), *options.overrides]
+    texts = [one for one in given if "=" not in one or Path(one).exists()]
+    if len(texts) > 1:
+        raise UserError(f"{texts[1]!r}: one text has been given ({texts[0]}); an override reads key.path=value")
+    text = texts[0] if texts else None
+    return quickstart(text, Path(options.output), [one for one in given if one != text])
 
 
 def _doctor(verbs: Any) -> None:

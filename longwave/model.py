@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from longwave.config import ModelConfig, require
 from longwave.costs import Cost, count, total, weight_bytes
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
+from longwave.layers.linear import linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import angles
 from longwave.layout import Blocks, Layout, check_names, parse
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O V"]:
         """Logits of the rows in `stream.outputs`, of all rows by default."""
-        return F.linear(self.hidden(tokens, stream, state), self.head_weight) * self.config.scales.logits
+        return linear(self.hidden(tokens, stream, state), self.head_weight) * self.config.scales.logits
 
     def hidden(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O D"]:
         """What the head reads: normalised hidden states of the rows whose outputs are needed.

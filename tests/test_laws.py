@@ -461,6 +461,25 @@ def test_a_window_neither_grows_nor_moves_often_over_a_long_decode(window: int, 
     assert len(moves) <= steps / max(1, window // 2) + 2
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_truncation_is_refused_exactly_where_a_visible_token_is_gone(window: int):
+    extents = Extents(StateSpec({"key": PerToken(2, 3)}, window), torch.float32, torch.device("cpu"))
+    for number in range(200):
+        extents.append(key=entries(number, 1))
+    assert extents.start > 0
+    for length in range(201):
+        seen_next = range(max(0, length - window + 1), length)
+        cut = extents.copy()
+        if all(place >= extents.start for place in seen_next) and length >= extents.start:
+            cut.truncate(length)
+            seen = cut.append(key=entries(length, 1))[0]
+            assert torch.equal(seen[:, -len(seen_next) - 1 :], entries(length - len(seen_next), len(seen_next) + 1))
+        else:
+            with pytest.raises(ValueError, match=f"length {length} cannot be returned to: a window of {window}"):
+                cut.truncate(length)
+            assert cut.length == 200
+
+
 def test_without_a_window_growth_copies_seldom():
     extents = Extents(StateSpec({"key": PerToken(2, 3)}), torch.float32, torch.device("cpu"))
     capacities = set()

@@ -67,7 +67,7 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
     if (Path(model) / "tokenizer.json").exists():
         info.require_tokenizer(Tokenizer.load(model))
     info.require_vocab(decoder.config.vocab_size)
-    packed = PackedTokens(data, "held_out", window or decoder.config.context_window, keep_last=True)
+    packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
     result = held_out_loss(decoder, packed)
     return {
         "loss": result.loss,

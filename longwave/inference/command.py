@@ -40,8 +40,15 @@ def _prompts(given: list[str], files: list[str]) -> list[str]:
     if not prompts:
         if sys.stdin.isatty():
             raise UserError("no prompt: give --prompt, --prompt-file, or text on stdin")
-        prompts = [sys.stdin.read()]
+        prompts = [_stdin()]
     return prompts
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("stdin: not UTF-8 text") from None
 
 
 def _read(path: str) -> str:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from longwave.config import ModelConfig
+from longwave.layers.linear import Linear
 
 
 class MLP(nn.Module):
@@ -15,9 +16,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size, bias = config.mlp.size, config.mlp.bias
-        self.gate_proj = nn.Linear(config.hidden_size, size, bias=bias)
-        self.up_proj = nn.Linear(config.hidden_size, size, bias=bias)
-        self.down_proj = nn.Linear(size, config.hidden_size, bias=bias)
+        self.gate_proj = Linear(config.hidden_size, size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, size, bias=bias)
+        self.down_proj = Linear(size, config.hidden_size, bias=bias)
 
     def forward(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))

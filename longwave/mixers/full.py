@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from longwave.config import ModelConfig
+from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import rotate
 from longwave.mixers.base import Mixer, Site
@@ -23,10 +24,10 @@ class FullAttention(Mixer):
         super().__init__(config, site)
         shape, width = config.attention, config.hidden_size
         self.heads, self.kv_heads, self.head_size = shape.heads, config.kv_heads, config.head_size
-        self.q_proj = nn.Linear(width, self.heads * self.head_size, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_size, width, bias=shape.output_bias)
+        self.q_proj = Linear(width, self.heads * self.head_size, bias=shape.qkv_bias)
+        self.k_proj = Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
+        self.v_proj = Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
+        self.o_proj = Linear(self.heads * self.head_size, width, bias=shape.output_bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.form, _ = choose()
