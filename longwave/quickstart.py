@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
+from itertools import islice
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from longwave.benchmarks.subjects import Longwave, Subject
 from longwave.benchmarks.yardstick import Transformers
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo, iter_documents, prepare
-from longwave.data.sources import standard_library
+from longwave.data.sources import Source, documents, is_held_out, standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.device import dtype_of
 from longwave.errors import UserError
@@ -92,10 +93,20 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
             raise UserError(f"{folder}: made of {note.read_text(encoding='utf8')}; give another --output")
         return PreparedInfo.read(folder)
     vocabulary = _recipe("llama", folder, overrides).model.vocab_size
+    documents_of = standard_library if text is None else text
+    share = _held_out_share(documents_of)
     say(f"preparing {source}: tokenizer of {vocabulary:,} entries, packed tokens")
     folder.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(source, encoding="utf8")
-    return prepare(standard_library if text is None else text, folder, vocab_size=vocabulary)
+    return prepare(documents_of, folder, vocab_size=vocabulary, held_out=share)
+
+
+def _held_out_share(source: Source) -> float:
+    """2%, or the least share that holds one of a few documents out; a lone one is cut in two at any share."""
+    names = [document.name for document in islice(documents(source), 200)]
+    shares = [percent / 100 for percent in range(2, 100, 2)]
+    held = (share for share in shares if len(names) == 1 or any(is_held_out(name, share) for name in names))
+    return next(held, shares[-1])
 
 
 def _train(name: str, recipe: Recipe, output: Path) -> float:
@@ -243,7 +254,9 @@ def _retention(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluatio
         for level, resampler in enumerate(model.resamplers)
     ]
     assert result.training is not None
-    return page.Retention(levels, result.training.loss, result.threshold.loss)
+    causal = model.config.subllm is not None and model.config.subllm.selection == "causal"
+    selection = "threshold" if causal else "top-k"
+    return page.Retention(levels, result.training.loss, result.threshold.loss, selection)
 
 
 def _passage(model: Decoder, recipe: Recipe) -> page.Passage:

@@ -352,3 +352,14 @@ def test_rms_norm_gradcheck():
     weight = norm.weight.detach().clone().mul_(1.3).requires_grad_()
     run = torch.func.functional_call
     assert torch.autograd.gradcheck(lambda x, w: run(norm, {"weight": w}, x), (random(3, 6).requires_grad_(), weight))
+
+
+@pytest.mark.parametrize("keys", [2047, 2048, 2050, 3077])
+def test_one_bf16_query_by_blocks_is_that_of_the_reference(keys: int):
+    generator = torch.Generator().manual_seed(keys)
+    query, key, value = (torch.randn(n, keys, 16, generator=generator).bfloat16() for n in (6, 2, 2))
+    query = 3 * query[:, -1:].transpose(0, 1)
+    with torch.no_grad():
+        found = FORMS["torch"](query, [key], [value], (1,), None, 0.25)
+    right = FORMS["reference"](query, [key], [value], (1,), None, 0.25)
+    torch.testing.assert_close(found, right, rtol=0.01, atol=0.004)

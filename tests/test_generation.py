@@ -430,4 +430,6 @@ def test_a_prompt_too_long_for_the_window_is_refused_as_text(tmp_path: Path):
 
 
 def test_emitted_tokens_name_their_prompt():
-    assert next(iter(Generation(tiny("llama"), [[5]], max_new_tokens=1)))._fields == Emitted._fields == ("prompt", "token")
+    assert (
+        next(iter(Generation(tiny("llama"), [[5]], max_new_tokens=1)))._fields == Emitted._fields == ("prompt", "token")
+    )

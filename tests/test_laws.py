@@ -176,6 +176,16 @@ def test_company_changes_nothing_in_training(name: str, runs: list[list[int]], d
         assert distance(logits, alone(model, tokens, sample)) <= CLOSE
 
 
+def test_documents_of_several_windows_draw_by_their_own_window():
+    """At the inner level too, where a document's share of its window is no longer the window's ratio."""
+    model = model_of("subllm by document", training=True)
+    for seed in range(10):
+        runs = [tokens_from(10 * seed + n, n) for n in (21, 27, 16, 28, 12, 33, 22)]
+        outputs = together(model, runs, Windows((64, 40, 55), (5, 9, 7)))
+        for tokens, sample, logits in zip(runs, (5, 5, 5, 9, 9, 7, 7), outputs, strict=True):
+            assert distance(logits, alone(model, tokens, sample)) <= CLOSE
+
+
 def grouped(runs: list[list[int]], size: int) -> list[list[list[int]]]:
     return [runs[start : start + size] for start in range(0, len(runs), size)]
 

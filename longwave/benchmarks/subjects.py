@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -37,6 +37,7 @@ class Decoding:
     reserved: int
 
 
+@runtime_checkable
 class Subject(Protocol):
     """A model to time. `model` holds its weights, and knows what they cost."""
 

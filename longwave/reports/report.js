@@ -99,9 +99,23 @@ function drawRetention() {
   find("retention-words").append(...shares.map(([, name, words], index) =>
     element("div", {}, element("dt", {}, swatch({ color: shareColor(index) }), name), element("dd", {}, words))));
   for (const level of levels) drawLevel(level);
+  const [selection, curve] = selectionWords[report.retention.selection];
+  find("selection-words").textContent = selection;
+  find("training-curve-words").textContent = curve;
   find("retention-gap").textContent = gapSentence();
   return levels.length;
 }
+
+const selectionWords = {
+  "top-k": [
+    "Training keeps a fixed share (top-k); inference keeps every token that scores above zero. The two should agree.",
+    "The training curve of a SUBLLM is taken while top-k chooses its tokens, which looks at the whole window, so it is no measure of quality.",
+  ],
+  threshold: [
+    "Training and inference keep the tokens that score above one threshold, which follows the scores so that the target share stays.",
+    "",
+  ],
+};
 
 function drawLevel(level) {
   const host = element("figure", { class: "chart" });
@@ -119,7 +133,7 @@ function gapSentence() {
   if (trained === null || used === null) return "";
   const gap = used - trained, size = Math.abs(gap);
   const verdict = size < 5e-5 ? "the same to four digits" : `${size.toFixed(4)} (${percent(size / trained, 2)}) ${gap > 0 ? "worse" : "better"} as used than as trained`;
-  return `Held-out loss at the end: ${used.toFixed(4)} when the threshold chooses the tokens, as inference does, and ${trained.toFixed(4)} under top-k, as training does; ${verdict}.`;
+  return `Held-out loss at the end: ${used.toFixed(4)} when the threshold chooses the tokens, as inference does, and ${trained.toFixed(4)} under training's own choice; ${verdict}.`;
 }
 
 // Speed ------------------------------------------------------------------------------------------------------------------------

@@ -92,11 +92,15 @@ class RetentionLevel:
 
 @dataclass(frozen=True)
 class Retention:
-    """The levels, outermost first, and the final held-out loss under training's choice of tokens and inference's."""
+    """The levels, outermost first, and the final held-out loss under training's choice of tokens and inference's.
+
+    selection: whether training chooses by top-k or, like inference, by a threshold.
+    """
 
     levels: Sequence[RetentionLevel] = ()
     top_k_loss: float | None = None
     threshold_loss: float | None = None
+    selection: Literal["top-k", "threshold"] = "top-k"
 
 
 @dataclass(frozen=True)
