@@ -45,7 +45,7 @@ def _first_problem(kind: type, error: ValidationError) -> str:
     problem = error.errors()[0]
     location = ".".join(map(str, problem["loc"]))
     if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
-        return f"{location}: {cause}" if location else str(cause)
+        return f"{location}: {cause}" if location and not str(cause).startswith(f"{location}.") else str(cause)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = get_close_matches(str(problem["loc"][-1]), _field_names(kind), n=1)
         return f"unknown key {location} = {problem['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
@@ -241,8 +241,9 @@ class ModelConfig(Strict):
 def retention_of(text: str) -> Fraction:
     """A retention ratio as the exact decimal that was written; a UserError if it is outside (0, 1]."""
     try:
-        ratio = Fraction(Decimal(text))
-    except (InvalidOperation, ValueError, OverflowError):
+        ratio = Decimal(text)
+        legal = Decimal("1e-9") <= ratio <= 1
+    except InvalidOperation:
         raise UserError(f"layout: retention {text!r} is not a number in (0, 1]") from None
-    require(0 < ratio <= 1, f"layout: retention {text} is outside (0, 1]")
-    return ratio
+    require(legal, f"layout: retention {text} is outside (0, 1]")
+    return Fraction(ratio)

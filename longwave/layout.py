@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from longwave.errors import UserError
 
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)|(?P<name>[a-z_][a-z_0-9]*)|(?P<letter>[A-Z])|(?P<mark>[(),:])|(?P<bad>\S))")
+_MOST_BLOCKS, _DEEPEST = 100_000, 64
 _ARGUMENT = re.compile(r"\s*([^\s,:()]+)")
 
 
@@ -93,7 +94,7 @@ def _listed(names: Container[str]) -> str:
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+        self.text, self.at, self.nesting = text, 0, 0
 
     def layout(self, inside: bool) -> Layout:
         items: list[Blocks | Resampled] = []
@@ -113,7 +114,7 @@ class _Parser:
         if kind == "letter":
             return Blocks(1, value, at)
         if kind == "count":
-            return self._repeated(int(value), at)
+            return self._repeated(int(value[:9]), at)
         if kind == "name":
             return self._resampled(value, at)
         raise pointed(self.text, at, "expected a block letter, a count or a resampler")
@@ -122,12 +123,15 @@ class _Parser:
         kind, letter, letter_at = self._take()
         if kind != "letter":
             raise pointed(self.text, letter_at, "expected a block letter after the count")
-        if count < 1:
-            raise pointed(self.text, at, "a count is 1 or more")
+        if not 1 <= count <= _MOST_BLOCKS:
+            raise pointed(self.text, at, f"a count is 1 to {_MOST_BLOCKS}")
         return Blocks(count, letter, letter_at)
 
     def _resampled(self, name: str, at: int) -> Resampled:
         self._expect("(", f"expected '(' after {name}")
+        self.nesting += 1
+        if self.nesting > _DEEPEST:
+            raise pointed(self.text, self.at - 1, f"nested deeper than {_DEEPEST} levels")
         arguments = [self._argument(name)]
         while self._peek()[1] == ",":
             self._take()
@@ -135,6 +139,7 @@ class _Parser:
         self._expect(":", f"expected ',' or ':' after the arguments of {name}")
         body = self.layout(inside=True)
         self._expect(")", f"expected ')' that closes {name}")
+        self.nesting -= 1
         return Resampled(name, tuple(arguments), body, at)
 
     def _argument(self, name: str) -> str:

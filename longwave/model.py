@@ -58,6 +58,8 @@ class Decoder(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         unused = config.subllm is not None and not self.resamplers
         require(not unused, "subllm has no effect: the layout has no subllm(...)")
+        idle = config.attention.window is not None and all(block.letter != "W" for block in self.blocks)
+        require(not idle, f"attention.window = {config.attention.window} has no effect: the layout has no W block")
         if not self.embed.weight.is_meta:
             initialise(self, seed)
 

@@ -1,4 +1,4 @@
-"""Generation: the same as plain forwards, alone and in company; sampling by its distribution; stops, streams and limits."""
+"""Generation: the same as plain forwards, alone and in company; sampling by distribution; stops, streams and limits."""
 
 from __future__ import annotations
 

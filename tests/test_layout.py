@@ -64,7 +64,7 @@ def test_what_the_parts_of_a_layout_are():
         ("5 6F", 2, "expected a block letter after the count"),
         ("5", 1, "expected a block letter after the count"),
         ("5subllm(0.5: F)", 1, "expected a block letter after the count"),
-        ("F 0F", 2, "a count is 1 or more"),
+        ("F 0F", 2, "a count is 1 to 100000"),
         ("subllm", 6, "expected '(' after subllm"),
         ("F subllm F", 9, "expected '(' after subllm"),
         ("subllm(", 7, "expected an argument of subllm"),

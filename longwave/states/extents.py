@@ -59,8 +59,10 @@ class Extents:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` held tokens in all, so that appending does not copy."""
-        if tokens <= self.capacity and self._arrays:
-            return
+        if tokens > self.capacity or not self._arrays:
+            self._allocate(tokens)
+
+    def _allocate(self, tokens: int) -> None:
         for name, entry in self.spec.per_token.items():
             array = torch.empty(entry.heads, tokens, entry.size, dtype=entry.dtype or self.dtype, device=self.device)
             if self.held:
@@ -88,9 +90,12 @@ class Extents:
         return sum(array.numel() * array.element_size() for array in self._arrays.values())
 
     def _make_room(self, count: int) -> None:
+        window = self.spec.window or 0
+        if window and self.capacity > 4 * max(_SMALLEST, window + count):  # a long prefill has left it too large
+            self._forget(max(0, self.held - window))
+            self._allocate(max(_SMALLEST, self.held + count + window))
         if self.held + count <= self.capacity:
             return
-        window = self.spec.window or 0
         if window:
             self._forget(max(0, self.held - window))
         if self.held + count + window // 2 > self.capacity:  # slack, so that a window moves once in window/2 tokens

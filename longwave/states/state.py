@@ -69,6 +69,8 @@ class State:
     def stream(self, lengths: Sequence[int], slots: Sequence[int] | None = None) -> Stream:
         """The stream of `lengths[r]` new tokens that continue slot `slots[r]` (0, 1, ... by default)."""
         slots = range(len(lengths)) if slots is None else slots
+        if any(not 0 <= slot < self.slots for slot in slots):
+            raise ValueError(f"slots {list(slots)} are not all among the {self.slots} of this state")
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} name a sequence twice")
         starts = [self._sequences[slot].seen for slot in slots]
