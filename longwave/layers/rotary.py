@@ -21,7 +21,8 @@ def rotate(
     heads: Float[Tensor, "T H K"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]
 ) -> Float[Tensor, "T H K"]:
     """Turns each pair of channels by its angle."""
-    return _Rotate.apply(heads, cos.to(heads.dtype).unsqueeze(1), sin.to(heads.dtype).unsqueeze(1))
+    cos, sin = cos.to(heads.dtype).unsqueeze(1), sin.to(heads.dtype).unsqueeze(1)
+    return _Rotate.apply(heads, cos, sin) if torch.is_grad_enabled() else _turned(heads, cos, sin, 1)
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
