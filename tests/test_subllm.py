@@ -1,4 +1,4 @@
-"""SUBLLM against its specification: acceptance checks 1-20 and 27-28 of `specs/subllm.md`, each test with its number.
+"""SUBLLM against its specification: acceptance checks 1-20 and 26-28 of `docs/subllm.md`, each test with its number.
 
 fp64, and at least three seeds, unless the check says otherwise. What the published training leaks (check 13) and which
 laws hold is proven in test_laws.py as well, by drawn examples.

@@ -1,4 +1,4 @@
-"""The training loop: resuming to the bit, real signals, accumulation, and checks 21-24 of `specs/subllm.md`."""
+"""The training loop: resuming to the bit, real signals, accumulation, and checks 21-24 of `docs/subllm.md`."""
 
 from __future__ import annotations
 
