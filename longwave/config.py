@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from longwave.errors import UserError
+from longwave.layout import parse
 
 T = TypeVar("T")
 
@@ -213,6 +214,7 @@ class ModelConfig(Strict):
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        parse(self.layout)  # a layout that does not parse is refused before anything is read or built
         for name in ("vocab_size", "hidden_size", "context_window"):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
         head_size = self.attention.head_size
