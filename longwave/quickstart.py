@@ -225,12 +225,13 @@ def _report(
 
 def _model_run(name: str, model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> page.ModelRun:
     evaluated = [entry for entry in metrics if "held_out_loss" in entry]
+    mode = "threshold" if model.resamplers else ""
     return page.ModelRun(
         name=NAMES[name],
         parameters=sum(weight.numel() for weight in model.parameters()),
         layout=model.config.layout,
         train=[page.LossPoint(entry["step"], entry["loss"]) for entry in metrics],
-        held_out=[page.LossPoint(entry["step"], entry["held_out_loss"], "threshold") for entry in evaluated],
+        held_out=[page.LossPoint(entry["step"], entry["held_out_loss"], mode) for entry in evaluated],
         final_loss=result.threshold.loss,
         bits_per_byte=result.bits_per_byte,
         perplexity=exp(result.threshold.loss),
