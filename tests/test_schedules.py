@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from longwave.config import build
 from longwave.errors import UserError
 from longwave.training.schedules import WSD, Constant, Cosine, Eden, Schedule, ScheduleConfig
 
@@ -91,7 +92,6 @@ def test_every_rate_is_usable(schedule: Schedule):
         (lambda: WSD(decay_fraction=1.1), "decay_fraction", "1.1"),
         (lambda: WSD(final=math.nan), "final", "nan"),
         (lambda: WSD(warmup_steps=-3), "warmup_steps", "-3"),
-        (lambda: WSD(shape="cubic"), "shape", "'cubic'"),
         (lambda: Constant(warmup_steps=-4), "warmup_steps", "-4"),
         (lambda: Cosine(warmup_steps=100).scale(0, 0, 100), "warmup_steps", "100"),
         (lambda: WSD(warmup_steps=81).scale(0, 0, 100), "warmup_steps", "81"),
@@ -110,3 +110,8 @@ def test_a_recipe_picks_the_schedule_by_kind_and_refuses_unknown_keys():
         adapter.validate_python({"kind": "eden", "lr_stepz": 3})
     with pytest.raises(ValidationError, match="needs a number of steps above 0"):
         adapter.validate_python({"kind": "eden", "lr_steps": -3})
+
+
+def test_a_shape_that_does_not_exist_is_refused_in_a_recipe():
+    with pytest.raises(UserError, match=r"^recipe\.toml: shape = 'cubic': input should be 'linear' or 'sqrt'$"):
+        build(WSD, {"shape": "cubic"}, "recipe.toml")

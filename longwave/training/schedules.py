@@ -99,7 +99,6 @@ class WSD:
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
         _require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a fraction in (0, 1]")
-        _require(self.shape in ("linear", "sqrt"), "shape", self.shape, "'linear' or 'sqrt'")
         _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
