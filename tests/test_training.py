@@ -479,7 +479,7 @@ def toy(optimizer: str, subllm: str | None) -> Toy:
 
 every_toy = pytest.mark.parametrize("optimizer", TOY_OPTIMIZERS)
 not_reached = pytest.mark.xfail(
-    reason="the published form does not hold this at our toy budget; measured figures in docs/log.md", strict=False
+    reason="the published form does not hold this at our toy budget; measured figures in docs/log.md", strict=True
 )
 
 
