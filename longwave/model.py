@@ -27,7 +27,7 @@ from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
 from longwave.layers.linear import linear
 from longwave.layers.norm import RMSNorm
-from longwave.layers.rotary import angles
+from longwave.layers.rotary import turns
 from longwave.layout import Blocks, Layout, check_names, parse
 from longwave.mixers import Site
 from longwave.ops.attention import choose
@@ -75,9 +75,9 @@ class Decoder(nn.Module):
         hidden = self.embed(tokens)
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
-        turns = angles(self.config.rotary, stream.positions, self.config.head_size)
+        cos, sin = turns(self.config, stream.positions)
         dtype = self._activation_dtype()
-        hidden = self.stack(hidden, stream.carrying(cos=turns.cos().to(dtype), sin=turns.sin().to(dtype)), state)
+        hidden = self.stack(hidden, stream.carrying(cos=cos.to(dtype), sin=sin.to(dtype)), state)
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
