@@ -206,7 +206,10 @@ RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 @dataclass(frozen=True)
 class RotaryConfig(Strict):
-    """Rotary positions, half-split pairing (Su et al. 2021), and how they are stretched beyond the window of training."""
+    """Rotary positions, half-split pairing (Su et al. 2021).
+
+    scaling: how wavelengths are stretched beyond the window of the first training.
+    """
 
     base: float = 10000.0
     scaling: Annotated[RotaryScaling, Discriminator("kind")] | None = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -50,6 +50,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
+        self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
         self.layout = parse(config.layout)
         check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)

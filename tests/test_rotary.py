@@ -1,4 +1,4 @@
-"""Rotary frequencies: equal to `transformers`' to the bit for every kind of scaling, and right by their own formulas."""
+"""Rotary positions: equal to `transformers`' to the bit for every kind of scaling, and functions of positions alone."""
 
 from __future__ import annotations
 

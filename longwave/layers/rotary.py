@@ -1,6 +1,6 @@
 """Rotary positions, half-split pairing: channel i turns with channel i + K/2 (Su et al. 2021, as in Llama).
 
-An angle is a function of the position alone, whatever stretches it, so that every chunking of a sequence gives the same.
+An angle is a function of the position alone, whatever stretches it, so that every chunking of a sequence agrees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor
 from longwave.config import Llama3Scaling, LongRopeScaling, ModelConfig, RotaryConfig, RotaryScaling, YarnScaling
 
 
-def turns(config: ModelConfig, positions: Int64[Tensor, " T"]) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+def turns(
+    config: ModelConfig, positions: Int64[Tensor, " T"]
+) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
     """Cosines and sines of the angles at which the heads of a model turn, in fp32, times the attention factor."""
     turned = angles(config.rotary, positions, config.head_size, config.context_window)
     factor = attention_factor(config.rotary.scaling)
