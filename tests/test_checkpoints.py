@@ -37,6 +37,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "eps": {"rms_norm_eps": 0.1},
 }
+NAMES = "longwave, llama, qwen2, qwen3, mistral, minicpm, subllm"
 PUBLISHED = {
     "num_embeddings": 29,
     "decoder_embed_dim": 16,
@@ -235,7 +236,7 @@ def test_what_is_no_plain_llama_is_not_written_as_one(tmp_path: Path, keys: dict
         (
             "model_type",
             "gpt2",
-            "model_type = 'gpt2'; supported: longwave, llama, qwen2, qwen3, mistral, minicpm, subllm",
+            f"model_type = 'gpt2'; supported: {NAMES}",
         ),
     ],
 )
@@ -668,7 +669,5 @@ def test_bad_config_is_named(tmp_path: Path, text: str, named: str):
 def test_folder_without_config_and_unknown_layout_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
-    with pytest.raises(
-        UserError, match="layout = 'gguf'; use one of longwave, llama, qwen2, qwen3, mistral, minicpm, subllm"
-    ):
+    with pytest.raises(UserError, match=f"layout = 'gguf'; use one of {NAMES}"):
         save(small(), tmp_path / "out", layout="gguf")

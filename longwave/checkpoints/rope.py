@@ -52,10 +52,8 @@ def read_rotary(theirs: ForeignConfig, family: Family, context_window: int) -> d
 
 def _scaling(kind: str, theirs: ForeignConfig, rope: ForeignConfig, context_window: int) -> dict[str, Any]:
     """The plain values of one kind of scaling."""
-    given = {
-        ours: name for ours, name in _KEYS[kind].items() if name not in _OPTIONAL or rope.values.get(name) is not None
-    }
-    found = {ours: _value(rope, name) for ours, name in given.items()}
+    present = {name for name, value in rope.values.items() if value is not None}
+    found = {ours: _value(rope, name) for ours, name in _KEYS[kind].items() if name in present or name not in _OPTIONAL}
     if kind == "linear":
         return {"kind": kind, **found}
     where = theirs if theirs.values.get(_ORIGINAL) is not None else rope
