@@ -40,10 +40,9 @@ def is_hub_id(path: str | Path) -> bool:
 
 def _fetched(name: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
         reason = " ".join(str(error).split())
         raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {reason[:300]}") from None
