@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from longwave.errors import UserError
+from longwave.jsonfile import plain, shown
 from longwave.layout import parse
 
 T = TypeVar("T")
@@ -46,15 +47,15 @@ def require(condition: bool, message: str) -> None:
 
 def _first_problem(kind: type, error: ValidationError) -> str:
     problem = error.errors()[0]
-    location = ".".join(map(str, problem["loc"]))
+    location = ".".join(plain(str(step)) for step in problem["loc"])
     if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
         return f"{location}: {cause}" if location and not str(cause).startswith(f"{location}.") else str(cause)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = get_close_matches(str(problem["loc"][-1]), _field_names(kind), n=1)
-        return f"unknown key {location} = {problem['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"unknown key {location} = {shown(problem['input'])}" + (f"; did you mean {close[0]}?" if close else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
-    return f"{location} = {problem['input']!r}: {problem['msg'].lower()}"
+    return f"{location} = {shown(problem['input'])}: {problem['msg'].lower()}"
 
 
 def _field_names(kind: type) -> list[str]:

@@ -263,11 +263,13 @@ def _read_manifest(path: Path) -> dict[str, _File] | None:
 
     Raises UserError unless its bytes are exactly what longwave writes, so that a flipped bit in it cannot pass.
     """
+    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave")
     try:
         raw = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave")
+    except IsADirectoryError:
+        raise damaged from None
     try:
         content: Any = json.loads(raw)
         version, files = content["version"], {name: _File(**file) for name, file in content["files"].items()}

@@ -15,7 +15,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=_object)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+        raise UserError(f"{path}: not readable as JSON: {brief(error)}") from None
     except RecursionError:
         raise UserError(f"{path}: not readable as JSON: nested too deeply") from None
     if not isinstance(content, dict):
@@ -26,6 +26,16 @@ def read_object(path: Path) -> dict[str, Any]:
 def shown(value: object) -> str:
     """A value for an error message, cut to a length that people read."""
     return _SHORT.repr(value)
+
+
+def plain(name: str) -> str:
+    """A name as it is, or quoted and cut if it is none that anybody would give."""
+    return name if name.isprintable() and len(name) < 120 else shown(name)
+
+
+def brief(error: Exception) -> str:
+    """What somebody else's error says, in one line that people read."""
+    return " ".join(str(error).split())[:300]
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import FLOATS, Described, Weights, plain
+from longwave.checkpoints.weights import FLOATS, Described, Weights
 from longwave.config import ModelConfig
 from longwave.errors import UserError
+from longwave.jsonfile import plain
 from longwave.layout import parse
 from longwave.model import Decoder
 

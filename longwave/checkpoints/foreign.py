@@ -15,7 +15,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
 from longwave.config import MOST, ModelConfig
 from longwave.errors import UserError
-from longwave.jsonfile import shown
+from longwave.jsonfile import plain, shown
 from longwave.model import Decoder
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class ForeignConfig:
 
     def error(self, key: str, what: str) -> UserError:
         """An error about the value of a key."""
-        return UserError(f"{self.source}: {key} = {shown(self.values.get(key))}: {what}")
+        return UserError(f"{self.source}: {plain(key)} = {shown(self.values.get(key))}: {what}")
 
 
 def refuse_unless(condition: bool, layout: str, field_: str, value: object, legal: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longwave import durable
 from longwave.errors import UserError
+from longwave.jsonfile import brief
 
 CONFIGS = ("config.json",)
 WHOLE = (
@@ -44,5 +45,5 @@ def _fetched(name: str, files: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
     except Exception as error:  # the library's own, and whatever its HTTP client raises
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {reason[:300]}") from None
+        said = brief(error)
+        raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {said}") from None

@@ -47,7 +47,10 @@ def config_from(values: dict[str, Any], source: str) -> ModelConfig:
     if values.get("longwave_format") != FORMAT:
         found = values.get("longwave_format")
         raise UserError(f"{source}: longwave_format = {shown(found)}; this longwave reads format {FORMAT}")
-    return build(ModelConfig, values.get("model", {}), source)
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{source}: model = {shown(model)}: expected the table that describes the model")
+    return build(ModelConfig, model, source)
 
 
 def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:

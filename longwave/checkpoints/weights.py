@@ -27,7 +27,7 @@ from torch import Tensor
 from longwave import durable
 from longwave.checksum import joined
 from longwave.errors import UserError
-from longwave.jsonfile import read_object, shown
+from longwave.jsonfile import brief, plain, read_object, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -200,7 +200,7 @@ def _stored(path: Path) -> dict[str, Stored]:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             described = {name: (torch.Size(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
+        raise UserError(f"{path}: cannot be read as safetensors: {brief(error)}") from None
     for name, (_, dtype) in described.items():
         if dtype not in _DTYPES:
             raise UserError(f"{path}: tensor {plain(name)} is {dtype}; supported: {', '.join(FLOATS)}")
@@ -232,11 +232,6 @@ def _shard(folder: Path, file: str) -> Path:
     if not path.is_file():
         raise UserError(f"{folder / INDEX}: names {shown(file)}, which is missing")
     return path
-
-
-def plain(name: str) -> str:
-    """The name of a tensor as it is, or quoted and cut if it is no name that anybody would give."""
-    return name if name.isprintable() and len(name) < 120 else shown(name)
 
 
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:
