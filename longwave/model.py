@@ -25,13 +25,13 @@ from longwave.config import ModelConfig, require
 from longwave.costs import Cost, count, total, weight_bytes
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
-from longwave.layers.linear import linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import turns
 from longwave.layout import Blocks, Layout, check_names, parse
 from longwave.mixers import Site
 from longwave.ops.attention import choose
 from longwave.ops.cross_entropy import cross_entropy
+from longwave.ops.linear import linear
 from longwave.resamplers import RESAMPLERS, Clock, Subllm
 from longwave.states import State
 from longwave.stream import Stream
