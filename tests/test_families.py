@@ -493,6 +493,8 @@ def test_scaling_takes_its_original_window_and_factor_from_where_transformers_do
         ("minicpm", {"sparse_config": {"topk": 64}}, "sparse_config = {'topk': 64}: supported: none"),
         ("minicpm", {"num_experts": 8}, "num_experts = 8: supported: 0"),
         ("minicpm", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn': supported: 'default'"),
+        ("minicpm", {"rope_scaling": {**MINICPM["rope_scaling"], "factor": 2.0}}, "factor = 2.0: supported: none"),
+        ("llama", {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 1}}, "more than 1, at most max"),
         ("minicpm", {"model_type": "minicpm3"}, "model_type = 'minicpm3'; supported"),
     ],
 )

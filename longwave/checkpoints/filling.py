@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import FLOATS, Described, Weights
+from longwave.checkpoints.weights import FLOATS, Described, Weights, check
 from longwave.config import ModelConfig
 from longwave.errors import UserError
-from longwave.jsonfile import plain
 from longwave.layout import parse
 from longwave.model import Decoder
 
@@ -97,9 +96,10 @@ def fill(model: Decoder, weights: Weights, held: Mapping[str, Holding], wishes: 
     expected = {stored: holding.expected(own) for stored, holding in held.items()}
     if wishes.tied and wishes.tied[0] in weights.found:
         expected[wishes.tied[0]] = expected[wishes.tied[1]]
-    check(expected, weights)
+    check({name: one.shape for name, one in expected.items()}, weights.found, weights.source)
+    _check_types(expected, weights)
     parameters = {stored for stored in expected if stored not in held or _is_parameter(own, held[stored])}
-    dtype = weight_dtype(weights, sorted(parameters), wishes)
+    dtype = _weight_dtype(weights, sorted(parameters), wishes)
     read = weights.read({name: dtype if name in parameters else one.dtype for name, one in expected.items()})
     if wishes.tied and wishes.tied[0] in read:
         _drop_tied(read, *wishes.tied, weights.source)
@@ -119,27 +119,16 @@ def _drop_tied(read: dict[str, Tensor], head: str, embedding: str, source: str) 
         raise UserError(f"{source}: tensor {head} differs from {embedding}, yet the config ties them")
 
 
-def check(expected: Mapping[str, Described], weights: Weights) -> None:
-    """UserError naming the first tensor that is missing, unexpected, misshapen, or of a type that is not expected.
-
-    A floating tensor may be stored in any floating type; any other must be of the type that is expected.
-    """
-    missing, unexpected = sorted(set(expected) - set(weights.found)), sorted(set(weights.found) - set(expected))
-    if missing or unexpected:
-        what, which = ("missing", missing) if missing else ("unexpected", unexpected)
-        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
-        raise UserError(f"{weights.source}: {what} tensor {plain(which[0])}{more}")
+def _check_types(expected: Mapping[str, Expected], weights: Weights) -> None:
+    """A floating tensor may be stored in any floating type; any other must be of the type that is expected."""
     for name, own in expected.items():
-        found, types = weights.found[name], FLOATS.values() if own.dtype.is_floating_point else (own.dtype,)
-        if found.shape != own.shape:
-            shapes = f"{list(found.shape)}, the config says {list(own.shape)}"
-            raise UserError(f"{weights.source}: tensor {name} has shape {shapes}")
-        if found.dtype not in types:
+        found, types = weights.found[name].dtype, FLOATS.values() if own.dtype.is_floating_point else (own.dtype,)
+        if found not in types:
             supported = ", ".join(map(_name, types))
-            raise UserError(f"{weights.source}: tensor {name} is {_name(found.dtype)}; supported: {supported}")
+            raise UserError(f"{weights.source}: tensor {name} is {_name(found)}; supported: {supported}")
 
 
-def weight_dtype(weights: Weights, parameters: Iterable[str], wishes: Wishes) -> torch.dtype:
+def _weight_dtype(weights: Weights, parameters: Iterable[str], wishes: Wishes) -> torch.dtype:
     """The dtype that all parameters of a model take: what is asked for, or else what they were saved in.
 
     UserError if they were saved in several and the config does not say which of them they are.

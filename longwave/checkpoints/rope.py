@@ -24,12 +24,13 @@ _KEYS = {  # ours -> theirs, by kind; the remaining fields of a kind are read an
 }
 _OPTIONAL = ("beta_fast", "beta_slow", "truncate")
 _ORIGINAL = "original_max_position_embeddings"
+_GIVEN = {"attention_factor", "factor"}  # what LongRoPE's factor on cosines and sines may be given by
 _ALSO = {  # further keys of a kind
     "default": set(),
     "linear": set(),
     "llama3": {_ORIGINAL},
     "yarn": {_ORIGINAL, "attention_factor", "mscale", "mscale_all_dim", "finetuned"},
-    "longrope": {_ORIGINAL, "attention_factor", "factor"},
+    "longrope": {_ORIGINAL, *_GIVEN},
 }
 
 
@@ -45,6 +46,8 @@ def read_rotary(theirs: ForeignConfig, family: Family, context_window: int) -> d
     if kind not in ("default", *family.scalings):
         raise rope.error(named, f"supported: {', '.join(map(repr, ('default', *family.scalings)))}")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *_KEYS.get(kind, {}).values(), *_ALSO[kind]}
+    if kind == "longrope" and not family.in_transformers:  # their code reckons the factor from the windows
+        known -= _GIVEN
     for unknown in sorted(rope.values.keys() - known):
         rope.only(unknown)
     return {"base": base} | ({} if kind == "default" else {"scaling": _scaling(kind, theirs, rope, context_window)})
@@ -66,8 +69,8 @@ def _scaling(kind: str, theirs: ForeignConfig, rope: ForeignConfig, context_wind
     elif kind == "yarn":
         attention = _yarn_attention(rope)
     else:
-        if original > context_window:
-            raise where.error(_ORIGINAL, f"at most max_position_embeddings = {context_window}")
+        if not 1 < original <= context_window:
+            raise where.error(_ORIGINAL, f"more than 1, at most max_position_embeddings = {context_window}")
         attention = longrope_attention(original, rope.get("factor", float, context_window / original))
     return {"kind": kind, "original_window": original, "attention_factor": attention, **found}
 
@@ -98,9 +101,11 @@ def write_rotary(config: ModelConfig, family: Family) -> dict[str, Any]:
     base = {"rope_theta": config.rotary.base}
     if scaling is None:
         return base | {"rope_scaling": None, "rope_parameters": base | {"rope_type": "default"}}
+    written = _written(scaling)
     if not family.in_transformers:
         _refuse_other_attention(config, family, scaling)
-    written = _written(scaling)
+        written = {"type": scaling.kind} | written
+        written.pop("attention_factor", None)
     return base | {"rope_scaling": written, "rope_parameters": base | written}
 
 

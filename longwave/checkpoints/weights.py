@@ -234,6 +234,19 @@ def _shard(folder: Path, file: str) -> Path:
     return path
 
 
+def check(expected: Mapping[str, torch.Size], found: Mapping[str, Described], source: str) -> None:
+    """UserError naming the first tensor that is missing, unexpected or misshapen."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unexpected:
+        what, which = ("missing", missing) if missing else ("unexpected", unexpected)
+        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+        raise UserError(f"{source}: {what} tensor {plain(which[0])}{more}")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            shapes = f"{list(found[name].shape)}, the config says {list(shape)}"
+            raise UserError(f"{source}: tensor {name} has shape {shapes}")
+
+
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes one safetensors file, readable by `transformers` too."""
     save_file(
