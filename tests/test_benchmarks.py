@@ -19,7 +19,7 @@ from longwave.benchmarks.yardstick import Transformers
 from longwave.config import ModelConfig, build
 from longwave.costs import total
 from longwave.errors import MachineError, UserError
-from longwave.hf import llama_from
+from longwave.hf import transformers_from
 from longwave.model import Decoder
 
 SUBLLM = "F subllm(0.64: F subllm(0.64: F) F) F"
@@ -59,7 +59,7 @@ def both(model: Decoder) -> list[Subject]:
 def test_the_yardstick_shares_our_weights_and_gives_our_logits(tied: bool, bias: bool):
     attention = {"heads": 4, "kv_heads": 2, "head_size": 16, "qkv_bias": bias, "output_bias": bias}
     model = decoder(tie_embeddings=tied, attention=attention)
-    llama = llama_from(model)
+    llama = transformers_from(model)
     tokens = sample_tokens(model, 20, 0)
     torch.testing.assert_close(llama(tokens[None]).logits[0], one_pass(model, tokens, 20), rtol=1e-4, atol=1e-4)
     assert llama.model.embed_tokens.weight.data_ptr() == model.embed.weight.data_ptr()

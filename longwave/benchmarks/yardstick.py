@@ -1,4 +1,4 @@
-"""`transformers`' Llama as a subject, used as its own `generate` uses it.
+"""`transformers`' own model as a subject, used as its own `generate` uses it.
 
 Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
 """
@@ -17,17 +17,17 @@ from transformers import Cache, DynamicCache, StaticCache
 from longwave.benchmarks.roofline import Level, Load
 from longwave.benchmarks.subjects import Decoding, computing_in, training_task
 from longwave.benchmarks.timing import Task
-from longwave.hf import llama_from
+from longwave.hf import transformers_from
 from longwave.model import Decoder
 
 
 class Transformers:
-    """A LlamaForCausalLM over the weights of a decoder; UserError if that is no plain Llama."""
+    """Their model over the weights of a decoder; UserError if that is of no family that they have."""
 
     name = "transformers"
 
     def __init__(self, model: Decoder) -> None:
-        self.model, self.llama = model, llama_from(model)
+        self.model, self.llama = model, transformers_from(model)
 
     def prefill(self, context: Int64[Tensor, " N"]) -> Callable[[], Float[Tensor, " V"]]:
         return lambda: self._filled(context)[1]

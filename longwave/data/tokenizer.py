@@ -221,7 +221,7 @@ def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str
         token = token.get("content")
     if token is None:
         return None
-    id = backend.token_to_id(token)
+    id = backend.token_to_id(token) if isinstance(token, str) else None
     if id is None:
         raise KeyError(token)
     return id
@@ -244,7 +244,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; a JSON object is expected")

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longwave.checkpoints import load
+from longwave.checkpoints import find, load
 from longwave.data.packed import Batch, PackedTokens
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
@@ -62,10 +61,11 @@ def targets_in(batch: Batch) -> int:
 
 def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
     """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data."""
-    decoder = load(model, device=device_of(device))
+    folder = find(model)
+    decoder = load(folder, device=device_of(device))
     info = PreparedInfo.read(data)
-    if (Path(model) / "tokenizer.json").exists():
-        info.require_tokenizer(Tokenizer.load(model))
+    if (folder / "tokenizer.json").exists():
+        info.require_tokenizer(Tokenizer.load(folder))
     info.require_vocab(decoder.config.vocab_size)
     packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
     result = held_out_loss(decoder, packed)

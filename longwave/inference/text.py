@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from longwave.checkpoints.generation import end_ids
 from longwave.config import require
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
 from longwave.inference.generate import Generation
@@ -61,11 +62,12 @@ def generate_text(
 ) -> Iterator[Piece]:
     """Yields the continuation of every prompt in pieces of text; a stop string and what follows it are left out.
 
-    Prompts begin with the tokenizer's bos token where it has one. Raises UserError like `Generation`.
+    Prompts begin with the tokenizer's bos token where it has one; a text ends at the tokenizer's eos token, or at any
+    that the model's folder names. Raises UserError like `Generation`.
     """
     require(all(stop), "stop: a stop string is empty; leave it out")
     encoded = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    ends = end_ids(model.generation, tokenizer)
     generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
     writers = [_Writer(StreamDecoder(tokenizer), stop) for _ in prompts]
     for prompt, token in generation:
