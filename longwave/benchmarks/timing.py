@@ -54,13 +54,14 @@ def interleaved(forms: Mapping[str, Task], repeats: int, warmup: int = 1) -> dic
 def seconds_of(task: Task) -> float:
     """Seconds of one run, until the device has finished it."""
     gc.collect()
-    _synchronise()
+    synchronise()
     start = time.perf_counter()
     task()
-    _synchronise()
+    synchronise()
     return time.perf_counter() - start
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Waits until the device has done all it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
