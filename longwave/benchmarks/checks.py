@@ -19,7 +19,7 @@ from longwave.ops.benchmark import Case
 
 _FP32_DIFFERENCE, _LOW_PRECISION_COSINE = 1e-3, 0.999
 _LOSS_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}
-_OP_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+_OP_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _PROMPT, _ROWS = 256, 8  # tokens of a model that run in the plain form too, and rows of logits compared
 
 
@@ -66,7 +66,7 @@ def check_form(case: Case, name: str) -> float:
 
     A row's error is the norm of its difference, relative to the norm of the row, or of a typical one if that is more.
     Where the reference gives only some rows of the output, the gradients are those of these rows. MachineError for an
-    error beyond what the precision explains: 1e-4 in fp32, 3e-2 in bf16.
+    error beyond what the precision explains: 1e-4 in fp32, 5e-2 in bf16.
     """
     found, expected = _outcome(case, case.forms[name]), _outcome(case, None)
     errors = {part: _error(found[part], expected[part]) for part in expected}
@@ -80,7 +80,8 @@ def check_form(case: Case, name: str) -> float:
 
 def _outcome(case: Case, form: Callable[..., Tensor] | None) -> dict[str, Tensor]:
     """The output of a form, or of the reference, and the gradients of the inputs by the same slopes."""
-    precision = torch.float64 if form is None else None
+    dtype = next(one.dtype for one in case.inputs if one.is_floating_point())
+    precision = torch.float64 if form is None else dtype
     inputs = [one.detach().to(precision) if one.is_floating_point() else one for one in case.inputs]
     learned = [one.requires_grad_() for one in inputs if one.is_floating_point() and case.backward]
     with torch.set_grad_enabled(case.backward is not None):
@@ -89,8 +90,8 @@ def _outcome(case: Case, form: Callable[..., Tensor] | None) -> dict[str, Tensor
         output = output[case.rows]
     if not learned:
         return {"output": output}
-    slopes = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
-    gradients = torch.autograd.grad(output, learned, slopes.to(output))
+    slopes = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device, dtype).to(output)
+    gradients = torch.autograd.grad(output, learned, slopes)
     names = [f"gradient of input {index + 1}" for index in range(len(learned))]
     return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
 
@@ -98,5 +99,5 @@ def _outcome(case: Case, form: Callable[..., Tensor] | None) -> dict[str, Tensor
 def _error(found: Tensor, expected: Tensor) -> float:
     rows = (found.double() - expected).reshape(-1, expected.shape[-1] if expected.ndim else 1)
     right = expected.reshape(rows.shape).norm(dim=1)
-    typical = right.square().mean().sqrt()
+    typical = right[right > 0].square().mean().sqrt()
     return float((rows.norm(dim=1) / right.clamp(min=typical)).nan_to_num(nan=torch.inf).max())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Runs, shows and keeps; whatever would stop a file from being written is found before anything is timed."""
     for path in (options.save, options.profile, options.plot):
-        require(path is None or not Path(path).is_dir(), f"{path} is a folder; give the name of a file")
+        if path is not None:
+            _check_file(Path(path))
     if options.plot is not None:
         check_picture(options.plot)
     with chosen.running():
@@ -76,3 +78,10 @@ def _measure(
     if options.save is not None:
         durable.file(options.save, (json.dumps(plain, indent=1) + "\n").encode())
     return plain
+
+
+def _check_file(path: Path) -> None:
+    """UserError for a path that no file can be written to."""
+    require(not path.is_dir(), f"{path} is a folder; give the name of a file")
+    nearest = next(folder for folder in path.resolve().parents if folder.exists())
+    require(nearest.is_dir() and os.access(nearest, os.W_OK), f"{path}: nothing can be written to {nearest}")

@@ -78,7 +78,7 @@ def _panel(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
         axes.annotate(beside_bound(row), (beside, level), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.subject for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.set_xlim(0, 1.6 * max(1e3 * max(row.timing.high, row.bound) for row in rows))
+    axes.set_xlim(0, 1.7 * max(1e3 * max(row.timing.high, row.bound) for row in rows))
     axes.set_title(rows[0].place, loc="left", fontsize=9.5, weight="bold")
     axes.set_xlabel("ms", color=_QUIET, fontsize=8, loc="right", labelpad=1)
     axes.tick_params(length=0, colors=_QUIET)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.benchmarks.timing import Task, seconds_of
+from longwave.benchmarks.timing import Task, seconds_of, swift_collections
 from longwave.costs import Peaks, Work, weight_bytes
 from longwave.model import Decoder
 
@@ -22,8 +22,9 @@ def measure_peaks(dtype: torch.dtype, device: torch.device | str = "cpu") -> Pea
     """Measured here and now, on the threads that the models will have."""
     large, row = torch.ones(_BYTES // (4 * _SIDE), _SIDE, device=device), torch.ones(_SIDE, device=device)
     square = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
-    reading = min(_best(large.sum), _best(lambda: large @ row))
-    return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
+    with swift_collections():
+        reading = min(_best(large.sum), _best(lambda: large @ row))
+        return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
 
 
 def _best(task: Task) -> float:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from longwave.benchmarks.profile import Spent
 from longwave.benchmarks.results import Results, Row
+from longwave.plan import short_bytes
 
 _COMPARED = ("time ratio", "by bounds", "gain of bound")
 _LEFT = ("model", "form", "checked", "part", "verdict")
@@ -100,9 +101,9 @@ def _cell(row: Row, column: str) -> str:
         "by bounds": lambda: f"{row.bound_ratio:.3f}",
         "gain of bound": lambda: f"{row.gain_of_bound:.3f}",
         "retention": lambda: " ".join(f"{share:.3f}" for share in row.retention),
-        "state": lambda: _mib(row.state_used or 0),
-        "reserved": lambda: _mib(row.state_reserved or 0),
-        "peak memory": lambda: _mib(row.peak_memory or 0),
+        "state": lambda: short_bytes(row.state_used or 0),
+        "reserved": lambda: short_bytes(row.state_reserved or 0),
+        "peak memory": lambda: short_bytes(row.peak_memory or 0),
         "error": lambda: f"{row.error:.1e}",
         "checked": lambda: row.checked or "",
     }
@@ -151,7 +152,3 @@ def duration(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.3f} s"
     return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"

@@ -77,12 +77,16 @@ def _suffix(window: int | None) -> str:
 
 
 def _sample(tokens: int, shape: Shape) -> Tensor | None:
-    """Rows to check: the first, the last and some between; None for all of few."""
+    """Rows to check, of the later halves of their runs and the last of all; None for all of few.
+
+    The gradients of the first rows are differences of large numbers, which would hide those of the others.
+    """
     if tokens <= _FEW:
         return None
     generator = torch.Generator().manual_seed(shape.seed)
-    drawn = torch.randint(1, tokens - 1, (_SAMPLED - 2,), generator=generator)
-    return torch.cat([torch.tensor([0, tokens - 1]), drawn]).unique().to(shape.device)
+    run = torch.randint(shape.batch, (_SAMPLED,), generator=generator)
+    place = torch.randint(shape.context // 2, shape.context, (_SAMPLED,), generator=generator)
+    return torch.cat([run * shape.context + place, torch.tensor([tokens - 1])]).unique().to(shape.device)
 
 
 def _rows_of_prefill(
