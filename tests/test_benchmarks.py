@@ -22,6 +22,7 @@ from longwave.costs import Peaks, Work, total
 from longwave.errors import MachineError, UserError
 from longwave.hf import llama_from
 from longwave.model import Decoder
+from longwave.ops.attention import sdpa
 
 SUBLLM = "F subllm(0.64: F subllm(0.64: F) F) F"
 PEAKS = Peaks(bandwidth=1e12, flops=1e10)
@@ -160,6 +161,19 @@ def test_checks_see_what_is_wrong():
             check_logits("broken", right.to(dtype).index_fill(1, torch.tensor([3]), torch.nan), right)
     with pytest.raises(MachineError, match="its loss is nan"):
         check_loss("broken", float("nan"), float("nan"), "fp32")
+
+
+@pytest.mark.parametrize("layout", ["3F", SUBLLM])
+def test_a_model_is_held_to_attention_in_its_plain_form(layout: str, monkeypatch: pytest.MonkeyPatch):
+    model = decoder(layout)
+    tokens = sample_tokens(model, 40, 0)
+    check_forms(model, tokens)
+    assert {block.mixer.form for block in model.blocks} == {"torch"}
+    packed = sdpa.packed
+    monkeypatch.setattr(sdpa, "packed", lambda query, *rest: packed(query * 1.2, *rest))
+    with pytest.raises(MachineError, match="attention in the form torch: its logits are off"):
+        check_forms(model, tokens)
+    assert {block.mixer.form for block in model.blocks} == {"torch"}
 
 
 def test_rows_of_inference_hold_to_the_formulas():

@@ -22,7 +22,7 @@ from longwave.benchmarks.profile import Watch
 from longwave.benchmarks.results import Model, Options, Results, Row, against, hardware
 from longwave.benchmarks.roofline import decode_work, measure_peaks, prefill_work, training_work
 from longwave.benchmarks.subjects import Longwave, Subject, force_retention, one_pass, retention_in
-from longwave.benchmarks.timing import Task, interleaved
+from longwave.benchmarks.timing import Task, interleaved, swift_collections
 from longwave.config import require
 from longwave.costs import Peaks, Work, count
 from longwave.device import device_of, dtype_of
@@ -77,8 +77,9 @@ def run(
     _check_fit(subjects, max(options.contexts) + (options.decode_steps if kind == "inference" else 0))
     for one in {id(one.model): one.model for one in subjects}.values():
         check_forms(one, sample_tokens(one, min(options.contexts), options.seed))
-    peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
-    rows = (bench_inference if kind == "inference" else bench_training)(subjects, peaks, options, watch)
+    with swift_collections():
+        peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
+        rows = (bench_inference if kind == "inference" else bench_training)(subjects, peaks, options, watch)
     models = {one.name: Model(one.model.config.layout, count(one.model)) for one in subjects}
     return Results(kind, options, hardware(options), peaks, rows, models), watch
 

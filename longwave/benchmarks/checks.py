@@ -55,9 +55,11 @@ def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
     forms = [mixer.form for mixer in mixers]
     found = one_pass(model, prompt, min(_ROWS, len(prompt)))
     model.use_form("reference")
-    expected = one_pass(model, prompt, min(_ROWS, len(prompt)))
-    for mixer, form in zip(mixers, forms, strict=True):
-        mixer.use_form(form)
+    try:
+        expected = one_pass(model, prompt, min(_ROWS, len(prompt)))
+    finally:
+        for mixer, form in zip(mixers, forms, strict=True):
+            mixer.use_form(form)
     check_logits(f"attention in the form {', '.join(sorted(set(forms)))}", found, expected)
 
 

@@ -76,7 +76,7 @@ def _measure(
     if options.plot is not None:
         draw(results, options.plot)
     if options.save is not None:
-        durable.file(options.save, (json.dumps(plain, indent=1) + "\n").encode())
+        durable.write_file(options.save, (json.dumps(plain, indent=1) + "\n").encode())
     return plain
 
 

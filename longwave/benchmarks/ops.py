@@ -20,7 +20,7 @@ from longwave.benchmarks.checks import check_form
 from longwave.benchmarks.profile import Watch
 from longwave.benchmarks.results import Options, Results, Row, against, hardware
 from longwave.benchmarks.roofline import measure_peaks
-from longwave.benchmarks.timing import Timing, interleaved, seconds_of
+from longwave.benchmarks.timing import Timing, interleaved, seconds_of, swift_collections
 from longwave.config import build, require
 from longwave.costs import Peaks, Work
 from longwave.device import device_of, dtype_of
@@ -81,15 +81,15 @@ def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptio
 
 def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
     """Times the ops; the watch that is returned has what a trace will show. MachineError for a form that is wrong."""
-    device = device_of(options.device)
-    peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
-    rows = []
-    for name, context, batch in product(options.ops, options.contexts, options.batches):
-        say(f"{name} at {context:,} tokens, batch {batch}")
-        shape = options.shape(context, batch)
-        small = OPS[name](replace(shape, context=min(context, WHOLE)))
-        for case, other in zip(OPS[name](shape), small, strict=True):
-            rows += _rows(case, other, shape, peaks, options.repeats, watch)
+    device, rows = device_of(options.device), []
+    with swift_collections():
+        peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
+        for name, context, batch in product(options.ops, options.contexts, options.batches):
+            say(f"{name} at {context:,} tokens, batch {batch}")
+            shape = options.shape(context, batch)
+            small = OPS[name](replace(shape, context=min(context, WHOLE)))
+            for case, other in zip(OPS[name](shape), small, strict=True):
+                rows += _rows(case, other, shape, peaks, options.repeats, watch)
     return Results("ops", options, hardware(options), peaks, rows), watch
 
 

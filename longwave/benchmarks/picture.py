@@ -56,7 +56,7 @@ def draw(results: Results, path: str | Path) -> None:
                 _panel(place, groups[index], colours)
             else:
                 place.set_axis_off()
-        durable.file(path, _encoded(figure, Path(path).suffix[1:]))
+        durable.write_file(path, _encoded(figure, Path(path).suffix[1:]))
 
 
 def _head(figure: Any, results: Results, height: float) -> None:

@@ -84,7 +84,7 @@ class Watch:
                     synchronise()
         with tempfile.TemporaryDirectory() as folder:
             profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
-            durable.file(path, (Path(folder) / "trace.json").read_bytes())
+            durable.write_file(path, (Path(folder) / "trace.json").read_bytes())
         return _spent(list(profiler.events() or []), list(self.kept.values()), self.device)
 
 
