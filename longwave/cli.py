@@ -272,7 +272,7 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--save", metavar="FILE.json", help="keep the results, for bench compare")
     parser.add_argument("--plot", metavar="FILE.svg|png", help="a picture (takes the extra 'plot')")
-    parser.add_argument("--profile", metavar="FILE.json", help="a trace of one more run of each, for Perfetto")
+    parser.add_argument("--profile", metavar="FILE.json[.gz]", help="a trace of one more run of each, for Perfetto")
 
 
 def _run_bench(options: argparse.Namespace) -> dict[str, Any]:

@@ -76,15 +76,19 @@ class Watch:
         return replace(row, peak_memory=peak_memory(task, self.device)) if memory else row
 
     def write(self, path: Path) -> dict[str, dict[str, Spent]]:
-        """Runs each kept task once more, writes a Chrome trace of them all, and tells where the time of each went."""
+        """Runs each kept task once more, writes a Chrome trace of them all, and tells where the time of each went.
+
+        A name that ends in `.gz` is compressed, which Perfetto reads as well.
+        """
         with profile(activities=_activities(self.device)) as profiler:
             for traced in self.kept.values():
                 with named(traced.parts), record_function(traced.label):
                     traced.task()
                     synchronise()
         with tempfile.TemporaryDirectory() as folder:
-            profiler.export_chrome_trace(str(Path(folder) / "trace.json"))
-            durable.write_file(path, (Path(folder) / "trace.json").read_bytes())
+            staging = Path(folder) / f"trace.json{'.gz' if path.suffix == '.gz' else ''}"
+            profiler.export_chrome_trace(str(staging))
+            durable.write_file(path, staging.read_bytes())
         return _spent(list(profiler.events() or []), list(self.kept.values()), self.device)
 
 
@@ -169,7 +173,7 @@ class _Sums:
             self.spent[node].backward += self._seconds(event, whole=True)
             return
         inner = self._kind(event, kind)
-        self.spent[inner].calls += inner != kind
+        self.spent[inner].calls += inner != kind or event.name in self._kinds
         self.spent[inner].forward += self._seconds(event, whole=False)
         if event.sequence_nr >= 0:
             self._kind_of_node[event.sequence_nr] = inner

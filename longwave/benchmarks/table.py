@@ -53,7 +53,7 @@ def by_place(rows: Iterable[Row]) -> list[list[Row]]:
 
 def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str] | None]) -> Table:
     """A table of cells by column; None draws a line."""
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for column in columns:
         view.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
     for line in lines:
