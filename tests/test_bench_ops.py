@@ -21,11 +21,12 @@ from longwave.benchmarks.results import Row
 from longwave.benchmarks.timing import Timing
 from longwave.costs import Peaks, visible_pairs
 from longwave.errors import MachineError, UserError
+from longwave.ops import compiled
 from longwave.ops.attention import FORMS, sdpa
 from longwave.ops.benchmark import Case
 from longwave.ops.cross_entropy import reference
 
-SIZES = {"heads": 4, "kv_heads": 2, "head_size": 8, "hidden_size": 16, "vocab_size": 50}
+SIZES = {"heads": 4, "kv_heads": 2, "head_size": 32, "hidden_size": 32, "vocab_size": 50}
 OPTIONS = OpsOptions(contexts=(24,), batches=(2,), repeats=2, device="cpu", **SIZES)
 PREFILL, DECODE = "attention prefill, forward", "attention decode, forward"
 
@@ -47,6 +48,9 @@ def rows_of(options: OpsOptions) -> dict[tuple[str, str], Row]:
     return {(row.quantity, row.subject): row for row in run_ops(options)[0].rows}
 
 
+with_kernels = pytest.mark.skipif(compiled.why_not() is not None, reason=f"no kernels: {compiled.why_not()}")
+
+
 def test_every_op_with_a_benchmark_is_timed():
     packages = [module.name for module in iter_modules(longwave.ops.__path__, "longwave.ops.") if module.ispkg]
     assert {name.split(".")[-1] for name in packages if find_spec(f"{name}.benchmark")} == set(OPS)
@@ -55,31 +59,40 @@ def test_every_op_with_a_benchmark_is_timed():
 def test_rows_hold_to_the_formulas():
     rows = rows_of(OPTIONS)
     both = "forward + backward"
-    assert [quantity for quantity, _ in rows] == [
+    assert [quantity for quantity, form in rows if form == "torch"] == [
         *(PREFILL, f"attention prefill, {both}", DECODE),
-        *("cross_entropy, forward", f"cross_entropy, {both}"),
+        *("cross_entropy, forward", f"cross_entropy, {both}", *(f"linear 32 to {size}, forward" for size in (32, 50))),
     ]
     prefill, whole = rows[PREFILL, "torch"], rows[f"attention prefill, {both}", "torch"]
-    assert prefill.work.flops == 4 * 4 * 8 * 2 * sum(range(1, 25))
+    assert prefill.work.flops == 4 * 4 * 32 * 2 * sum(range(1, 25))
     assert (whole.work.flops, whole.tokens) == (3 * prefill.work.flops, 48)
     decode = rows[DECODE, "torch"]
-    assert (decode.work.flops, decode.work.bytes) == (4 * 4 * 8 * 2 * 24, 2 * 2 * 2 * 24 * 8 * 4)
+    assert (decode.work.flops, decode.work.bytes) == (4 * 4 * 32 * 2 * 24, 2 * 2 * 2 * 24 * 32 * 4)
     loss = rows["cross_entropy, forward", "torch"]
-    assert loss.work.flops == 2 * 48 * 50 * 16
+    assert loss.work.flops == 2 * 48 * 50 * 32
+    head = rows["linear 32 to 50, forward", "torch"]
+    assert (head.work.flops, head.work.bytes) == (2 * 2 * 50 * 32, 4 * 32 * (2 + 50))
     for row in rows.values():
         assert row.bound == max(row.work.flops / 1e9, row.work.bytes / 1e9)
         assert row.error is not None
         assert row.error < 1e-5
-        assert (row.checked, row.ratio) == ("all", None)
+        assert row.checked == "all"
         assert row.peak_memory is not None
-        assert row.peak_memory >= (4 if "cross" in row.quantity else row.tokens * 4 * 8 * 4)  # at least the output
+        assert row.peak_memory >= (row.tokens * 4 * 32 * 4 if "attention" in row.quantity else 4)  # at least the output
+
+
+def test_what_no_context_changes_is_timed_once():
+    found = run_ops(replace(OPTIONS, contexts=(5, 9), ops=("linear", "attention")))[0].rows
+    found = [row for row in found if row.subject == "torch"]
+    assert [row.context for row in found if row.quantity == "linear 32 to 32, forward"] == [1]
+    assert [row.context for row in found if row.quantity == DECODE] == [5, 9]
 
 
 def test_a_window_is_timed_beside_the_whole_past():
     rows = rows_of(replace(OPTIONS, ops=("attention",), window=5))
     windowed = rows["attention prefill, window 5, forward", "torch"]
-    assert windowed.work.flops == 4 * 4 * 8 * 2 * visible_pairs(24, 5)
-    assert rows["attention decode, window 5, forward", "torch"].work.flops == 4 * 4 * 8 * 2 * 5
+    assert windowed.work.flops == 4 * 4 * 32 * 2 * visible_pairs(24, 5)
+    assert rows["attention decode, window 5, forward", "torch"].work.flops == 4 * 4 * 32 * 2 * 5
     assert (PREFILL, "torch") in rows
 
 
@@ -95,8 +108,21 @@ def test_a_form_that_is_registered_is_timed_against_the_one_that_models_run(monk
         ops, "_timed", lambda case, *_: {name: Timing((1.0 + (name == "other"),)) for name in case.forms}
     )
     rows = rows_of(replace(OPTIONS, ops=("attention",)))
-    assert [subject for quantity, subject in rows if quantity == DECODE] == ["torch", "other"]
-    assert [rows[DECODE, form].ratio for form in ("torch", "other")] == [1.0, 2.0]
+    for quantity in (PREFILL, DECODE):
+        assert [rows[quantity, form].ratio for form in ("torch", "other")] == [1.0, 2.0]
+
+
+@with_kernels
+def test_compiled_forms_are_timed_where_they_apply():
+    rows = rows_of(OPTIONS)
+    of_compiled = [quantity for quantity, form in rows if form == "compiled"]
+    assert of_compiled == [DECODE, "linear 32 to 32, forward", "linear 32 to 50, forward"]
+    assert [rows[DECODE, form].ratio == 1 for form in ("torch", "compiled")] == [False, True]
+
+
+def test_without_kernels_only_torch_is_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "why_not", lambda: "no compiler")
+    assert {row.subject for row in run_ops(replace(OPTIONS, ops=("attention",)))[0].rows} == {"torch"}
 
 
 def late(query: Tensor, *rest: Any) -> Tensor:
@@ -119,7 +145,7 @@ def blind(query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("form", "contexts", "part"),
-    [(late, (300,), "output"), (without_gradient, (24,), "gradient of input 2"), (blind, (24,), "")],
+    [(late, (300,), ""), (without_gradient, (24,), "gradient of input 2"), (blind, (24,), "")],
 )
 def test_a_wrong_form_is_named_and_nothing_is_timed(
     form: Callable[..., Tensor], contexts: tuple[int], part: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +170,11 @@ def test_many_rows_are_sampled_and_the_sample_is_the_reference():
     assert 599 in prefill.rows.tolist()
     inputs = [one.double() for one in prefill.inputs]
     whole = FORMS["reference"](
-        inputs[0], *([one.transpose(0, 1) for one in part.split(300)] for part in inputs[1:]), (300, 300), None, 8**-0.5
+        inputs[0],
+        *([one.transpose(0, 1) for one in part.split(300)] for part in inputs[1:]),
+        (300, 300),
+        None,
+        32**-0.5,
     )
     torch.testing.assert_close(prefill.reference(*inputs), whole[prefill.rows], rtol=0, atol=1e-14)
     assert check_form(prefill, "torch") < 1e-5
@@ -174,7 +204,8 @@ def test_short_calls_run_over_many_copies(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ops, "seconds_of", lambda _: 1e-6)
     seen: list[int] = []
     case = cases("attention")[1]
-    case = replace(case, forms={"torch": lambda query, keys, values: seen.append(keys.data_ptr()) or query})
+    form: Any = lambda query, keys, values: seen.append(keys.data_ptr()) or query  # noqa: E731
+    case = replace(case, forms={"torch": form}, default="torch")
     timing = ops._timed(case, ops._passes(case)[0], repeats=2)["torch"]
     assert (len(set(seen)), len(seen)) == (7, 21)  # one round warms up
     assert len(timing.seconds) == 2

@@ -167,6 +167,7 @@ def test_checks_see_what_is_wrong():
 def test_a_model_is_held_to_attention_in_its_plain_form(layout: str, monkeypatch: pytest.MonkeyPatch):
     model = decoder(layout)
     tokens = sample_tokens(model, 40, 0)
+    model.use_form("torch")
     check_forms(model, tokens)
     assert {block.mixer.form for block in model.blocks} == {"torch"}
     packed = sdpa.packed

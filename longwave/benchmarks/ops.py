@@ -27,11 +27,13 @@ from longwave.device import device_of, dtype_of
 from longwave.ops.attention import benchmark as attention
 from longwave.ops.benchmark import WHOLE, Case, Shape
 from longwave.ops.cross_entropy import benchmark as cross_entropy
+from longwave.ops.linear import benchmark as linear
 from longwave.progress import say
 
 OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "attention": attention.cases,
     "cross_entropy": cross_entropy.cases,
+    "linear": linear.cases,
 }
 _COLD, _ROUND, _MOST_COPIES = 1 << 28, 0.05, 256  # bytes beyond any cache, seconds that make a round
 
@@ -81,7 +83,7 @@ def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptio
 
 def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
     """Times the ops; the watch that is returned has what a trace will show. MachineError for a form that is wrong."""
-    device, rows = device_of(options.device), []
+    device, rows, done = device_of(options.device), [], set[tuple[str, int, int]]()
     with swift_collections():
         peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
         for name, context, batch in product(options.ops, options.contexts, options.batches):
@@ -89,14 +91,16 @@ def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
             shape = options.shape(context, batch)
             small = OPS[name](replace(shape, context=min(context, WHOLE)))
             for case, other in zip(OPS[name](shape), small, strict=True):
-                rows += _rows(case, other, shape, peaks, options.repeats, watch)
+                if (place := (case.quantity, case.context, batch)) not in done:
+                    rows += _rows(case, other, batch, peaks, options.repeats, watch)
+                    done.add(place)
     return Results("ops", options, hardware(options), peaks, rows), watch
 
 
-def _rows(case: Case, small: Case, shape: Shape, peaks: Peaks, repeats: int, watch: Watch) -> list[Row]:
+def _rows(case: Case, small: Case, batch: int, peaks: Peaks, repeats: int, watch: Watch) -> list[Row]:
     """Every form of one case, its passes apart, once all forms have been found right."""
     errors = {form: max(check_form(one, form) for one in _to_check(case, small)) for form in case.forms}
-    return [row for one in _passes(case) for row in _pass_rows(case, one, errors, shape, peaks, repeats, watch)]
+    return [row for one in _passes(case) for row in _pass_rows(case, one, errors, batch, peaks, repeats, watch)]
 
 
 def _to_check(case: Case, small: Case) -> list[Case]:
@@ -132,14 +136,14 @@ def _forward_and_backward(form: Callable[..., Tensor], inputs: Sequence[Tensor])
 
 
 def _pass_rows(
-    case: Case, one: _Pass, errors: dict[str, float], shape: Shape, peaks: Peaks, repeats: int, watch: Watch
+    case: Case, one: _Pass, errors: dict[str, float], batch: int, peaks: Peaks, repeats: int, watch: Watch
 ) -> list[Row]:
     quantity, rows = f"{case.quantity}, {one.name}", {}
     timings = _timed(case, one, repeats)
     for form, timing in timings.items():
         figures = (timing, case.tokens, one.work, one.work.seconds(peaks), peaks)
         checked = {"error": errors[form], "checked": case.checked}
-        row = Row(quantity, shape.context, shape.batch, form, *figures, **checked)
+        row = Row(quantity, case.context, batch, form, *figures, **checked)
         rows[form] = watch.look(row, partial(one.run, case.forms[form], case.inputs))
     return against(list(rows.values()), rows[case.default])
 

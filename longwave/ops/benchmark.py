@@ -7,13 +7,14 @@ checks and times every form of every case.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from longwave.costs import Work
+from longwave.ops import compiled
 
 WHOLE = 128  # tokens at which a case is checked whole, where of a longer one only some rows are
 
@@ -47,7 +48,8 @@ class Shape:
 class Case:
     """One use of an op at one shape.
 
-    quantity: the op and its use, such as `attention prefill`. tokens: new ones that it is for.
+    quantity: the op and its use, such as `attention prefill`. tokens: new ones that it is for. context: tokens of each
+        sequence that it looks at; one where it makes no difference how many there are.
     inputs: what every form takes; where there is a `backward`, the floating ones get gradients.
     forms: from the inputs to an output of one tensor. default: the form that models run, the others' yardstick.
     reference: the same in double precision, for inputs in double precision; it can be differentiated. Where all of it
@@ -56,6 +58,7 @@ class Case:
     """
 
     quantity: str
+    context: int
     tokens: int
     inputs: tuple[Tensor, ...]
     forms: Mapping[str, Callable[..., Tensor]]
@@ -69,3 +72,9 @@ class Case:
     def checked(self) -> str:
         """What of the output is compared with the reference, in words."""
         return "all" if self.rows is None else f"{len(self.rows)} rows, all of {WHOLE} tokens"
+
+
+def forms_here(forms: Iterable[str]) -> list[str]:
+    """Of an op's forms those that can be timed: not the reference, and compiled ones only where there are any."""
+    absent = {"reference", *(["compiled"] if compiled.why_not() else [])}
+    return [name for name in forms if name not in absent]

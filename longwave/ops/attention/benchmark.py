@@ -5,16 +5,17 @@ Legend: `B` sequences of `N` tokens, `T` = B N, `H` query heads, `G` KV heads, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longwave.costs import Work, visible_pairs
 from longwave.ops.attention import FORMS, attention, choose, reference
-from longwave.ops.benchmark import Case, Shape
+from longwave.ops.benchmark import Case, Shape, forms_here
 
+_OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
 _FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
 
 
@@ -33,17 +34,27 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     options = {"window": window, "scale": shape.head_size**-0.5}
     pairs = shape.batch * visible_pairs(shape.context, window)
     flops, read = 4 * shape.heads * shape.head_size * pairs, sum(one.nbytes for one in (query, key, value))
+    names = [name for name in forms_here(FORMS) if name not in _OF_ONE_QUERY]
     return Case(
         f"attention prefill{_suffix(window)}",
+        shape.context,
         tokens,
         (query, key, value),
-        _forms(lambda form: partial(attention, lengths=lengths, form=form, **options)),
-        choose()[0],
+        {name: partial(_stream, form=name, lengths=lengths, **options) for name in names},
+        "torch",
         partial(_rows_of_prefill, rows=rows, context=shape.context, **options),
         Work(flops, read),
         Work(2 * flops, 2 * read),
         rows,
     )
+
+
+def _stream(query: Tensor, key: Tensor, value: Tensor, form: str, lengths: tuple[int, ...], **options: Any) -> Tensor:
+    """A form over a stream, which only torch's takes as it is."""
+    if form == "torch":
+        return attention(query, key, value, lengths, form=form, **options)
+    keys, values = ([piece.transpose(0, 1) for piece in part.split(lengths)] for part in (key, value))
+    return attention(query, keys, values, lengths, form=form, **options)
 
 
 def _decode(shape: Shape, window: int | None) -> Case:
@@ -59,17 +70,14 @@ def _decode(shape: Shape, window: int | None) -> Case:
 
     return Case(
         f"attention decode{_suffix(window)}",
+        shape.context,
         shape.batch,
         (query, keys, values),
-        _forms(lambda form: partial(run, form=form)),
+        {name: partial(run, form=name) for name in forms_here(FORMS)},
         choose()[0],
         partial(run, form="reference"),
         Work(4 * shape.heads * shape.head_size * shape.batch * seen, 2 * keys[:, :, :seen].nbytes),
     )
-
-
-def _forms(make: Callable[[str], Callable[..., Tensor]]) -> dict[str, Callable[..., Tensor]]:
-    return {name: make(name) for name in FORMS if name != "reference"}
 
 
 def _suffix(window: int | None) -> str:

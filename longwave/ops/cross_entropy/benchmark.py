@@ -23,6 +23,7 @@ def cases(shape: Shape) -> list[Case]:
     return [
         Case(
             "cross_entropy",
+            shape.context,
             rows,
             (hidden, weight, targets),
             {"torch": cross_entropy},
