@@ -227,22 +227,70 @@ def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(verbs: Any) -> None:
-    parser = _verb(verbs, "bench", _run_bench, "time a model against another, the output checked first")
-    parser.add_argument("kind", choices=("inference", "training"))
-    parser.add_argument("model", help="a recipe (random weights) or a model folder")
-    parser.add_argument("--against", default="transformers", help="'transformers', or another recipe or folder")
-    parser.add_argument("--contexts", default="2048,8192", help="token counts")
-    parser.add_argument("--batch", default="1", help="batch sizes, such as 1,8")
+    help = "time models or ops beside what is possible, the output checked first; compare two runs"
+    kinds = verbs.add_parser("bench", help=help, description=help).add_subparsers(metavar="KIND", required=True)
+    for kind, what in {"inference": "prefill and decoding", "training": "training steps"}.items():
+        parser = _verb(kinds, kind, _run_bench, f"time {what} of a model against another")
+        parser.set_defaults(kind=kind)
+        parser.add_argument("model", help="a recipe (random weights) or a model folder")
+        parser.add_argument(
+            "--against", default="transformers", help="another recipe or folder, 'transformers' or none"
+        )
+        _measuring(parser)
+        if kind == "inference":
+            parser.add_argument("--retention", choices=("forced", "real"), help="forced: thresholds at nominal (real)")
+            parser.add_argument("--decode-steps", type=int, help="tokens of one round of decoding (32)")
+    _bench_ops(kinds)
+    parser = _verb(
+        kinds, "compare", _run_bench_compare, "compare two runs kept by --save; exit code 1 if one is slower"
+    )
+    parser.add_argument("before", help="a file that --save wrote")
+    parser.add_argument("after", help="another one, of the same models or ops")
+    parser.add_argument("--threshold", type=float, default=0.05, help="share that counts as slower (0.05)")
+
+
+def _bench_ops(kinds: Any) -> None:
+    parser = _verb(kinds, "ops", _run_bench_ops, "time every op in each of its forms, checked against its reference")
+    parser.add_argument("model", nargs="?", help="a recipe or folder whose sizes to take; options go before them")
+    parser.add_argument("--ops", type=lambda text: text.split(","), help="which ops, such as attention; all by default")
+    parser.add_argument("--heads", type=int, help="query heads (12)")
+    parser.add_argument("--kv-heads", type=int, help="KV heads (4, or as many as --heads)")
+    parser.add_argument("--head-size", type=int, help="channels of a head (64)")
+    parser.add_argument("--hidden-size", type=int, help="channels of a layer (768)")
+    parser.add_argument("--vocab-size", type=int, help="rows of the head (32000)")
+    parser.add_argument("--window", type=int, help="a sliding window to time as well")
+    _measuring(parser)
+
+
+def _measuring(parser: argparse.ArgumentParser) -> None:
+    """What every measurement takes."""
+    parser.add_argument("--contexts", default="2048,8192", help="token counts, such as 2048,64k")
+    parser.add_argument("--batch", dest="batches", default="1", help="batch sizes, such as 1,8")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--retention", choices=("forced", "real"), default="real", help="forced: thresholds at nominal")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--decode-steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, help="interleaved rounds, of which medians are taken (5)")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (as PyTorch takes them)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--save", metavar="FILE.json", help="keep the results, for bench compare")
+    parser.add_argument("--plot", metavar="FILE.svg|png", help="a picture (takes the extra 'plot')")
+    parser.add_argument("--profile", metavar="FILE.json[.gz]", help="a trace of one more run of each, for Perfetto")
 
 
 def _run_bench(options: argparse.Namespace) -> dict[str, Any]:
-    from longwave.benchmarks.command import bench_command
+    from longwave.benchmarks.command import bench_models
 
-    return bench_command(options)
+    return bench_models(options)
+
+
+def _run_bench_ops(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_ops
+
+    return bench_ops(options)
+
+
+def _run_bench_compare(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_compare
+
+    return bench_compare(options)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ class Disk:
 
     def remove(self, path: Path) -> None:
         """Remove a file, a link or an empty folder; one that is already gone is fine."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             if path.is_dir() and not path.is_symlink():
                 os.rmdir(path)
             else:
@@ -209,6 +209,30 @@ def _machine_fault(error: Exception) -> str | None:
         return None
     where = getattr(error, "filename", None)
     return os.strerror(code) + (f" ({where})" if where else "")
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write one file, which appears whole and safe on the disk or not at all; an older one of that name is replaced.
+
+    Raises UserError if `path` is a folder, MachineError if the machine fails.
+    """
+    target = Path(path).resolve()
+    staging = _Hidden(target, "partial", os.getpid(), secrets.token_hex(6))
+    _ACTIVE.add(staging.token)
+    try:
+        with _faults(f"saving {target}", "nothing was changed"):
+            _make_folder(target.parent)
+            if target.is_dir():
+                raise UserError(f"cannot save to {target}: it is a folder, not a file")
+            disk.write(staging.path, data)
+            disk.sync(staging.path)
+            disk.rename(staging.path, target)
+        with _faults(f"saving {target}", "the new file is in place, but the disk has not confirmed it"):
+            disk.sync(target.parent)
+    finally:
+        _ACTIVE.discard(staging.token)
+        with suppress(OSError):  # what cannot be removed now is swept later
+            _sweep(target.parent, target.name)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------------
