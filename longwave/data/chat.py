@@ -41,7 +41,7 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        require(tokenizer.eos_id is not None, "eos_token: the tokenizer names none, so that no turn could end")
+        require(tokenizer.eos_id is not None, "tokenizer: it names no eos_token, so that no turn could end")
         self.tokenizer, self._marks = tokenizer, Marks(tokenizer)
         self._template = Template(tokenizer, self._marks)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from longwave.data.marks import Span
 from longwave.data.sources import Document
@@ -27,6 +27,7 @@ class Encoded:
     bytes: int
 
 
+@runtime_checkable
 class Encoder(Protocol[D]):
     """What makes ids of documents of one kind.
 

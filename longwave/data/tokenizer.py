@@ -43,9 +43,10 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._definition = backend.to_str(pretty=True)
+        self._config = config
+        _make_special(backend, self.named_tokens.values())
         backend.encode_special_tokens = True
         self._plain = backend
-        self._config = config
         self.bos_id = _special_id(backend, config, "bos_token")
         self.eos_id = _special_id(backend, config, "eos_token")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -128,7 +129,9 @@ class Tokenizer:
 
     def twin(self) -> tokenizers.Tokenizer:
         """A `tokenizers` object of its own with the same definition, which recognises special tokens in text."""
-        return tokenizers.Tokenizer.from_str(self._definition)
+        backend = tokenizers.Tokenizer.from_str(self._definition)
+        _make_special(backend, self.named_tokens.values())
+        return backend
 
     @property
     def named_tokens(self) -> dict[str, str]:
@@ -247,6 +250,16 @@ def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str
     if id is None:
         raise KeyError(token)
     return id
+
+
+def _make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Makes special what the config names, as `transformers` does, though the vocabulary may not say so."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for name in tokens:
+        token = added.get(name, AddedToken(name, normalized=False))
+        if backend.token_to_id(name) is not None and not (name in added and token.special):
+            token.special = True
+            backend.add_special_tokens([token])
 
 
 def _content(token: Any) -> Any:
