@@ -116,13 +116,11 @@ class _WholeDocuments:
         begun = tokens.starts(0, len(tokens))
         ended = np.append(begun[1:], len(tokens))
         seen = np.minimum(ended, begun + window)
-        if not any(tokens.learned(start + 1, stop + 1).any() for start, stop in zip(begun, seen, strict=True)):
+        pairs = ((int(start) + 1, int(stop) + 1) for start, stop in zip(begun, seen, strict=True))
+        if not any(tokens.learned(*pair).any() for pair in pairs):
             raise UserError(f"window={window}: every answer in {tokens.where} begins beyond it; give more")
-        firsts, first = list[int](), 0
-        while first < len(begun):
-            firsts.append(first)
-            first = max(first + 1, int(np.searchsorted(ended, begun[first] + window, side="right")))
-        lasts = np.array([*firsts[1:], len(begun)]) - 1
+        firsts = _firsts(begun, ended, window)
+        lasts = np.append(firsts[1:], len(begun)) - 1
         return cls(begun[firsts], seen[lasts], int((ended - begun > window).sum()))
 
     @property
@@ -132,6 +130,15 @@ class _WholeDocuments:
     def bounds(self, number: int) -> tuple[int, int]:
         """Where a window starts and stops in the split."""
         return int(self.starts[number]), int(self.stops[number])
+
+
+def _firsts(begun: NDArray[np.int64], ended: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """The first document of each window, given where documents begin and end."""
+    firsts, first = list[int](), 0
+    while first < len(begun):
+        firsts.append(first)
+        first = max(first + 1, int(np.searchsorted(ended, begun[first] + window, side="right")))
+    return np.array(firsts, np.int64)
 
 
 class PackedTokens:
