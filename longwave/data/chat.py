@@ -21,6 +21,7 @@ from longwave.data.marks import Marked, Marks, Span
 from longwave.data.sources import Conversation
 from longwave.data.template import Rendered, Template
 from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -41,8 +42,9 @@ class Chat:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        require(tokenizer.eos_id is not None, "tokenizer: it names no eos_token, so that no turn could end")
-        self.tokenizer, self._marks = tokenizer, Marks(tokenizer)
+        if tokenizer.eos_id is None:
+            raise UserError("tokenizer: it names no eos_token, so that no turn could end")
+        self.tokenizer, self._eos_id, self._marks = tokenizer, tokenizer.eos_id, Marks(tokenizer)
         self._template = Template(tokenizer, self._marks)
 
     def prompt(self, messages: Sequence[Message], where: str = "prompt") -> list[int]:
@@ -58,7 +60,7 @@ class Chat:
         closing = {start for start, _ in self._marks.closing(text, 0)}
         [marked] = self._marks.encode([text])
         ids = {id for id, start in zip(marked.ids, marked.starts, strict=True) if start in closing}
-        return frozenset(ids) | {id for id in [self.tokenizer.eos_id] if id is not None}
+        return frozenset({self._eos_id, *ids})
 
     def texts(self, messages: Sequence[Message], where: str, loss_on: LossOn = "assistant") -> list[Rendered]:
         """The texts that a conversation is learned from, with marks, and what is learned of each; none without answer.

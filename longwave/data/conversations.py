@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from longwave.config import require
@@ -14,10 +15,6 @@ Message = dict[str, Any]
 """`role`, one of `ROLES`, and `content`, a string; whatever else it has is for the template."""
 
 Row = Mapping[str, Any]
-
-
-def _as_they_are(row: Row) -> Any:
-    return row["messages"]
 
 
 def _from_and_value(row: Row) -> Any:
@@ -32,7 +29,7 @@ def _prompt_and_completion(row: Row) -> Any:
 
 
 FORMS: tuple[tuple[tuple[str, ...], Callable[[Row], Any]], ...] = (
-    (("messages",), _as_they_are),
+    (("messages",), itemgetter("messages")),
     (("conversations",), _from_and_value),
     (("prompt", "completion"), _prompt_and_completion),
 )
