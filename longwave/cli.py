@@ -114,15 +114,17 @@ def _run_doctor(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepare(verbs: Any) -> None:
-    parser = _verb(verbs, "prepare", _run_prepare, "turn text into tokenised shards")
+    parser = _verb(verbs, "prepare", _run_prepare, "turn text or conversations into tokenised shards")
     parser.add_argument(
-        "source", help="a text file, a .jsonl file or a folder of them; 'stdlib' for Python's own sources"
+        "source",
+        help="a text file, a .jsonl file of texts or chats, a folder of them; 'stdlib' for Python's own sources",
     )
     parser.add_argument("output", help="a new folder")
     parser.add_argument("--vocab-size", type=int, help="entries of the tokenizer to train (8192)")
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json to use instead of training one")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of documents kept from training (0.02)")
-    parser.add_argument("--text-field", default="text", help="field of the text in JSONL rows (text)")
+    parser.add_argument("--text-field", help="field of the text in JSONL rows, whatever else they hold (text)")
+    parser.add_argument("--loss-on", choices=("assistant", "all"), help="what is learned of conversations (assistant)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -133,10 +135,13 @@ def _run_prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     source = standard_library if options.source == "stdlib" else lambda: documents(options.source, options.text_field)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    shares = {"held_out": options.held_out, "seed": options.seed}
+    shares = {"held_out": options.held_out, "seed": options.seed, "loss_on": options.loss_on}
     info = prepare(source, options.output, tokenizer=tokenizer, vocab_size=options.vocab_size, **shares)
     print(f"{options.output}: {info.train.tokens:,} training tokens and {info.held_out.tokens:,} held out, ", end="")
     print(f"{info.train.documents + info.held_out.documents:,} documents, vocabulary of {info.vocab_size:,}")
+    if info.kind == "chat":
+        learned = f"{info.train.targets / info.train.tokens:.0%} of the training tokens are learned"
+        print(f"conversations: {learned}; left out, for want of an answer: {info.left_out:,}")
     return json.loads(info.to_json())
 
 
@@ -157,7 +162,7 @@ def _run_train(options: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(read_recipe(options.recipe, options.overrides), output)
     if trainer.step:
         say(f"{output}: resuming after step {trainer.step}")
-    for line in trainer.model.describe():
+    for line in [*trainer.model.describe(), *trainer.data.notes()]:
         say(line)
     trainer.watch(TrainingProgress(output.name, trainer.recipe.training.steps, trainer.step))
     trainer.run()
@@ -188,6 +193,7 @@ def _generate(verbs: Any) -> None:
     parser.add_argument("model", help="a model folder")
     parser.add_argument("--prompt", action="append", default=[], help="can be given several times; stdin without any")
     parser.add_argument("--prompt-file", action="append", default=[], help="a file that holds one prompt")
+    parser.add_argument("--chat", action="store_true", help="prompts are what a user says, answered by the assistant")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
