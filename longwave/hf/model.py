@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,6 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True  # Trainer then says how many labels all micro-batches of a step have
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
     config: LongwaveConfig
 
     def __init__(self, config: LongwaveConfig, decoder: Decoder | None = None) -> None:
@@ -257,7 +256,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         for option in ("cache_implementation", "assistant_early_exit"):
             if (value := getattr(generation_config, option, None)) is not None:
                 raise UserError(f"{option} = {value!r} is not supported by longwave models; leave it out")
-        GenerationMixin._prepare_cache_for_generation(cast(Any, self), generation_config, model_kwargs, *args, **kwargs)
+        cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if caches.given(model_kwargs) is None and generation_config.use_cache is not False:
             batch = kwargs["batch_size"] if "batch_size" in kwargs else args[1]
             copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
