@@ -143,7 +143,7 @@ def test_generation_goes_on_from_a_returned_cache(model: Model, layout: str):
     ours = model(layout)
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = ours.generate(ROWS, max_new_tokens=4, **options)
-    second = ours.generate(first.sequences, max_new_tokens=4, past_key_values=first[NAME], **options)
+    second = ours.generate(first.sequences, max_new_tokens=4, **{NAME: first[NAME]}, **options)
     assert torch.equal(second.sequences, ours.generate(ROWS, max_new_tokens=8, do_sample=False))
     assert second[NAME].get_seq_length() == 12 + 8 - 1
 

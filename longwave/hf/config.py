@@ -37,9 +37,15 @@ class LongwaveConfig(PretrainedConfig):
         values = {"longwave_format": self.longwave_format, "model": self.model}
         return native.config_from(values, self.name_or_path or type(self).__name__)
 
+    def _described(self) -> ModelConfig:
+        """As an attribute asks: the empty config, which `transformers` compares others with, has none."""
+        if not self.model:
+            raise AttributeError("an empty LongwaveConfig describes no model")
+        return self.decoder_config()
+
     @property
     def vocab_size(self) -> int:
-        return self.decoder_config().vocab_size
+        return self._described().vocab_size
 
     @vocab_size.setter
     def vocab_size(self, size: int) -> None:
@@ -47,21 +53,21 @@ class LongwaveConfig(PretrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        return self.decoder_config().hidden_size
+        return self._described().hidden_size
 
     @property
     def num_attention_heads(self) -> int:
-        return self.decoder_config().attention.heads
+        return self._described().attention.heads
 
     @property
     def max_position_embeddings(self) -> int:
-        return self.decoder_config().context_window
+        return self._described().context_window
 
     @property
     def tie_word_embeddings(self) -> bool:
-        return self.decoder_config().tie_embeddings
+        return self._described().tie_embeddings
 
     @property
     def logit_scale(self) -> float:
         """What the head's product is multiplied by; TRL multiplies by the head itself and asks for this."""
-        return self.decoder_config().scales.logits
+        return self._described().scales.logits
