@@ -426,7 +426,8 @@ def entries(first: int, count: int) -> Tensor:
 @given(
     window=st.none() | st.integers(1, 9),
     operations=st.lists(
-        st.tuples(st.sampled_from(["append"] * 6 + ["truncate", "copy", "reserve", "hold"]), st.integers(0, 90)), max_size=30
+        st.tuples(st.sampled_from(["append"] * 6 + ["truncate", "copy", "reserve", "hold"]), st.integers(0, 90)),
+        max_size=30,
     ),
 )
 def test_extents_are_a_list_whose_oldest_entries_a_window_forgets(window: int | None, operations):

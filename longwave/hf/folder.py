@@ -67,6 +67,10 @@ def save_decoder(
     with durable.files(target) as staging:
         native.write_description(decoder, staging)
         _write_shards(tensors, staging, max_shard_size or sum(tensor.nbytes for tensor in tensors.values()))
+        written = {path.name for path in staging.iterdir()}
+    for stale in Path(target).glob("model*.safetensors*"):
+        if stale.name not in written:  # weights of a save that was cut into other files
+            stale.unlink()
 
 
 def _write_shards(tensors: dict[str, Tensor], staging: Path, size: int | str) -> None:
