@@ -32,6 +32,10 @@ class LongwaveConfig(PretrainedConfig):
         self.use_cache = use_cache
         super().__init__(**kwargs)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: `trust_remote_code` would have this file copied beside every config that is saved."""
+
     def decoder_config(self) -> ModelConfig:
         """The config of the decoder; UserError for a format or a key that this longwave does not know."""
         values = {"longwave_format": self.longwave_format, "model": self.model}
