@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from longwave.checkpoints import save
 from longwave.config import ModelConfig, build
-from longwave.hf import LongwaveForCausalLM
+from longwave.hf import LongwaveConfig, LongwaveForCausalLM
 from longwave.model import Decoder
 from longwave.stream import Stream
 
@@ -43,6 +43,11 @@ def in_class(model: Decoder, folder: Path) -> LongwaveForCausalLM:
     """The model through a folder and AutoModelForCausalLM."""
     save(model, folder)
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def wrapped(model: Decoder) -> LongwaveForCausalLM:
+    """The very model in the class, without a folder."""
+    return LongwaveForCausalLM(LongwaveConfig(model.config.to_dict()), model).eval()
 
 
 def alone(model: Decoder, tokens: Tensor) -> Tensor:

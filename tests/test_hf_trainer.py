@@ -1,27 +1,22 @@
 """`transformers.Trainer` over longwave models: the very steps of a loop of one's own, told the step by StepCallback."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import LAYOUTS, alone, decoder, in_class, near
+from hf_models import LAYOUTS, alone, decoder, in_class, near, wrapped
+from hf_runs import LR, SEED, TEXTS, Rows, exactly, losses, same_weights, trainer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
-from longwave.hf import LongwaveConfig, LongwaveForCausalLM, StepCallback
 from longwave.model import Decoder
 from longwave.stream import Stream, Windows
 
 every_layout = pytest.mark.parametrize("layout", [*LAYOUTS, "causal"])
-LR, SEED = 0.05, 11
-GENERATOR = torch.Generator().manual_seed(4)
-TEXTS = [torch.randint(0, 31, (length,), generator=GENERATOR) for length in (9, 14, 3, 11, 14, 6, 8, 12, 5, 14, 10, 7)]
-Batch = dict[str, Tensor]
 
 
 def fresh(layout: str) -> Decoder:
@@ -31,58 +26,6 @@ def fresh(layout: str) -> Decoder:
     model = Decoder(build(ModelConfig, {**config, "subllm": {"selection": "causal"}}, "test")).eval().double()
     model.load_state_dict(decoder("subllm").state_dict())
     return model
-
-
-def in_class_(model: Decoder) -> LongwaveForCausalLM:
-    return LongwaveForCausalLM(LongwaveConfig(model.config.to_dict()), model).eval()
-
-
-class Rows:
-    """Pads rows to the longest, or leaves them alone where all are cut to one length; remembers every batch."""
-
-    def __init__(self, cut: int | None = None) -> None:
-        self.cut, self.batches = cut, list[list[Tensor]]()
-
-    def __call__(self, examples: list[dict[str, Tensor]]) -> Batch:
-        rows = [example["input_ids"][: self.cut] for example in examples]
-        self.batches.append(rows)
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        **{
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 6,
-            "optim": "sgd",
-            "learning_rate": LR,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "seed": SEED,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            **options,
-        },
-    )
-
-
-def trainer(model: Any, folder: Path, collator: Callable[..., Any] | None = None, **options: Any) -> Trainer:
-    texts = [{"input_ids": text, "labels": text} for text in TEXTS]
-    callbacks = options.pop("callbacks", [StepCallback()])
-    others = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics") if name in options}
-    collator = collator or Rows()
-    return Trainer(model, arguments(folder, **options), collator, texts, callbacks=callbacks, **others)
-
-
-def losses(run: Trainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 def by_hand(model: Decoder, batches: list[list[Tensor]]) -> tuple[Decoder, list[float]]:
@@ -111,22 +54,12 @@ def by_hand(model: Decoder, batches: list[list[Tensor]]) -> tuple[Decoder, list[
     return model.eval(), found
 
 
-def same_weights(one: Decoder, other: Decoder, close: Callable[[Tensor, Tensor], None] = near) -> None:
-    for (name, weight), twin in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
-        assert weight.shape == twin.shape, name
-        close(weight, twin)
-
-
-def exactly(one: Tensor, other: Tensor) -> None:
-    assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("cut", [None, 3], ids=["padded", "unpadded"])
 @every_layout
 def test_trainer_is_the_loop_by_hand(layout: str, cut: int | None, tmp_path: Path):
     """Weights, thresholds and losses: schedules and draws follow the step, and micro-batches have their own draws."""
     rows = Rows(cut)
-    run = trainer(in_class_(fresh(layout)), tmp_path, rows)
+    run = trainer(wrapped(fresh(layout)), tmp_path, rows)
     run.train()
     expected, found = by_hand(fresh(layout), rows.batches)
     same_weights(run.model.decoder, expected)
@@ -136,7 +69,7 @@ def test_trainer_is_the_loop_by_hand(layout: str, cut: int | None, tmp_path: Pat
 
 @pytest.mark.parametrize("layout", ["subllm", "causal"])
 def test_a_subllm_without_the_callback_says_what_to_do(layout: str, tmp_path: Path):
-    run = trainer(in_class_(fresh(layout)), tmp_path, callbacks=[])
+    run = trainer(wrapped(fresh(layout)), tmp_path, callbacks=[])
     with pytest.raises(UserError, match=r"give Trainer callbacks=\[longwave\.hf\.StepCallback\(\)\]"):
         run.train()
 
@@ -167,7 +100,11 @@ def test_evaluation_the_best_model_and_the_last_save(layout: str, tmp_path: Path
         tmp_path / "run",
         eval_dataset=[{"input_ids": text, "labels": text} for text in TEXTS[:3]],
         compute_metrics=lambda prediction: (seen.append(prediction.predictions.shape), {"lowest": 0.0})[1],
-        **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 4},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=4,
         load_best_model_at_end=True,
         per_device_eval_batch_size=1,
     )
@@ -191,7 +128,7 @@ def test_label_smoothing_is_that_of_trainer_over_shifted_labels(tmp_path: Path):
     """The class has to be known as a causal language model for that."""
     rows = Rows()
     options = {"label_smoothing_factor": 0.3, "max_steps": 1, "gradient_accumulation_steps": 1}
-    run = trainer(in_class_(fresh("llama")), tmp_path, rows, **options)
+    run = trainer(wrapped(fresh("llama")), tmp_path, rows, **options)
     run.train()
     logs = [alone(fresh("llama"), row)[:-1].log_softmax(-1) for row in rows.batches[0]]
     plain = torch.cat([-log.gather(1, row[1:, None])[:, 0] for log, row in zip(logs, rows.batches[0], strict=True)])
@@ -203,7 +140,7 @@ def test_label_smoothing_is_that_of_trainer_over_shifted_labels(tmp_path: Path):
 def test_gradient_checkpointing_changes_no_step(layout: str, tmp_path: Path):
     runs = []
     for on in (False, True):
-        model = in_class_(fresh(layout))
+        model = wrapped(fresh(layout))
         torch.manual_seed(0)
         runs.append(trainer(model, tmp_path / str(on), gradient_checkpointing=on, max_steps=3))
         runs[-1].train()
@@ -214,10 +151,16 @@ def test_gradient_checkpointing_changes_no_step(layout: str, tmp_path: Path):
     assert not runs[1].model.decoder.stack.recompute
 
 
+def test_the_callback_needs_a_longwave_model(tmp_path: Path):
+    run = trainer(torch.nn.Linear(2, 2), tmp_path)
+    with pytest.raises(UserError, match="StepCallback: a Linear holds no longwave model"):
+        run.callback_handler.on_train_begin(run.args, run.state, run.control)
+
+
 @pytest.mark.parametrize("options", [{"use_reentrant": True}, {"context_fn": print}], ids=str)
 def test_checkpointing_in_another_way_is_refused(options: dict[str, Any]):
     with pytest.raises(UserError, match="activation checkpointing of longwave models takes no options"):
-        in_class_(fresh("llama")).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        wrapped(fresh("llama")).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 @pytest.mark.parametrize("layout", ["llama", "subllm"])
@@ -225,7 +168,7 @@ def test_bf16_trains(layout: str, tmp_path: Path):
     """Mixed precision over weights in single precision: near the curve without it."""
     curves = []
     for bf16 in (False, True):
-        run = trainer(in_class_(fresh(layout).float()), tmp_path / str(bf16), bf16=bf16)
+        run = trainer(wrapped(fresh(layout).float()), tmp_path / str(bf16), bf16=bf16)
         run.train()
         curves.append(losses(run))
     torch.testing.assert_close(curves[0][0], curves[1][0], atol=0.05, rtol=0.05)
@@ -236,7 +179,7 @@ def test_bf16_trains(layout: str, tmp_path: Path):
 def test_packed_documents_do_not_see_each_other(layout: str):
     """A row of several documents, as flattening collators make it, is those documents; the window is the row."""
     flat = DataCollatorWithFlattening()([{"input_ids": text.tolist()} for text in TEXTS[:4]])
-    ours = in_class_(fresh(layout)).train()
+    ours = wrapped(fresh(layout)).train()
     ours.decoder.set_step(0)
     ours(**flat).loss.backward()
     twin = fresh(layout).train()
@@ -255,11 +198,11 @@ def test_packed_documents_do_not_see_each_other(layout: str):
 @pytest.mark.parametrize("positions", [[0, 1, 3, 4], [1, 2, 3, 4], [0, 2, 0, 1]], ids=str)
 def test_positions_that_count_no_document_are_refused(positions: list[int]):
     with pytest.raises(UserError, match="position_ids do not count"):
-        in_class_(fresh("llama"))(TEXTS[0][None, :4], position_ids=torch.tensor([positions]))
+        wrapped(fresh("llama"))(TEXTS[0][None, :4], position_ids=torch.tensor([positions]))
 
 
 def test_positions_of_padded_rows_may_be_given():
-    ours, (ids, mask) = in_class_(fresh("subllm")), (torch.stack([TEXTS[0], TEXTS[0].flip(0)]), torch.ones(2, 9))
+    ours, (ids, mask) = wrapped(fresh("subllm")), (torch.stack([TEXTS[0], TEXTS[0].flip(0)]), torch.ones(2, 9))
     mask[0, :4] = 0
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from longwave.errors import UserError
 from longwave.model import Decoder
 
 
@@ -29,5 +30,7 @@ class StepCallback(TrainerCallback):
         self._tell(args, state, model)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        decoder = next(module for module in model.modules() if isinstance(module, Decoder))
-        decoder.set_step(state.global_step, args.seed + args.process_index)
+        decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+        if not decoders:
+            raise UserError(f"StepCallback: a {type(model).__name__} holds no longwave model; leave the callback out")
+        decoders[0].set_step(state.global_step, args.seed + args.process_index)
