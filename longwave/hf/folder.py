@@ -90,9 +90,9 @@ def accept_saved_names(module: nn.Module, state_dict: dict[str, Any], prefix: st
 
 
 def check_options(caller: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """UserError for the first option that is neither empty nor at its default."""
+    """UserError for the first option that asks for something; of one with a default, its default asks for nothing."""
     for name, value in options.items():
-        if value is not None and value != defaults.get(name, False):
+        if value is not None and (value != defaults[name] if name in defaults else value):
             raise UserError(f"{caller}: {name} = {value!r} is not supported by longwave models; leave it out")
 
 
