@@ -95,8 +95,8 @@ class Watch:
 def peak_memory(task: Task, device: torch.device) -> int:
     """The most bytes that torch held at a time during one run, beyond what it held before.
 
-    On a CPU every allocation of the run is counted, and every release of one of these. A release of older memory is not,
-    so the task should leave things as they were.
+    On a CPU every allocation of the run is counted, and every release of one of these. The release of older memory is
+    not, so the task should leave things as they were.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
