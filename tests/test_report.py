@@ -194,8 +194,8 @@ def _fake_tokens(count: int, draw: random.Random) -> list[PassageToken]:
     tokens = []
     for index in range(count):
         first, second = draw.gauss(0.3, 0.8), draw.gauss(0.25, 0.7)
-        kept = 0 if first <= 0 else 1 if second <= 0 else 2
-        tokens.append(PassageToken(pieces[index % len(pieces)], kept, (first, second) if kept else (first,)))
+        kept = [] if first <= 0 else [0] if second <= 0 else [0, 1]
+        tokens.append(PassageToken(pieces[index % len(pieces)], kept, (first, second if kept else None)))
     return tokens
 
 
@@ -214,7 +214,7 @@ def hostile_report() -> Report:
             for model in data.models
         ],
         speed=[dataclasses.replace(data.speed[0], label=HOSTILE, transformers=Missing(HOSTILE))],
-        passage=Passage(HOSTILE, [PassageToken(HOSTILE, 1, None), PassageToken("\n\n", 0, (-0.5,))], code=True),
+        passage=Passage(HOSTILE, [PassageToken(HOSTILE, [0], None), PassageToken("\n\n", [], (-0.5,))], code=True),
         notes=[HOSTILE],
         command=HOSTILE,
     )
@@ -463,7 +463,7 @@ def test_every_button_and_every_token_answers_without_an_error(tmp_path):
     data = fake_report(steps=20, tokens=50)
     page = drawn(data, tmp_path, poke)
     assert is_ready(page)
-    shown = sum(token.kept_level == 2 for token in data.passage.tokens)
+    shown = sum(len(token.kept) == 2 for token in data.passage.tokens)
     assert f'data-poked="{50 - shown}"' in page
 
 

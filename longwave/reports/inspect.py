@@ -1,0 +1,186 @@
+"""The page of one text as a model reads it: what is kept, where attention goes, what it costs.
+
+Plain values in, one self-contained page out. The wording of the headline and the notes is written here.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from longwave.inspection.agreement import STRETCH, Statistic
+from longwave.inspection.attention import BlockAttention
+from longwave.inspection.inspect import Inspection, Level
+from longwave.plan import short
+from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite, write
+
+_PAGE = Kind("inspect", ("passage", "heatmap"))
+
+
+def write_inspection(found: Inspection, path: Path, machine: dict[str, str], command: str) -> None:
+    """Writes the page to `path`, in one step."""
+    title = f"{Path(found.source).name or found.source} as {found.model} reads it"
+    write(_PAGE.render(title, _payload(found, title, machine, command)), path)
+
+
+def _payload(found: Inspection, title: str, machine: dict[str, str], command: str) -> dict[str, Any]:
+    report = {
+        "title": title,
+        "subtitle": f"{len(found.tokens):,} tokens, {found.layout}",
+        "created": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "notes": _notes(found),
+        "run": [Fact(label, value) for label, value in _facts(found).items()],
+        "machine": [Fact(label, value) for label, value in machine.items()],
+        "command": command,
+    }
+    costs = {"spent": _short(found.spending.spent), "dense": _short(found.spending.dense), "head": found.spending.head}
+    payload = {
+        "report": report,
+        "headline": [figure._asdict() for figure in _headline(found)],
+        "tokens": [
+            PassageToken(piece.text, token.kept, [_digits(score) for score in token.scores], piece.label)
+            for piece, token in zip(found.tokens, found.traced, strict=True)
+        ],
+        "levels": [_level(level, found.against) for level in found.levels],
+        "blocks": [_block(found, block) for block in found.blocks.values()],
+        "costs": costs | {"passages": [_passages(found.cheap), _passages(found.dear)]},
+    }
+    return finite(payload)
+
+
+def _passages(passages: list[Any]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(passage) for passage in passages]
+
+
+def _level(level: Level, against: str | None) -> dict[str, Any]:
+    comparisons = [("this model", level.own, level.own_missing), (against, level.other, level.other_missing)]
+    return {
+        "name": level.name,
+        "target": level.target,
+        "threshold": level.threshold,
+        "entered": len(level.trace.kept),
+        "retention": level.retention,
+        "comparisons": [
+            {"model": name, "missing": missing, "found": found and dataclasses.asdict(found)}
+            for name, found, missing in comparisons
+            if name is not None
+        ],
+    }
+
+
+def _block(found: Inspection, block: BlockAttention) -> dict[str, Any]:
+    """received: times the mean of the block's tokens."""
+    return {
+        "depth": block.depth,
+        "level": found.block_levels[block.depth],
+        "window": found.windows[block.depth],
+        "edges": block.edges,
+        "received": _short(block.received / block.received.mean()),
+        "first_share": block.first_share,
+        "maps": [{"head": one.head, "cells": _packed(one.cells)} for one in block.maps if block.depth in found.layers],
+    }
+
+
+def _packed(cells: Tensor) -> str:
+    """The lower triangle, row by row, as base64 of little-endian fp32: above it no query sees a key."""
+    rows = cells.numpy().astype("<f4")
+    return base64.b64encode(rows[np.tril_indices(rows.shape[0])].tobytes()).decode()
+
+
+def _short(values: Tensor) -> list[Any]:
+    return [_digits(value) for value in values.tolist()]
+
+
+def _digits(value: float | None) -> float | int | None:
+    """Five significant digits, which the page does not show all of."""
+    if value is None:
+        return None
+    rounded = float(f"{value:.5g}")
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def _headline(found: Inspection) -> list[Headline]:
+    figures = [_kept_headline(found.levels), _cost_headline(found)]
+    for level in found.levels[:1]:
+        figures.append(_agreement_headline("Kept and attended", level, "own"))
+        if found.against is not None:
+            figures.append(_agreement_headline(f"And by {found.against}", level, "other"))
+    return figures
+
+
+def _kept_headline(levels: list[Level]) -> Headline:
+    if not levels:
+        return Headline("Kept", "all", "The model has no levels: every token goes through every block.")
+    shares = [level.retention for level in levels]
+    shown = ", ".join("—" if share is None else f"{share:.0%}" for share in shares)
+    targets = ", ".join(f"{level.target:.0%}" for level in levels)
+    words = "Share of the tokens reaching" + (" the level" if len(levels) == 1 else " each level") + " that it keeps"
+    return Headline("Kept", shown, f"{words}; it was trained to keep {targets}.")
+
+
+def _cost_headline(found: Inspection) -> Headline:
+    spent, dense = float(found.spending.spent.mean()), float(found.spending.dense.mean())
+    words = f"FLOPs per token in the layers, {short(dense)} if every block ran on every token."
+    value = short(spent) if not found.levels else f"{spent / dense:.0%} of dense"
+    return Headline("Cost", value, f"{short(spent)} {words}")
+
+
+def _agreement_headline(label: str, level: Level, which: str) -> Headline:
+    agreement, missing = getattr(level, which), getattr(level, f"{which}_missing")
+    if agreement is None or agreement.overlap_nearby is None:
+        reason = agreement.reason if agreement else missing
+        return Headline(label, "—", f"{level.name}: {reason}.".capitalize())
+    overlap = agreement.overlap_nearby
+    return Headline(
+        label,
+        verdict_of(overlap),
+        f"{overlap.value:.0%} of what {level.name} keeps is among the most attended of its neighbourhood in block "
+        f"{agreement.depth}; chance gives {overlap.chance:.0%}.",
+    )
+
+
+def verdict_of(figure: Statistic) -> str:
+    """Where a figure lies beside what chance gives."""
+    if figure.low <= figure.value <= figure.high:
+        return "as by chance"
+    return "more than chance" if figure.value > figure.high else "less than chance"
+
+
+def _notes(found: Inspection) -> list[str]:
+    attention = [
+        "The attention of a token is the mean weight it gets, over heads and over the tokens that can see it: a later "
+        "token is seen by fewer, so a sum would favour the early ones. Such means still have trends along the text, so "
+        f"“nearby” figures compare a token with those of its own {STRETCH} alone.",
+        "The first token is left out of every comparison, since attention that has nowhere to go is put there whatever "
+        "it says, and so are the last ones, which too few tokens can see.",
+        "Chance is 200 random choices of the same size; a figure inside their 95 % says nothing. Neighbouring "
+        "tokens are not independent, so one just outside says little.",
+    ]
+    cost = (
+        "FLOPs are those of matrix products and of attention in the layers, from each block's own formula, as if the "
+        f"text were written token by token; reading it at once costs the same. Logits would add "
+        f"{short(found.spending.head)} wherever they are needed."
+    )
+    return [*(attention if found.levels else attention[:1]), cost]
+
+
+def _facts(found: Inspection) -> dict[str, str]:
+    return {
+        "text": found.source,
+        "model": found.model,
+        "layout": found.layout,
+        **({"compared with": found.against} if found.against else {}),
+        "tokens": f"{len(found.tokens):,}",
+        "FLOPs, all tokens": short(float(found.spending.spent.sum())),
+        "FLOPs, dense": short(float(found.spending.dense.sum())),
+        "attention watched": ", ".join(f"block {depth}" for depth in found.blocks) or "none",
+    }
