@@ -393,17 +393,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def drawn(data: Report, folder: Path, then: str = "") -> str:
-    """The page's elements after its script has run, and after it a script of the test's own if there is one."""
+    """A report's elements after its script has run, and after it a script of the test's own if there is one."""
+    write_report(data, folder / "report.html")
+    return drawn_file(folder / "report.html", then)
+
+
+def drawn_file(path: Path, then: str = "") -> str:
+    """The same for a page that has been written."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: the page was not drawn in a browser")
-    path = folder / "report.html"
-    write_report(data, path)
     if then:  # the page's policy forbids any script but its own
         page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text("utf-8"))
         path.write_text(page.replace("</body>", f"<script>{then}</script></body>"), "utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --window-size=1280,2000 --virtual-time-budget=2000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", path.as_uri()]
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
 
 

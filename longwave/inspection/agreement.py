@@ -4,11 +4,10 @@ The published analysis of SUBLLM (arXiv 2406.06571) lays the distribution of kep
 the same model and in a Llama at the same depth. Here each comparison is also a number, beside that number for random
 choices of the same size.
 
-- A token's attention is the mean over the queries that can see it, since causality lets fewer see a later one.
-- The first token is left out: attention that has nowhere to go is put there (Xiao et al. 2023), whatever it says. The
-  last are left out too: too few queries can see them for a mean.
-- What is left still has trends along the text. `nearby` figures compare a token with its neighbours only, among whom
-  such trends hardly matter.
+- A token's attention is relative to that of tokens seen from the same distances (`BlockAttention`).
+- The first token is left out: attention that has nowhere to go is put there (Xiao et al. 2023), whatever it says. So
+  are the last, which too few queries can see.
+- Trends along the text remain. `nearby` figures compare a token with its neighbours only, where those hardly matter.
 
 Legend: `M` tokens that are compared.
 """

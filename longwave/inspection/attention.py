@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from longwave.layers.block import Block
@@ -37,22 +37,21 @@ class AttentionMap:
 class BlockAttention:
     """Where attention goes in one block.
 
-    depth: the block. places: where its tokens stand in the text. received: the weight that each token gets, as the mean
-    over heads and over the queries that can see it. viewers: how many those are. edges: the first token of each cell
-    of the maps, and N at the end.
+    depth: the block. places: where its tokens stand in the text. received: the weight that each token gets, as a
+    multiple of what tokens get on average that are seen from the same distances. viewers: queries that can see it.
+    first_share: what the first token gets of all attention. edges: the first token of each cell, and N at the end.
+
+    Causality lets fewer queries see a later token, and most attention goes to what is near: a sum over queries would
+    favour early tokens, and a mean over those that can see it the last ones.
     """
 
     depth: int
     places: Int64[Tensor, " N"]
     received: Float[Tensor, " N"]
     viewers: Int64[Tensor, " N"]
+    first_share: float
     edges: tuple[int, ...]
     maps: tuple[AttentionMap, ...]
-
-    @property
-    def first_share(self) -> float:
-        """The share of all attention that the first token gets, where it often goes for want of anything better."""
-        return float(self.received[0] * self.viewers[0] / self.viewers.numel()) if self.viewers.numel() else 0.0
 
 
 @contextmanager
@@ -82,6 +81,7 @@ class _Watch:
     heads: Sequence[int | None]
     found: dict[int, BlockAttention]
 
+    @torch.no_grad()
     def __call__(self, mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
         hidden, stream = inputs[:2]
         assert isinstance(mixer, FullAttention)
@@ -93,18 +93,19 @@ class _Watch:
 
 
 class _Tally:
-    """Adds weights up by key and by cell."""
+    """Adds weights up by key, by distance and by cell."""
 
     def __init__(self, tokens: int, heads: Sequence[int | None]) -> None:
         self.heads, self.cells = heads, min(tokens, CELLS)
         self.cell_of = torch.arange(tokens) * self.cells // max(tokens, 1)
-        self.sums = torch.zeros(tokens, dtype=torch.float64)
+        self.sums, self.by_distance = torch.zeros(2, tokens, dtype=torch.float64)
         self.maps = torch.zeros(len(heads), self.cells, self.cells, dtype=torch.float64)
 
     def add(self, start: int, first: int, weights: Float[Tensor, "H Q K"]) -> None:
         mean = weights.mean(0)
         rows, columns = slice(start, start + mean.shape[0]), slice(first, first + mean.shape[1])
         self.sums[columns] += mean.sum(0)
+        self.by_distance[: mean.shape[1]] += _along_diagonals(mean if first else mean.index_fill(1, torch.tensor(0), 0))
         for place, head in enumerate(self.heads):
             chosen = mean if head is None else weights[head]
             by_key = chosen.new_zeros(chosen.shape[0], self.cells).index_add_(1, self.cell_of[columns], chosen)
@@ -114,8 +115,18 @@ class _Tally:
         tokens = self.sums.numel()
         viewers = tokens - torch.arange(tokens)
         viewers = viewers if window is None else viewers.clamp(max=window)
+        typical = self.by_distance / (tokens - 1 - torch.arange(tokens)).clamp(min=1)  # less the first token, the sink
+        expected = typical.cumsum(0).flip(0).clamp(min=1e-12)
         sizes = torch.bincount(self.cell_of, minlength=self.cells)
         shares = zip(self.heads, self.maps / sizes.unsqueeze(1), strict=True)
         maps = tuple(AttentionMap(head, cells) for head, cells in shares)
         edges = (0, *sizes.cumsum(0).tolist())
-        return BlockAttention(depth, places, self.sums / viewers, viewers, edges, maps)
+        first_share = float(self.sums[:1].sum() / max(tokens, 1))
+        return BlockAttention(depth, places, self.sums / expected, viewers, first_share, edges, maps)
+
+
+def _along_diagonals(weights: Float[Tensor, "Q K"]) -> Float64[Tensor, " K"]:
+    """Sums by the distance of key and query, the last query being at the last key."""
+    queries, keys = weights.shape
+    padded = torch.nn.functional.pad(weights.flip(1), (0, queries - 1))
+    return padded.as_strided((queries, keys), (keys + queries - 2, 1), queries - 1).sum(0, dtype=torch.float64)

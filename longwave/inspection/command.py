@@ -1,11 +1,10 @@
-"""`longwave inspect`: writes the page of one text, and tells the short of it."""
+"""`longwave inspect`: writes the page of one text, and prints the short of it."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ def inspect_command(options: argparse.Namespace) -> dict[str, Any]:
     name, text = read_text(options.text, options.literal)
     found = inspect(options.model, name, text, options.first, choice, device_of(options.device))
     machine = {label: value for label, value in doctor.facts().items() if not label.startswith("op ")}
-    write_inspection(found, output, machine, shlex.join(["longwave", *sys.argv[1:]]))
+    write_inspection(found, output, machine, _command(options))
     for line in _lines(found):
         print(line)
     print(f"{output}: open it in a browser ({output.stat().st_size / 1e6:.1f} MB)")
@@ -45,6 +44,14 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     for part in parts:
         require(part.isdecimal() and part.isascii(), f"{option} {text}: {part!r} is no number; write 0,5")
     return tuple(map(int, parts))
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line that makes the page again."""
+    named = {name: getattr(options, name) for name in ("against", "layers", "heads", "first", "output")}
+    text = options.text if options.literal is None else f"--text={options.literal}"
+    words = ["longwave", "inspect", options.model, text]
+    return shlex.join([*words, *(word for name, value in named.items() if value for word in (f"--{name}", str(value)))])
 
 
 # The short form -------------------------------------------------------------------------------------------------------

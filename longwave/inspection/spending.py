@@ -54,7 +54,8 @@ def spending(model: Decoder, levels: Sequence[LevelTrace], tokens: int) -> Spend
 def extremes(costs: Spending, size: int, count: int) -> tuple[list[Passage], list[Passage]]:
     """The `count` cheapest and dearest passages of `size` tokens, by their share of the dense model's cost.
 
-    They do not overlap. A share, because more context makes every token dearer: by FLOPs alone the last passage would always be the dearest.
+    They do not overlap. A share, because more context makes every token dearer: by FLOPs alone the last passage would
+    always be the dearest.
     """
     pieces = [slice(start, start + size) for start in range(0, len(costs.spent) - size + 1, size)]
     passages = [_passage(costs, piece) for piece in pieces]

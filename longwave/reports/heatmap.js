@@ -1,11 +1,11 @@
 // A square of cells below the diagonal, drawn once as an image: hover or the arrow keys read one cell out.
 
-const MAP_INK = [58, 130, 206], MAP_LEAST = 1e-4; // the ink shows on light and on dark paper; less than this is none
+const MAP_INK = [66, 138, 216]; // shows on light and on dark paper
 
 class HeatMap {
-  // cells: rows below the diagonal one after the other; tell(row, column, value): what the tip says.
-  constructor({ title, size, cells, tell }) {
-    Object.assign(this, { size, cells, tell, row: size - 1, column: 0 });
+  // cells: rows below the diagonal one after the other; shade(row, column, value): 0 to 1; tell(row, column, value): what the tip says.
+  constructor({ title, size, cells, shade, tell }) {
+    Object.assign(this, { size, cells, shade, tell, row: size - 1, column: 0 });
     this.canvas = element("canvas", { width: size, height: size, "aria-hidden": "true" });
     this.frame = element("i", { hidden: "" });
     this.field = element("div", { class: "field", tabindex: 0, role: "img", "aria-label": `Attention, ${title}` }, this.canvas, this.frame);
@@ -24,10 +24,8 @@ class HeatMap {
   draw() {
     const context = this.canvas.getContext("2d"), image = context.createImageData(this.size, this.size);
     for (let row = 0, cell = 0; row < this.size; row++)
-      for (let column = 0; column <= row; column++, cell++) {
-        const depth = 1 - Math.log(Math.max(this.cells[cell], MAP_LEAST)) / Math.log(MAP_LEAST);
-        image.data.set([...MAP_INK, 255 * depth], 4 * (row * this.size + column));
-      }
+      for (let column = 0; column <= row; column++, cell++)
+        image.data.set([...MAP_INK, 255 * this.shade(row, column, this.cells[cell])], 4 * (row * this.size + column));
     context.putImageData(image, 0, 0);
   }
 

@@ -29,7 +29,7 @@ function drawText() {
 }
 
 function tokenFigures(index) {
-  const attention = blocks.filter(({ of }) => of.has(index)).map(({ depth, of }) => [`attention, block ${depth}`, times(of.get(index)), " the mean"]);
+  const attention = blocks.filter(({ of }) => of.has(index)).map(({ depth, of }) => [`attention, block ${depth}`, times(of.get(index)), " what its distances give"]);
   const share = costs.spent[index] / costs.dense[index];
   return [...attention, ["cost", short(costs.spent[index]), ` FLOPs${levels.length ? `, ${percent(share, 0)} of dense` : ""}`]];
 }
@@ -87,7 +87,7 @@ function overviewColor(x, width) {
     const { kind, deep } = passage.look(index);
     if (kind === "kept") blue += deep; else if (kind === "against") orange += deep;
   }
-  const sum = blue + orange || 1, mix = [58, 130, 206].map((part, channel) => (part * blue + [206, 124, 44][channel] * orange) / sum);
+  const sum = blue + orange || 1, mix = MAP_INK.map((part, channel) => (part * blue + [206, 124, 44][channel] * orange) / sum);
   return [...mix, 255 * (blue + orange) / (last - first)];
 }
 
@@ -142,7 +142,7 @@ function drawCost() {
   const own = { name: "this model", color: modelColor(1), points: means(costs.spent) };
   new Chart(find("cost-chart"), {
     title: "FLOPs per token", note: stretch > 1 ? `means of ${stretch} tokens` : "", unit: "token", series: levels.length ? [dense, own] : [dense],
-    tick: short, format: value => `${short(value)}FLOPs`, shows: [0], pick: place => passage.goTo(place - 1),
+    tick: short, format: value => `${short(value)} FLOPs`, shows: [0], pick: place => passage.goTo(place - 1),
   });
   const [cheap, dear] = costs.passages;
   find("passages").append(...[["Cheapest passages", cheap], ["Dearest passages", dear]].filter(([, found]) => found.length)
@@ -216,7 +216,7 @@ function statistics(found) {
 
 function statistic({ value, chance, low, high }, show, lessIsMore) {
   const above = lessIsMore ? value < low : value > high, below = lessIsMore ? value > high : value < low;
-  const verdict = above ? "more alike than chance" : below ? "less alike than chance" : "as by chance";
+  const verdict = above ? "more alike than by chance" : below ? "less alike than by chance" : "as by chance";
   return element("div", { class: "figure" }, element("span", { class: "median" }, show(value)),
     element("span", { class: above ? "more" : below ? "less" : "quiet" }, verdict),
     element("small", {}, `chance ${show(chance)}, 95% of choices ${show(low)} to ${show(high)}`));
@@ -240,7 +240,8 @@ function mapWords({ depth, level, places, edges, first_share }) {
 function drawMap(block, { head, cells }) {
   const bytes = Uint8Array.from(atob(cells), sign => sign.charCodeAt(0));
   const title = head === null ? "mean of all heads" : `head ${head}`;
-  return new HeatMap({ title, size: block.edges.length - 1, cells: new Float32Array(bytes.buffer), tell: (row, column, value) => cellWords(block, row, column, value) });
+  const shade = (row, column, value) => Math.min(1, Math.max(0, (Math.log2(value / even(block, row, column)) + 3) / 9));
+  return new HeatMap({ title, size: block.edges.length - 1, cells: new Float32Array(bytes.buffer), shade, tell: (row, column, value) => cellWords(block, row, column, value) });
 }
 
 function cellWords(block, row, column, value) {
@@ -248,13 +249,13 @@ function cellWords(block, row, column, value) {
   if (column > row) return [element("b", {}, "not yet written"), element("div", {}, `${from.name} cannot see ${to.name}`)];
   return [element("b", {}, percent(value, value < 0.01 ? 3 : 1)),
     element("div", {}, `of the attention of ${from.name} `, element("code", {}, from.text), ` goes to ${to.name} `, element("code", {}, to.text)),
-    element("small", {}, `spread evenly it would be ${percent(even(block, row, column), 2)}`)];
+    element("small", {}, `${times(value / even(block, row, column))} an even spread, which would be ${percent(even(block, row, column), 2)}`)];
 }
 
 function cellTokens({ edges, places }, cell) {
   const first = places[edges[cell]], last = places[edges[cell + 1] - 1];
   const text = tokens.slice(first, Math.min(last + 1, first + 8)).map(([one]) => one).join("");
-  return { name: first === last ? `token ${count(first + 1)}` : `tokens ${count(first + 1)} to ${count(last + 1)}`, text: visible(text) };
+  return { name: first === last ? `token ${count(first + 1)}` : `tokens ${count(first + 1)} to ${count(last + 1)}`, text: visible(text.replace(/\s+/g, " ")) };
 }
 
 // What a cell would get if each of its queries looked at everything it can see alike.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from longwave.inspection.agreement import STRETCH, Statistic
+from longwave.inspection.agreement import STRETCH, Agreement, Statistic
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
 from longwave.plan import short
@@ -67,21 +67,25 @@ def _level(level: Level, against: str | None) -> dict[str, Any]:
         "entered": len(level.trace.kept),
         "retention": level.retention,
         "comparisons": [
-            {"model": name, "missing": missing, "found": found and dataclasses.asdict(found)}
+            {"model": name, "missing": missing, "found": found and _agreement(found)}
             for name, found, missing in comparisons
             if name is not None
         ],
     }
 
 
+def _agreement(found: Agreement) -> dict[str, Any]:
+    statistics = {name: figure._asdict() for name, figure in vars(found).items() if isinstance(figure, Statistic)}
+    return dataclasses.asdict(found) | statistics
+
+
 def _block(found: Inspection, block: BlockAttention) -> dict[str, Any]:
-    """received: times the mean of the block's tokens."""
     return {
         "depth": block.depth,
         "level": found.block_levels[block.depth],
         "window": found.windows[block.depth],
         "edges": block.edges,
-        "received": _short(block.received / block.received.mean()),
+        "received": _short(block.received),
         "first_share": block.first_share,
         "maps": [{"head": one.head, "cells": _packed(one.cells)} for one in block.maps if block.depth in found.layers],
     }
@@ -113,7 +117,7 @@ def _headline(found: Inspection) -> list[Headline]:
     for level in found.levels[:1]:
         figures.append(_agreement_headline("Kept and attended", level, "own"))
         if found.against is not None:
-            figures.append(_agreement_headline(f"And by {found.against}", level, "other"))
+            figures.append(_agreement_headline("And in the other model", level, "other"))
     return figures
 
 
@@ -140,26 +144,26 @@ def _agreement_headline(label: str, level: Level, which: str) -> Headline:
         reason = agreement.reason if agreement else missing
         return Headline(label, "—", f"{level.name}: {reason}.".capitalize())
     overlap = agreement.overlap_nearby
-    return Headline(
-        label,
-        verdict_of(overlap),
-        f"{overlap.value:.0%} of what {level.name} keeps is among the most attended of its neighbourhood in block "
-        f"{agreement.depth}; chance gives {overlap.chance:.0%}.",
+    sentence = (
+        f"of what {level.name} keeps is among the most attended of its neighbourhood in block {agreement.depth}; "
+        f"chance gives {overlap.chance:.0%}, so this is {verdict_of(overlap)}."
     )
+    return Headline(label, f"{overlap.value:.0%}", sentence)
 
 
 def verdict_of(figure: Statistic) -> str:
     """Where a figure lies beside what chance gives."""
     if figure.low <= figure.value <= figure.high:
-        return "as by chance"
-    return "more than chance" if figure.value > figure.high else "less than chance"
+        return "no more than chance"
+    return "above chance" if figure.value > figure.high else "below chance"
 
 
 def _notes(found: Inspection) -> list[str]:
     attention = [
-        "The attention of a token is the mean weight it gets, over heads and over the tokens that can see it: a later "
-        "token is seen by fewer, so a sum would favour the early ones. Such means still have trends along the text, so "
-        f"“nearby” figures compare a token with those of its own {STRETCH} alone.",
+        "The attention that a token gets (mean of all heads) is given as a multiple of what tokens get on average that "
+        "are seen from the same distances. Fewer can see a later token, and most look at what is near: a plain sum "
+        "would favour early tokens, a plain mean the last ones. What trends remain along the text do not touch the "
+        f"“nearby” figures, which compare a token with those of its own {STRETCH} alone.",
         "The first token is left out of every comparison, since attention that has nowhere to go is put there whatever "
         "it says, and so are the last ones, which too few tokens can see.",
         "Chance is 200 random choices of the same size; a figure inside their 95 % says nothing. Neighbouring "

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _MOST = 1 << 23  # weights that are held at once
+_SHORTEST = 64  # queries of a chunk, however short the window
 
 
 class Weights(NamedTuple):
@@ -38,7 +39,8 @@ def attention_weights(
     dtype = torch.promote_types(query.dtype, torch.float32)
     tokens, heads = query.shape[:2]
     grouped, key = query.to(dtype).unflatten(1, (key.shape[1], -1)), key.to(dtype)
-    chunk = max(1, most // max(1, heads * min(tokens, 2 * (window or tokens))))
+    longest = tokens if window is None else max(window, _SHORTEST)  # a chunk as long as a window sees two of them
+    chunk = min(longest, max(1, most // max(1, heads * min(tokens, 2 * longest))))
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
         first = 0 if window is None else max(0, start - window + 1)
