@@ -210,7 +210,7 @@ def test_the_block_before_a_level_sees_every_token_that_enters_it(layout: str, b
 def paired(scores: torch.Tensor, received: torch.Tensor, kept: torch.Tensor) -> Any:
     places, tokens = torch.arange(len(scores)), len(scores)
     block = BlockAttention(0, places, received.double(), tokens - places, 0.1, (0, tokens), ())
-    return agreement(LevelTrace(0, places, scores, kept), block, tokens)
+    return agreement(LevelTrace(0, places, scores, kept), block)
 
 
 def draws(count: int, seed: int) -> torch.Tensor:
@@ -232,9 +232,9 @@ def test_keeping_the_most_attended_agrees_wholly():
 
 
 def test_unrelated_scores_lie_within_chance():
-    found = [paired(draws(800, seed), draws(800, seed + 99) ** 2, draws(800, seed) > 0.3) for seed in range(5)]
+    found = [paired(draws(800, seed), draws(800, seed + 99) ** 2, draws(800, seed) > 0.3) for seed in range(12)]
     for name in ("overlap", "overlap_nearby", "correlation", "correlation_nearby", "distance"):
-        assert sum(inside(getattr(one, name)) for one in found) >= 4, name
+        assert sum(inside(getattr(one, name)) for one in found) >= 9, name
 
 
 def test_neighbours_do_not_count_a_trend_along_the_text():
@@ -245,8 +245,8 @@ def test_neighbours_do_not_count_a_trend_along_the_text():
     assert abs(found.correlation_nearby.value) < 0.1
     assert found.distance.value < found.distance.low
     assert sum(found.distribution.kept) == pytest.approx(1)
-    assert found.distribution.edges[0] == 0
-    assert found.distribution.edges[-1] == 800
+    assert (found.distribution.edges[0], found.distribution.edges[-1]) == (1, 769)  # those that are compared
+    assert found.distribution.kept[0] > 2 * found.distribution.kept[-1]
 
 
 def test_correlation_is_spearmans_with_shared_ranks():
@@ -266,7 +266,7 @@ def test_only_tokens_that_both_met_are_compared():
     level = LevelTrace(0, places, scores, scores > 0)
     block = BlockAttention(4, torch.arange(200), draws(200, 4).double(), 200 - torch.arange(200), 0.0, (0, 200), ())
     block.received[places] = scores.double()
-    found = agreement(level, block, 200)
+    found = agreement(level, block)
     assert (found.compared, found.depth) == (87, 4)  # even places from 2 to 174
     assert found.correlation.value == pytest.approx(1)
 
@@ -530,10 +530,12 @@ def test_hovering_and_the_keyboard_read_tokens_and_cells(folders, text: Path, tm
       fire(text.querySelector("[data-index='5']"), PointerEvent, { type: "pointerover" });
       root.token = words();
       fire(text, KeyboardEvent, { type: "keydown", key: "End" });
-      root.last = words();
       const field = document.querySelector(".map .field");
-      fire(field, KeyboardEvent, { type: "keydown", key: "ArrowUp" });
-      root.cell = words();
+      requestAnimationFrame(() => {
+        root.last = words();
+        fire(field, KeyboardEvent, { type: "keydown", key: "ArrowUp" });
+        root.cell = words();
+      });
       const before = getComputedStyle(document.body).backgroundColor;
       find("theme").click();
       root.switched = before !== getComputedStyle(document.body).backgroundColor;

@@ -71,15 +71,15 @@ class Agreement:
     distribution: Distribution | None = None
 
 
-def agreement(level: LevelTrace, attention: BlockAttention, tokens: int) -> Agreement:
-    """Compares what a level kept of a text of `tokens` tokens with the attention of a block of any model."""
+def agreement(level: LevelTrace, attention: BlockAttention) -> Agreement:
+    """Compares what a level kept of a text with the attention of a block, of the same model or of another."""
     pair = _pair(level, attention)
     reason = _problem(pair)
     if reason:
         return Agreement(attention.depth, len(pair.places), attention.first_share, reason)
     everywhere, nearby = torch.zeros_like(pair.places), torch.arange(len(pair.places)) // STRETCH
-    overlap, correlation, distance = _statistics(pair, everywhere, tokens)
-    overlap_nearby, correlation_nearby, _ = _statistics(pair, nearby, tokens)
+    overlap, correlation, distance = _statistics(pair, everywhere)
+    overlap_nearby, correlation_nearby, _ = _statistics(pair, nearby)
     return Agreement(
         attention.depth,
         len(pair.places),
@@ -90,7 +90,7 @@ def agreement(level: LevelTrace, attention: BlockAttention, tokens: int) -> Agre
         correlation,
         correlation_nearby,
         distance,
-        _distribution(pair, tokens),
+        _distribution(pair),
     )
 
 
@@ -119,17 +119,17 @@ def _problem(pair: _Pair) -> str:
     return "" if 0 < kept < count else f"{'every' if kept else 'no'} token that can be compared was kept"
 
 
-def _statistics(pair: _Pair, groups: Tensor, tokens: int) -> tuple[Statistic, Statistic, Statistic]:
+def _statistics(pair: _Pair, groups: Tensor) -> tuple[Statistic, Statistic, Statistic]:
     """Overlap, correlation and distance, first as they are and then with kept and scores shuffled within the groups."""
     score_ranks, attention_ranks = _ranks(pair.scores.double(), groups), _ranks(pair.attention.double(), groups)
     norm = (score_ranks.square().sum() * attention_ranks.square().sum()).sqrt().clamp(min=1e-12)
-    top, target = _most_attended(pair, groups), _histogram(pair.places, pair.attention, tokens)
+    top, target = _most_attended(pair, groups), _histogram(pair.places, pair.attention)
     found = []
     for order in [torch.arange(len(groups)), *_shuffles(groups)]:
         kept = pair.kept[order]
         overlap = (kept & top).sum() / kept.sum()
         correlation = (score_ranks[order] * attention_ranks).sum() / norm
-        distance = (_histogram(pair.places, kept.double(), tokens) - target).abs().sum() / 2
+        distance = (_histogram(pair.places, kept) - target).abs().sum() / 2
         found.append(torch.stack([overlap.double(), correlation, distance]))
     first, second, third = (_against_chance(row) for row in torch.stack(found, dim=1))
     return first, second, third
@@ -172,18 +172,19 @@ def _ordered(values: Tensor, groups: Tensor) -> Tensor:
     return order[groups[order].argsort(stable=True)]
 
 
-def _histogram(places: Tensor, weights: Tensor, tokens: int) -> Tensor:
-    """The share of the weights in each bin of the text."""
-    sums = torch.bincount(places * _bins(tokens) // tokens, weights.double(), minlength=_bins(tokens))
+def _distribution(pair: _Pair) -> Distribution:
+    kept, attention = (_histogram(pair.places, weights) for weights in (pair.kept, pair.attention))
+    return Distribution(_edges(pair.places), tuple(kept.tolist()), tuple(attention.tolist()))
+
+
+def _histogram(places: Tensor, weights: Tensor) -> Tensor:
+    """The share of the weights in each bin between the first place and the last."""
+    edges = torch.tensor(_edges(places))
+    sums = torch.bincount(torch.bucketize(places, edges[1:], right=True), weights.double(), minlength=len(edges) - 1)
     return sums / sums.sum()
 
 
-def _bins(tokens: int) -> int:
-    return max(1, min(_BINS, tokens // 16))
-
-
-def _distribution(pair: _Pair, tokens: int) -> Distribution:
-    bins = _bins(tokens)
-    edges = tuple(-(-place * tokens // bins) for place in range(bins + 1))
-    kept, attention = (_histogram(pair.places, one, tokens) for one in (pair.kept, pair.attention))
-    return Distribution(edges, tuple(kept.tolist()), tuple(attention.tolist()))
+def _edges(places: Tensor) -> tuple[int, ...]:
+    first, span = int(places[0]), int(places[-1]) + 1 - int(places[0])
+    bins = max(1, min(_BINS, span // 16))
+    return tuple(first + span * bin // bins for bin in range(bins + 1))

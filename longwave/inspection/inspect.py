@@ -99,9 +99,7 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     depths = {block.site.depth for block in before if block is not None}
     traces, blocks = _run(model, ids, {*layers, *depths}, (None, *heads))
     others = _against(choice.against, tokenizer, ids, depths, device) if choice.against else None
-    levels = [
-        _level(model, trace, block, blocks, others, len(ids)) for trace, block in zip(traces, before, strict=True)
-    ]
+    levels = [_level(model, trace, block, blocks, others) for trace, block in zip(traces, before, strict=True)]
     costs = spending(model, traces, len(ids))
     size = max(1, min(_PASSAGE_TOKENS, len(ids) // 8))
     cheap, dear = extremes(costs, size, _PASSAGES) if levels else ([], [])
@@ -166,15 +164,14 @@ def _level(
     block: Block | None,
     blocks: dict[int, BlockAttention],
     others: dict[int, BlockAttention] | None,
-    tokens: int,
 ) -> Level:
     resampler = model.resamplers[trace.index]
     target, threshold = float(resampler.retention), float(resampler.threshold.low)
     if block is None:
         return Level(trace, target, threshold, None, None, "no block stands before this level", "")
     depth = block.site.depth
-    own = agreement(trace, blocks[depth], tokens) if depth in blocks else None
-    other = agreement(trace, others[depth], tokens) if others is not None and depth in others else None
+    own = agreement(trace, blocks[depth]) if depth in blocks else None
+    other = agreement(trace, others[depth]) if others is not None and depth in others else None
     missing = "" if others is None or other is not None else f"the other model ran no attention in a block {depth}"
     return Level(trace, target, threshold, own, other, "" if own else "no token got this far", missing)
 

@@ -8,7 +8,7 @@ for (const block of blocks) {
   block.places = placesOf(block.level);
   block.of = new Map(block.places.map((place, index) => [place, block.received[index]]));
 }
-const excerpt = (start, stop) => tokens.slice(start, Math.min(stop, start + 48)).map(([text]) => text).join("").trim();
+const excerpt = (start, stop) => readable(tokens.slice(start, stop).map(([text]) => text).join("").trim());
 
 // Text -------------------------------------------------------------------------------------------------------------------------
 
@@ -126,9 +126,9 @@ function shownTokens(text) {
 
 // Cost -------------------------------------------------------------------------------------------------------------------------
 
-// Means of at most 400 stretches, each at its first token.
+// Means of at most 160 stretches, each at its first token.
 function means(values) {
-  const stretch = Math.ceil(values.length / 400), points = [];
+  const stretch = Math.ceil(values.length / 160), points = [];
   for (let start = 0; start < values.length; start += stretch) {
     const piece = values.slice(start, start + stretch);
     points.push([start + 1, piece.reduce((sum, value) => sum + value, 0) / piece.length]);
@@ -137,7 +137,7 @@ function means(values) {
 }
 
 function drawCost() {
-  const stretch = Math.ceil(tokens.length / 400);
+  const stretch = Math.ceil(tokens.length / 160);
   const dense = { name: levels.length ? "if every block ran on every token" : "this model", color: modelColor(0), points: means(costs.dense) };
   const own = { name: "this model", color: modelColor(1), points: means(costs.spent) };
   new Chart(find("cost-chart"), {
@@ -195,7 +195,7 @@ function drawLevel(level) {
 
 function distributions(found) {
   const points = ({ edges }, shares) => shares.map((share, bin) =>
-    [Math.round((edges[bin] + edges[bin + 1] + 1) / 2), share * tokens.length / (edges[bin + 1] - edges[bin])]);
+    [Math.round((edges[bin] + edges[bin + 1] + 1) / 2), share * (edges.at(-1) - edges[0]) / (edges[bin + 1] - edges[bin])]);
   const kept = found[0].found.distribution;
   return [{ name: "kept", color: modelColor(1), points: points(kept, kept.kept) }, ...found.map(({ model, found: one }, index) => (
     { name: `attention, block ${one.depth} of ${model}`, color: shareColor(index), dash: index ? "6 4" : null, points: points(one.distribution, one.distribution.attention) }))];

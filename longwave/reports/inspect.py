@@ -113,7 +113,7 @@ def _digits(value: float | None) -> float | int | None:
 
 
 def _headline(found: Inspection) -> list[Headline]:
-    figures = [_kept_headline(found.levels), _cost_headline(found)]
+    figures = [_kept_headline(found.levels), _cost_headline(found), *_sink_headline(found)]
     for level in found.levels[:1]:
         figures.append(_agreement_headline("Kept and attended", level, "own"))
         if found.against is not None:
@@ -133,9 +133,19 @@ def _kept_headline(levels: list[Level]) -> Headline:
 
 def _cost_headline(found: Inspection) -> Headline:
     spent, dense = float(found.spending.spent.mean()), float(found.spending.dense.mean())
-    words = f"FLOPs per token in the layers, {short(dense)} if every block ran on every token."
-    value = short(spent) if not found.levels else f"{spent / dense:.0%} of dense"
-    return Headline("Cost", value, f"{short(spent)} {words}")
+    if not found.levels:
+        return Headline("Cost", short(spent), "FLOPs per token in the layers, growing with the text before it.")
+    words = f"{short(spent)} FLOPs per token in the layers, {short(dense)} if every block ran on every token."
+    return Headline("Cost", f"{spent / dense:.0%} of dense", words)
+
+
+def _sink_headline(found: Inspection) -> list[Headline]:
+    """Where no level is compared with attention: what the first token gets of it."""
+    if found.levels or not found.blocks:
+        return []
+    most = max(found.blocks.values(), key=lambda block: block.first_share)
+    sentence = f"of the attention of block {most.depth} goes to the first token, the most of the blocks watched."
+    return [Headline("First token", f"{most.first_share:.1%}", sentence)]
 
 
 def _agreement_headline(label: str, level: Level, which: str) -> Headline:

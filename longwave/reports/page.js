@@ -69,6 +69,7 @@ function listenForTips() {
   document.addEventListener("pointerout", event => event.target.closest?.("[data-tip]") && tip.hide());
   document.addEventListener("focusout", event => event.target.closest?.("[data-tip]") && tip.hide());
   document.addEventListener("keydown", event => event.key === "Escape" && tip.hide());
+  addEventListener("scroll", tip.hide, { passive: true });
 }
 
 function listenForTheme() {

@@ -28,17 +28,20 @@ class Passage {
   // Blocks that end where a line does; one endless line is broken, and says so.
   lines() {
     const blocks = [];
-    let block = null;
+    let block = null, signs = 0;
     this.spans.forEach((span, index) => {
       block ??= element("div", { class: "lines" });
       block.append(span);
+      signs += this.tokens[index][0] === "\n" ? 80 : this.tokens[index][0].length;
       const ends = this.tokens[index][0].endsWith("\n"), size = block.childElementCount;
-      if (!(ends && size >= 64) && size < 2048) return;
-      if (!ends && index + 1 < this.spans.length) block.classList.add("goes-on");
+      const last = index + 1 === this.spans.length;
+      if (!(ends && size >= 64) && size < 2048 && !last) return;
+      if (!ends && !last) block.classList.add("goes-on");
+      block.style.containIntrinsicBlockSize = `auto ${Math.ceil(signs / 50) * 1.7}em`; // until it has been seen
       blocks.push(block);
-      block = null;
+      [block, signs] = [null, 0];
     });
-    return block ? [...blocks, block] : blocks;
+    return blocks;
   }
 
   byLevel(index) {
@@ -86,8 +89,10 @@ class Passage {
     const span = this.spans[index];
     span.classList.add("here");
     span.scrollIntoView({ block, behavior: "instant" });
-    const box = span.getBoundingClientRect();
-    this.tell(index, box.left, box.bottom);
+    requestAnimationFrame(() => { // after the event of scrolling there, which hides tips
+      const box = span.getBoundingClientRect();
+      this.tell(index, box.left, box.bottom);
+    });
   }
 
   leave() {
