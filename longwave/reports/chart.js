@@ -25,6 +25,9 @@ function dress(node, attributes, children) {
   return node;
 }
 
+// In the next frame: what an observer of sizes changes at once can change sizes again, which browsers report as an error.
+const later = act => () => requestAnimationFrame(act);
+
 const count = value => value.toLocaleString("en");
 
 // The one floating read-out of the page ----------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ class Chart {
     this.canvas.addEventListener("keydown", event => this.walk(event));
     this.canvas.addEventListener("focusout", () => this.leave());
     if (spec.pick) this.canvas.addEventListener("click", () => this.pick());
-    new ResizeObserver(() => this.canvas.clientWidth !== this.width && this.draw()).observe(this.canvas);
+    new ResizeObserver(later(() => this.canvas.clientWidth !== this.width && this.draw())).observe(this.canvas);
     this.draw();
   }
 

@@ -108,8 +108,8 @@ function listenToOverview() {
     const [first, last] = shownTokens(text);
     Object.assign(view.style, { left: `${100 * first / tokens.length}%`, width: `${100 * (last - first) / tokens.length}%` });
   };
-  text.addEventListener("scroll", () => requestAnimationFrame(follow), { passive: true });
-  new ResizeObserver(() => { drawOverview(); follow(); }).observe(host);
+  text.addEventListener("scroll", later(follow), { passive: true });
+  new ResizeObserver(later(() => { drawOverview(); follow(); })).observe(host);
 }
 
 // The first and the last token of the blocks of lines in sight, as far into each as it is scrolled.

@@ -1,5 +1,5 @@
 // A text token by token, shaded: [text, the levels that kept it, its score at each level or null, what stands for it without text].
-// Blocks of whole lines leave the layout while they are out of sight, so that tens of thousands of tokens scroll smoothly.
+// Of many tokens, blocks of whole lines leave the layout while out of sight, so that tens of thousands scroll smoothly.
 
 const symbols = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡" };
 const symbolOf = sign => symbols[sign] ?? String.fromCharCode(0x2400 + sign.charCodeAt(0));
@@ -12,6 +12,7 @@ class Passage {
   constructor(host, tokens, levels, more = () => []) {
     Object.assign(this, { host, tokens, more, levels: Math.max(levels, 1) });
     this.spans = tokens.map((token, index) => this.span(token, index));
+    host.classList.toggle("many", tokens.length > 2000);
     host.append(...this.lines());
     this.shade(index => this.byLevel(index));
     host.addEventListener("pointerover", event => this.hover(event));
