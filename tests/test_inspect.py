@@ -209,7 +209,7 @@ def test_the_block_before_a_level_sees_every_token_that_enters_it(layout: str, b
 
 def paired(scores: torch.Tensor, received: torch.Tensor, kept: torch.Tensor) -> Any:
     places, tokens = torch.arange(len(scores)), len(scores)
-    block = BlockAttention(0, places, received.double(), tokens - places, 0.1, (0, tokens), ())
+    block = BlockAttention(0, -1, None, places, received.double(), tokens - places, 0.1, (0, tokens), ())
     return agreement(LevelTrace(0, places, scores, kept), block)
 
 
@@ -264,7 +264,9 @@ def test_correlation_is_spearmans_with_shared_ranks():
 def test_only_tokens_that_both_met_are_compared():
     scores, places = draws(100, 3), torch.arange(100) * 2
     level = LevelTrace(0, places, scores, scores > 0)
-    block = BlockAttention(4, torch.arange(200), draws(200, 4).double(), 200 - torch.arange(200), 0.0, (0, 200), ())
+    block = BlockAttention(
+        4, -1, None, torch.arange(200), draws(200, 4).double(), 200 - torch.arange(200), 0.0, (0, 200), ()
+    )
     block.received[places] = scores.double()
     found = agreement(level, block)
     assert (found.compared, found.depth) == (87, 4)  # even places from 2 to 174
@@ -369,8 +371,8 @@ def test_inspect_tells_the_short_of_it_and_writes_the_page(longwave, folders, te
     page = json.loads(Page(tmp_path / "page.html").data)
     assert "".join(token[0] for token in page["tokens"]) == model.tokenizer.decode(ids)
     assert [tuple(token[1]) for token in page["tokens"]] == [token.kept for token in by_token(levels, 400)]
-    assert [[one["found"]["depth"] for one in level["comparisons"]] for level in page["levels"]] == [[0, 0], [1, 1]]
-    shown = page["levels"][0]["comparisons"][1]["found"]["overlap"]
+    assert [[one["depth"] for one in level["comparisons"]] for level in page["levels"]] == [[0, 0], [1, 1]]
+    shown = page["levels"][0]["comparisons"][1]["overlap"]
     assert shown == result.json["levels"][0]["other"]["overlap"]
 
 
@@ -400,8 +402,8 @@ def test_another_model_may_have_fewer_blocks(longwave, folders, text: Path, tmp_
     lw.save(model, tmp_path / "deep")
     words = ["--against", folders["short"], "--first", 100, "--output", tmp_path / "page.html", "--json"]
     result = longwave("inspect", tmp_path / "deep", text, *words)
-    assert result.json["levels"][0]["other"]["missing"] == "the other model ran no attention in a block 3"
-    assert "the other model ran no attention in a block 3" in result.out
+    assert result.json["levels"][0]["other"]["reason"] == "the other model ran no attention there"
+    assert "the other model ran no attention there" in result.out
 
 
 @pytest.mark.parametrize("odd", [ODD, HOSTILE, "x", "\n", "🦙", "word " * 90, "-" * 400])
@@ -483,9 +485,7 @@ def test_inspect_refuses_models_that_do_not_fit(refuses, folders, text: Path, tm
     many.tokenizer = small.tokenizer
     lw.save(many, tmp_path / "many")
     layers = ",".join(map(str, range(33)))
-    refuses(
-        "inspect", tmp_path / "many", "--text", "a", "--layers", layers, *output, says=["99 maps", "a page holds 64"]
-    )
+    refuses("inspect", tmp_path / "many", "--text", "a", "--layers", layers, *output, says=["99 maps", "at most 64"])
 
 
 def test_inspect_has_help(capsys: pytest.CaptureFixture[str]):

@@ -40,6 +40,13 @@ class Statistic(NamedTuple):
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """Where the figure lies beside what chance gives."""
+        if self.low <= self.value <= self.high:
+            return "no more than chance"
+        return "above chance" if self.value > self.high else "below chance"
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -52,16 +59,16 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One level against the attention of one block.
+    """One level against the attention of one block, by its depth (None: there is none to compare with).
 
     compared: tokens that both met, without those left out. overlap: share of the kept tokens that are among as many of
     the most attended. correlation: Spearman's, of score and attention. `nearby` is the same among neighbours. distance:
     total variation of the two distributions over the text, 0 where they are the same. reason: why there are no figures.
     """
 
-    depth: int
-    compared: int
-    first_share: float
+    depth: int | None
+    compared: int = 0
+    first_share: float = 0.0
     reason: str = ""
     overlap: Statistic | None = None
     overlap_nearby: Statistic | None = None
@@ -105,7 +112,7 @@ class _Pair:
 
 
 def _pair(level: LevelTrace, attention: BlockAttention) -> _Pair:
-    seen = attention.viewers >= min(_EDGE, attention.viewers.numel() // 8)
+    seen = attention.viewers >= min(_EDGE, int(attention.viewers.max()) // 8)
     seen[:1] = False
     of_level = torch.isin(level.places, attention.places[seen])
     of_block = seen & torch.isin(attention.places, level.places)

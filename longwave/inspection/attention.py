@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from longwave.layers.block import Block
-from longwave.mixers import FullAttention
+from longwave.mixers import FullAttention, Site
 from longwave.model import Decoder
 from longwave.ops.attention.weights import attention_weights
 
@@ -37,15 +36,17 @@ class AttentionMap:
 class BlockAttention:
     """Where attention goes in one block.
 
-    depth: the block. places: where its tokens stand in the text. received: the weight that each token gets, as a
-    multiple of what tokens get on average that are seen from the same distances. viewers: queries that can see it.
-    first_share: what the first token gets of all attention. edges: the first token of each cell, and N at the end.
+    depth, level, window: of the block. places: where its tokens stand in the text. received: the weight that each token
+    gets, as a multiple of what tokens get on average that are seen from the same distances. viewers: queries that can
+    see it. first_share: what the first token gets of all attention. edges: the first token of each cell, and N.
 
     Causality lets fewer queries see a later token, and most attention goes to what is near: a sum over queries would
     favour early tokens, and a mean over those that can see it the last ones.
     """
 
     depth: int
+    level: int
+    window: int | None
     places: Int64[Tensor, " N"]
     received: Float[Tensor, " N"]
     viewers: Int64[Tensor, " N"]
@@ -67,7 +68,7 @@ def watching_attention(
     hooks = []
     for block in model.blocks:
         if block.site.depth in depths and isinstance(block.mixer, FullAttention):
-            hooks.append(block.mixer.register_forward_pre_hook(_Watch(block, heads, found)))
+            hooks.append(block.mixer.register_forward_pre_hook(_Watch(heads, found)))
     try:
         yield found
     finally:
@@ -77,7 +78,6 @@ def watching_attention(
 
 @dataclass
 class _Watch:
-    block: Block
     heads: Sequence[int | None]
     found: dict[int, BlockAttention]
 
@@ -86,18 +86,18 @@ class _Watch:
         hidden, stream = inputs[:2]
         assert isinstance(mixer, FullAttention)
         query, key = mixer.queries_and_keys(hidden, stream)
-        tally = _Tally(query.shape[0], self.heads)
+        tally = _Tally(query.shape[0], self.heads, mixer.window)
         for start, first, weights in attention_weights(query, key, window=mixer.window, scale=mixer.scale):
             tally.add(start, first, weights.cpu())
-        self.found[self.block.site.depth] = tally.result(self.block.site.depth, stream.order.cpu(), mixer.window)
+        self.found[mixer.site.depth] = tally.result(mixer.site, stream.order.cpu())
 
 
 class _Tally:
     """Adds weights up by key, by distance and by cell."""
 
-    def __init__(self, tokens: int, heads: Sequence[int | None]) -> None:
-        self.heads, self.cells = heads, min(tokens, CELLS)
-        self.cell_of = torch.arange(tokens) * self.cells // max(tokens, 1)
+    def __init__(self, tokens: int, heads: Sequence[int | None], window: int | None) -> None:
+        self.heads, self.cells, self.window = heads, min(tokens, CELLS), window
+        self.cell_of = torch.arange(tokens) * self.cells // tokens
         self.sums, self.by_distance = torch.zeros(2, tokens, dtype=torch.float64)
         self.maps = torch.zeros(len(heads), self.cells, self.cells, dtype=torch.float64)
 
@@ -111,18 +111,23 @@ class _Tally:
             by_key = chosen.new_zeros(chosen.shape[0], self.cells).index_add_(1, self.cell_of[columns], chosen)
             self.maps[place].index_add_(0, self.cell_of[rows], by_key.double())
 
-    def result(self, depth: int, places: Tensor, window: int | None) -> BlockAttention:
+    def result(self, site: Site, places: Tensor) -> BlockAttention:
         tokens = self.sums.numel()
-        viewers = tokens - torch.arange(tokens)
-        viewers = viewers if window is None else viewers.clamp(max=window)
-        typical = self.by_distance / (tokens - 1 - torch.arange(tokens)).clamp(min=1)  # less the first token, the sink
-        expected = typical.cumsum(0).flip(0).clamp(min=1e-12)
+        viewers = (tokens - torch.arange(tokens)).clamp(max=self.window or tokens)
+        received, first_share = self.sums / self._expected(), float(self.sums[0] / tokens)
+        edges, maps = self._maps()
+        return BlockAttention(site.depth, site.level, self.window, places, received, viewers, first_share, edges, maps)
+
+    def _expected(self) -> Tensor:
+        """What each key would get if queries gave a distance what they give it on average, the first key apart."""
+        tokens = self.sums.numel()
+        typical = self.by_distance / (tokens - 1 - torch.arange(tokens)).clamp(min=1)
+        return typical.cumsum(0).flip(0).clamp(min=1e-12)
+
+    def _maps(self) -> tuple[tuple[int, ...], tuple[AttentionMap, ...]]:
         sizes = torch.bincount(self.cell_of, minlength=self.cells)
         shares = zip(self.heads, self.maps / sizes.unsqueeze(1), strict=True)
-        maps = tuple(AttentionMap(head, cells) for head, cells in shares)
-        edges = (0, *sizes.cumsum(0).tolist())
-        first_share = float(self.sums[:1].sum() / max(tokens, 1))
-        return BlockAttention(depth, places, self.sums / expected, viewers, first_share, edges, maps)
+        return (0, *sizes.cumsum(0).tolist()), tuple(AttentionMap(head, cells) for head, cells in shares)
 
 
 def _along_diagonals(weights: Float[Tensor, "Q K"]) -> Float64[Tensor, " K"]:

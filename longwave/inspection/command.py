@@ -16,9 +16,7 @@ from longwave.inspection.inspect import Choice, Inspection, Level, inspect
 from longwave.inspection.source import read_text
 from longwave.inspection.spending import Passage
 from longwave.plan import short
-from longwave.reports.inspect import verdict_of, write_inspection
-
-_FIGURES = ("overlap", "overlap_nearby", "correlation", "correlation_nearby", "distance")
+from longwave.reports.inspect import write_inspection
 
 
 def inspect_command(options: argparse.Namespace) -> dict[str, Any]:
@@ -78,20 +76,20 @@ def _level_lines(level: Level, against: str | None) -> list[str]:
     kept = f"keeps {level.retention:.1%} of {len(trace.kept):,} tokens (target {level.target:.0%})"
     mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}; threshold {level.threshold:+.3f})"
     lines = [f"{level.name}: {kept}, {mean}"]
-    lines.append(f"  with its own attention: {_agreement_words(level.own, level.own_missing)}")
-    if against is not None:
-        lines.append(f"  with that of {against}: {_agreement_words(level.other, level.other_missing)}")
+    lines.append(f"  with its own attention: {_agreement_words(level.own)}")
+    if level.other is not None:
+        lines.append(f"  with that of {against}: {_agreement_words(level.other)}")
     return lines
 
 
-def _agreement_words(found: Agreement | None, missing: str) -> str:
-    if found is None or found.overlap_nearby is None or found.correlation_nearby is None:
-        return found.reason if found else missing
+def _agreement_words(found: Agreement) -> str:
+    if found.overlap_nearby is None or found.correlation_nearby is None:
+        return found.reason
     overlap, correlation = found.overlap_nearby, found.correlation_nearby
     return (
         f"block {found.depth}, among neighbours {overlap.value:.1%} of the kept are the most attended "
-        f"(chance {overlap.chance:.1%}, {verdict_of(overlap)}), rank correlation {correlation.value:+.3f} "
-        f"({verdict_of(correlation)})"
+        f"(chance {overlap.chance:.1%}, {overlap.verdict}), rank correlation {correlation.value:+.3f} "
+        f"({correlation.verdict})"
     )
 
 
@@ -120,14 +118,11 @@ def _level_figures(level: Level) -> dict[str, Any]:
         "kept": int(level.trace.kept.sum()),
         "target": level.target,
         "mean_score": float(scores.mean()) if len(scores) else None,
-        "own": _agreement_figures(level.own, level.own_missing),
-        "other": _agreement_figures(level.other, level.other_missing),
+        "own": _agreement_figures(level.own),
+        "other": level.other and _agreement_figures(level.other),
     }
 
 
-def _agreement_figures(found: Agreement | None, missing: str) -> dict[str, Any]:
-    if found is None:
-        return {"missing": missing}
-    figures: dict[str, Statistic | None] = {name: getattr(found, name) for name in _FIGURES}
-    known = {name: figure._asdict() for name, figure in figures.items() if figure is not None}
-    return {"block": found.depth, "compared": found.compared, "missing": found.reason, **known}
+def _agreement_figures(found: Agreement) -> dict[str, Any]:
+    statistics = {name: one._asdict() for name, one in vars(found).items() if isinstance(one, Statistic)}
+    return {"block": found.depth, "compared": found.compared, "reason": found.reason, **statistics}

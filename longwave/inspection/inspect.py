@@ -37,19 +37,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Level:
-    """A level and what it made of the text, beside the attention of a block of its model and of another.
+    """A level and what it made of the text, beside the attention of a block of its model and, if asked, of another.
 
-    target, threshold: the share it was trained to keep and the score above which it keeps. own, other: the comparisons;
-    where there is none, own_missing and other_missing say why.
+    target, threshold: the share it was trained to keep and the score above which it keeps.
     """
 
     trace: LevelTrace
     target: float
     threshold: float
-    own: Agreement | None
+    own: Agreement
     other: Agreement | None
-    own_missing: str = ""
-    other_missing: str = ""
 
     @property
     def name(self) -> str:
@@ -78,8 +75,6 @@ class Inspection:
     levels: list[Level]
     layers: tuple[int, ...]
     blocks: dict[int, BlockAttention]
-    block_levels: dict[int, int]
-    windows: dict[int, int | None]
     spending: Spending
     cheap: list[Passage]
     dear: list[Passage]
@@ -89,11 +84,8 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     """Inspects a text (called `name`) with the model of a folder. UserError for what does not fit the model."""
     model, tokenizer = _load(path, device)
     layers, heads = _layers(model, choice.layers), _heads(model, choice.heads)
-    require(
-        len(layers) * (len(heads) + 1) <= _MOST_MAPS,
-        f"--layers and --heads ask for {len(layers) * (len(heads) + 1)} maps (with the mean of the heads); "
-        f"a page holds {_MOST_MAPS}",
-    )
+    maps = len(layers) * (1 + len(heads))
+    require(maps <= _MOST_MAPS, f"--layers and --heads: {maps} maps with the mean of all heads; at most {_MOST_MAPS}")
     ids = encode(text, name, tokenizer, model.config, first)
     before = [block_before(model, level) for level in model.resamplers]
     depths = {block.site.depth for block in before if block is not None}
@@ -113,8 +105,6 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
         levels=levels,
         layers=layers,
         blocks=dict(sorted(blocks.items())),
-        block_levels={block.site.depth: block.site.level for block in model.blocks},
-        windows={block.site.depth: block.mixer.state_spec().window for block in model.blocks},
         spending=costs,
         cheap=cheap,
         dear=dear,
@@ -166,14 +156,16 @@ def _level(
     others: dict[int, BlockAttention] | None,
 ) -> Level:
     resampler = model.resamplers[trace.index]
-    target, threshold = float(resampler.retention), float(resampler.threshold.low)
+    own = _compared(trace, block, blocks, "no token got this far")
+    other = None if others is None else _compared(trace, block, others, "the other model ran no attention there")
+    return Level(trace, float(resampler.retention), float(resampler.threshold.low), own, other)
+
+
+def _compared(trace: LevelTrace, block: Block | None, blocks: dict[int, BlockAttention], absent: str) -> Agreement:
     if block is None:
-        return Level(trace, target, threshold, None, None, "no block stands before this level", "")
+        return Agreement(None, reason="no block stands before this level")
     depth = block.site.depth
-    own = agreement(trace, blocks[depth]) if depth in blocks else None
-    other = agreement(trace, others[depth]) if others is not None and depth in others else None
-    missing = "" if others is None or other is not None else f"the other model ran no attention in a block {depth}"
-    return Level(trace, target, threshold, own, other, "" if own else "no token got this far", missing)
+    return agreement(trace, blocks[depth]) if depth in blocks else Agreement(depth, reason=absent)
 
 
 def _layers(model: Decoder, asked: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ function drawLevels() {
 const waiting = []; // charts that need their place in the page before they are drawn
 
 function drawLevel(level) {
-  const host = element("div", { class: "level" }), found = level.comparisons.filter(one => one.found?.distribution);
+  const host = element("div", { class: "level" }), found = level.comparisons.filter(one => one.distribution);
   const kept = level.retention === null ? "no token got this far" : `kept ${percent(level.retention)} of ${count(level.entered)} tokens, target ${percent(level.target, 0)}`;
   if (found.length) {
     const figure = element("figure", { class: "chart" });
@@ -188,7 +188,7 @@ function drawLevel(level) {
       format: value => `×${value.toFixed(2)} an even spread`, shows: [0], lines: [{ value: 1, name: "even" }], pick: place => passage.goTo(place - 1),
     }));
   } else host.append(element("h3", {}, `${level.name}: ${kept}`));
-  const notes = level.comparisons.filter(one => !one.found?.distribution).map(one => element("p", { class: "quiet" }, `${one.model}: ${one.found?.reason ?? one.missing}.`));
+  const notes = level.comparisons.filter(one => !one.distribution).map(one => element("p", { class: "quiet" }, `${one.model}: ${one.reason}.`));
   host.append(...notes, ...(found.length ? [statistics(found)] : []));
   return host;
 }
@@ -196,19 +196,19 @@ function drawLevel(level) {
 function distributions(found) {
   const points = ({ edges }, shares) => shares.map((share, bin) =>
     [Math.round((edges[bin] + edges[bin + 1] + 1) / 2), share * (edges.at(-1) - edges[0]) / (edges[bin + 1] - edges[bin])]);
-  const kept = found[0].found.distribution;
-  return [{ name: "kept", color: modelColor(1), points: points(kept, kept.kept) }, ...found.map(({ model, found: one }, index) => (
-    { name: `attention, block ${one.depth} of ${model}`, color: shareColor(index), dash: index ? "6 4" : null, points: points(one.distribution, one.distribution.attention) }))];
+  const kept = found[0].distribution;
+  return [{ name: "kept", color: modelColor(1), points: points(kept, kept.kept) }, ...found.map((one, index) => (
+    { name: `attention, block ${one.depth} of ${one.model}`, color: shareColor(index), dash: index ? "6 4" : null, points: points(one.distribution, one.distribution.attention) }))];
 }
 
 const shareColor = index => `var(--share-${index ? 1 : 2})`;
 
 function statistics(found) {
   const table = element("table", { class: "statistics" });
-  const head = ["", ...found.map(({ model, found: one }) => `block ${one.depth} of ${model}`)];
+  const head = ["", ...found.map(({ model, depth }) => `block ${depth} of ${model}`)];
   const rows = figures.map(([key, name, words, show]) => [element("span", {}, name, element("br"), element("small", {}, words)),
-    ...found.map(({ found: one }) => statistic(one[key], show, key === "distance"))]);
-  const left = [element("span", {}, "Tokens compared"), ...found.map(({ found: one }) =>
+    ...found.map(one => statistic(one[key], show, key === "distance"))]);
+  const left = [element("span", {}, "Tokens compared"), ...found.map(one =>
     element("span", {}, count(one.compared), " ", element("small", {}, `first token: ${percent(one.first_share)} of all attention`)))];
   fillTable(table, head, [...rows, left]);
   return element("div", { class: "scroll" }, table);

@@ -59,7 +59,6 @@ def _passages(passages: list[Any]) -> list[dict[str, Any]]:
 
 
 def _level(level: Level, against: str | None) -> dict[str, Any]:
-    comparisons = [("this model", level.own, level.own_missing), (against, level.other, level.other_missing)]
     return {
         "name": level.name,
         "target": level.target,
@@ -67,9 +66,9 @@ def _level(level: Level, against: str | None) -> dict[str, Any]:
         "entered": len(level.trace.kept),
         "retention": level.retention,
         "comparisons": [
-            {"model": name, "missing": missing, "found": found and _agreement(found)}
-            for name, found, missing in comparisons
-            if name is not None
+            {"model": name, **_agreement(found)}
+            for name, found in (("this model", level.own), (against, level.other))
+            if found is not None
         ],
     }
 
@@ -82,8 +81,8 @@ def _agreement(found: Agreement) -> dict[str, Any]:
 def _block(found: Inspection, block: BlockAttention) -> dict[str, Any]:
     return {
         "depth": block.depth,
-        "level": found.block_levels[block.depth],
-        "window": found.windows[block.depth],
+        "level": block.level,
+        "window": block.window,
         "edges": block.edges,
         "received": _short(block.received),
         "first_share": block.first_share,
@@ -115,9 +114,9 @@ def _digits(value: float | None) -> float | int | None:
 def _headline(found: Inspection) -> list[Headline]:
     figures = [_kept_headline(found.levels), _cost_headline(found), *_sink_headline(found)]
     for level in found.levels[:1]:
-        figures.append(_agreement_headline("Kept and attended", level, "own"))
-        if found.against is not None:
-            figures.append(_agreement_headline("And in the other model", level, "other"))
+        figures.append(_agreement_headline("Kept and attended", level.name, level.own))
+        if level.other is not None:
+            figures.append(_agreement_headline("And in the other model", level.name, level.other))
     return figures
 
 
@@ -148,24 +147,15 @@ def _sink_headline(found: Inspection) -> list[Headline]:
     return [Headline("First token", f"{most.first_share:.1%}", sentence)]
 
 
-def _agreement_headline(label: str, level: Level, which: str) -> Headline:
-    agreement, missing = getattr(level, which), getattr(level, f"{which}_missing")
-    if agreement is None or agreement.overlap_nearby is None:
-        reason = agreement.reason if agreement else missing
-        return Headline(label, "—", f"{level.name}: {reason}.".capitalize())
-    overlap = agreement.overlap_nearby
+def _agreement_headline(label: str, level: str, found: Agreement) -> Headline:
+    overlap = found.overlap_nearby
+    if overlap is None:
+        return Headline(label, "—", f"{level}: {found.reason}.".capitalize())
     sentence = (
-        f"of what {level.name} keeps is among the most attended of its neighbourhood in block {agreement.depth}; "
-        f"chance gives {overlap.chance:.0%}, so this is {verdict_of(overlap)}."
+        f"of what {level} keeps is among the most attended of its neighbourhood in block {found.depth}; chance gives "
+        f"{overlap.chance:.0%}, so this is {overlap.verdict}."
     )
     return Headline(label, f"{overlap.value:.0%}", sentence)
-
-
-def verdict_of(figure: Statistic) -> str:
-    """Where a figure lies beside what chance gives."""
-    if figure.low <= figure.value <= figure.high:
-        return "no more than chance"
-    return "above chance" if figure.value > figure.high else "below chance"
 
 
 def _notes(found: Inspection) -> list[str]:
