@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from longwave.ops import attention
+from longwave.ops import attention, linear
 from longwave.version import __version__
 
 _OPTIONAL = {"tensorboard": "track"}
@@ -27,8 +27,8 @@ def facts() -> dict[str, str]:
         "bf16 matrix products": "fast" if fast_bf16() else "slow on this CPU: train in fp32",
         "devices": ", ".join(devices()),
     }
-    form, reason = attention.choose()
-    found["op attention"] = f"{form} ({reason})"
+    for name, (form, reason) in {"attention": attention.choose(), "linear": linear.choose()}.items():
+        found[f"op {name}"] = f"{form} ({reason})"
     found["op cross_entropy"] = "torch (chunks of rows; the only form)"
     for package, extra in _OPTIONAL.items():
         found[package] = "installed" if find_spec(package) else f"not installed: pip install 'longwave[{extra}]'"

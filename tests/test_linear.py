@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longwave.layers.linear import Linear, linear
+from longwave.layers.linear import Linear
+from longwave.ops.linear import linear
 
 
 @pytest.mark.parametrize("bias", [True, False])

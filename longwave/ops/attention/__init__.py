@@ -12,20 +12,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.errors import UserError
-from longwave.ops.attention import reference, sdpa
+from longwave.ops import compiled
+from longwave.ops.attention import one_query, reference, sdpa
 
 ByRun: TypeAlias = "list[Float[Tensor, 'G N K']]"
 Form: TypeAlias = Callable[[Tensor, ByRun, ByRun, tuple[int, ...], "int | None", float], Tensor]
 
-FORMS: dict[str, Form] = {"reference": reference.attention, "torch": sdpa.attention}
+FORMS: dict[str, Form] = {
+    "reference": reference.attention,
+    "torch": sdpa.attention,
+    "compiled": one_query.attention,
+}
 
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that attention will run and why."""
+    missing = compiled.why_not() if form in (None, "compiled") else None
+    if form is None and missing is None:
+        return "compiled", "single queries on a CPU; scaled_dot_product_attention elsewhere"
     if form is None:
-        return "torch", "scaled_dot_product_attention: the fastest form measured on every device so far"
+        return "torch", f"scaled_dot_product_attention; no compiled kernels: {missing}"
     if form not in FORMS:
         raise UserError(f"attention form {form!r} does not exist; use one of {', '.join(FORMS)}")
+    if missing is not None:
+        raise UserError(f"attention form 'compiled' is not to be had here: {missing}; use torch")
     return form, "asked for"
 
 
@@ -47,7 +57,7 @@ def attention(
     if isinstance(key, Tensor) and isinstance(value, Tensor):
         if not query.shape[0]:
             return query + (key.sum() + value.sum())  # of nothing, but every projection gets its gradient
-        if form == "torch" and len(set(lengths)) == 1:
+        if form != "reference" and len(set(lengths)) == 1:
             return sdpa.packed(query, key, value, len(lengths), window, scale)
         key, value = _by_run(key, lengths), _by_run(value, lengths)
     assert isinstance(key, list)

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-_BLOCK = 1024  # keys that stay in a core's cache while every head of a group reads them
-
 
 def attention(
     query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], window: int | None, scale: float
@@ -43,34 +41,9 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, window: int | None, sc
     """A single query sees every key: the heads of a group become rows that read their keys once."""
     if window is not None:
         key, value = key[:, -window:], value[:, -window:]
-    if _is_by_blocks(query, key):
-        return _by_blocks(query, key, value, scale)
     grouped = query.reshape(1, key.shape[0], -1, query.shape[-1])
     output = F.scaled_dot_product_attention(grouped, key.unsqueeze(0), value.unsqueeze(0), scale=scale)
     return output.reshape(query.shape)
-
-
-def _is_by_blocks(query: Tensor, key: Tensor) -> bool:
-    """Where blocks were measured to be faster: grouped heads in bf16 on a CPU, in inference."""
-    grouped, enough = query.shape[1] > key.shape[0], key.shape[1] >= 2 * _BLOCK
-    on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-    return grouped and enough and on_cpu and not torch.is_grad_enabled()
-
-
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One query against blocks of about 1024 keys, merged by log-sum-exp (flash-decoding, Dao et al. 2023).
-
-    The heads go one by one, which oneDNN multiplies faster than a few rows; a block stays cached for its whole group.
-    """
-    blocks = key.shape[1] // _BLOCK
-    whole = key.shape[1] // blocks * blocks
-    query = query.transpose(0, 1)
-    keys, values = (part[:, :whole].unflatten(1, (blocks, -1)).transpose(0, 1) for part in (key, value))
-    outputs, lses = _with_lse(query.expand(blocks, -1, -1, -1), keys, values, False, scale)
-    if whole < key.shape[1]:
-        rest = _with_lse(query[None], key[None, :, whole:], value[None, :, whole:], False, scale)
-        outputs, lses = torch.cat([outputs, rest[0]]), torch.cat([lses, rest[1]])
-    return (outputs * lses.softmax(0).unsqueeze(-1)).sum(0).transpose(0, 1).to(query.dtype)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:

@@ -1,0 +1,171 @@
+/* Attention of one query per sequence over its remembered keys (flash-decoding, Dao et al. 2023).
+ *
+ * Keys are cut into splits of SPLIT, which threads take in any order and which are merged in one order: the result
+ * depends neither on the threads nor on the other sequences.
+ * Legend: S sequences, H query heads, G KV heads, N keys of a sequence, K head size (a multiple of CHUNK).
+ */
+
+#include <stdlib.h>
+
+#include "../compiled/vectors.h"
+
+#define SPLIT 1024
+#define HEADS 4    /* query heads of a group that read a key together */
+#define CHANNELS 4 /* vectors of a value whose sums stay in registers */
+
+/* What one split leaves to be merged, behind its K weighted sums: the largest score and the sum of the weights. */
+#define LEFT 2
+
+/* Scores of `heads` queries against `count` keys -> scores (heads, SPLIT); -inf beyond the last key. */
+INLINE void score(array key, array query, int heads, int64_t count, int64_t size, float scale, float *scores) {
+    for (int64_t n = 0; n < count; n++) {
+        vec sums[HEADS];
+        for (int h = 0; h < heads; h++)
+            sums[h] = splat(0);
+        for (int64_t k = 0; k < size; k += CHUNK)
+            for (int h = 0; h < heads; h++)
+                sums[h] = add_products(sums[h], key, n * size + k, query, h * size + k);
+        for (int h = 0; h < heads; h++)
+            scores[h * SPLIT + n] = scale * sum(sums[h]);
+    }
+    for (int h = 0; h < heads; h++)
+        for (int64_t n = count; n < SPLIT; n++)
+            scores[h * SPLIT + n] = -INFINITY;
+}
+
+/* Turns scores into e^(score - largest), in place -> largest, sum. */
+INLINE void weigh(float *scores, float *largest, float *total) {
+    vec most = load_f32(scores);
+    for (int64_t n = LANES; n < SPLIT; n += LANES)
+        most = larger(most, load_f32(scores + n));
+    *largest = most[0];
+    for (int i = 1; i < LANES; i++)
+        *largest = most[i] > *largest ? most[i] : *largest;
+    vec sums = splat(0);
+    for (int64_t n = 0; n < SPLIT; n += LANES) {
+        vec weight = exp_negative(load_f32(scores + n) - *largest);
+        store_f32(scores + n, weight);
+        sums += weight;
+    }
+    *total = sum(sums);
+}
+
+/* Weighted sums of `vectors` vectors of channels of the values, from channel `from` on. */
+INLINE void mix(array value, const float *weights, int heads, int vectors, int64_t count, int64_t size, int64_t from,
+                float *out, int64_t stride) {
+    vec sums[HEADS][CHANNELS];
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < vectors; c++)
+            sums[h][c] = splat(0);
+    for (int64_t n = 0; n < count; n++)
+        for (int c = 0; c < vectors; c++) {
+            vec entry = load(value, n * size + from + c * LANES);
+            for (int h = 0; h < heads; h++)
+                sums[h][c] += entry * weights[h * SPLIT + n];
+        }
+    for (int h = 0; h < heads; h++)
+        for (int c = 0; c < vectors; c++)
+            store_f32(out + h * stride + from + c * LANES, sums[h][c]);
+}
+
+INLINE void heads_of_split(array key, array value, array query, int heads, int64_t count, int64_t size, float scale,
+                           float *out) {
+    float scores[HEADS * SPLIT] __attribute__((aligned(64)));
+    int64_t stride = size + LEFT, k = 0;
+    score(key, query, heads, count, size, scale, scores);
+    for (int h = 0; h < heads; h++)
+        weigh(scores + h * SPLIT, out + h * stride + size, out + h * stride + size + 1);
+    for (; k + CHANNELS * LANES <= size; k += CHANNELS * LANES)
+        mix(value, scores, heads, CHANNELS, count, size, k, out, stride);
+    for (; k < size; k += LANES)
+        mix(value, scores, heads, 1, count, size, k, out, stride);
+}
+
+/* The heads that share one KV head, over one split -> out (group, K + LEFT). */
+INLINE void group_of_split(array key, array value, array query, int64_t group, int64_t count, int64_t size,
+                           float scale, float *out) {
+    for (int64_t head = 0; head < group; head += HEADS) {
+        array q = from(query, head * size);
+        float *o = out + head * (size + LEFT);
+        switch (group - head) {
+        case 1: heads_of_split(key, value, q, 1, count, size, scale, o); break;
+        case 2: heads_of_split(key, value, q, 2, count, size, scale, o); break;
+        case 3: heads_of_split(key, value, q, 3, count, size, scale, o); break;
+        default: heads_of_split(key, value, q, HEADS, count, size, scale, o);
+        }
+    }
+}
+
+/* The same, with the usual head sizes and the type known to the compiler. */
+INLINE void split_of(array key, array value, array query, int64_t group, int64_t count, int64_t size, float scale,
+                     float *out) {
+    switch (size) {
+    case 64: group_of_split(key, value, query, group, count, 64, scale, out); break;
+    case 128: group_of_split(key, value, query, group, count, 128, scale, out); break;
+    default: group_of_split(key, value, query, group, count, size, scale, out);
+    }
+}
+
+static void split_of_bf16(array key, array value, array query, int64_t group, int64_t count, int64_t size, float scale,
+                          float *out) {
+    split_of((array){key.data, 1}, (array){value.data, 1}, (array){query.data, 1}, group, count, size, scale, out);
+}
+
+static void split_of_fp32(array key, array value, array query, int64_t group, int64_t count, int64_t size, float scale,
+                          float *out) {
+    split_of((array){key.data, 0}, (array){value.data, 0}, (array){query.data, 0}, group, count, size, scale, out);
+}
+
+/* Merges the splits (each K + LEFT numbers, `stride` apart) of one head -> K numbers of `out`, from place `at` on. */
+static void merge(float *splits, int64_t count, int64_t stride, int64_t size, void *out, int is_bf16, int64_t at) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t i = 0; i < count; i++)
+        largest = fmaxf(largest, splits[i * stride + size]);
+    for (int64_t i = 0; i < count; i++) {
+        float share = expf(splits[i * stride + size] - largest);
+        total += share * splits[i * stride + size + 1];
+        for (int64_t k = 0; k < size; k++)
+            splits[k] = (i ? splits[k] : 0) + share * splits[i * stride + k];
+    }
+    for (int64_t k = 0; k < size; k++)
+        put(out, is_bf16, at + k, splits[k] / total);
+}
+
+/* query and out (S, H, K); of sequence s: keys[s] and values[s] (G, N, K) with lengths[s] = N >= 1 and strides[s] entries
+ * between KV heads; all of bf16 or all of fp32. Returns 1 if there is no memory. */
+int longwave_one_query(const void *query, const void *const *keys, const void *const *values, const int64_t *lengths,
+                       const int64_t *strides, void *out, int is_bf16, float scale, int64_t sequences, int64_t groups,
+                       int64_t group, int64_t size, int threads) {
+    int64_t most = 0, heads = groups * group, stride = size + LEFT;
+    for (int64_t s = 0; s < sequences; s++)
+        most = lengths[s] > most ? lengths[s] : most;
+    int64_t splits = (most + SPLIT - 1) / SPLIT;
+    float *parts = malloc(sequences * heads * splits * stride * sizeof *parts);
+    if (!parts)
+        return 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for collapse(3) schedule(dynamic)
+        for (int64_t s = 0; s < sequences; s++)
+            for (int64_t g = 0; g < groups; g++)
+                for (int64_t i = 0; i < splits; i++) {
+                    int64_t left = lengths[s] - i * SPLIT, at = g * strides[s] + i * SPLIT * size;
+                    if (left <= 0)
+                        continue;
+                    array key = from((array){keys[s], is_bf16}, at), value = from((array){values[s], is_bf16}, at);
+                    array q = from((array){query, is_bf16}, (s * heads + g * group) * size);
+                    float *o = parts + ((s * groups + g) * splits + i) * group * stride;
+                    (is_bf16 ? split_of_bf16 : split_of_fp32)(key, value, q, group, left < SPLIT ? left : SPLIT, size,
+                                                              scale, o);
+                }
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t s = 0; s < sequences; s++)
+            for (int64_t h = 0; h < heads; h++) {
+                float *first = parts + ((s * groups + h / group) * splits * group + h % group) * stride;
+                int64_t used = (lengths[s] + SPLIT - 1) / SPLIT;
+                merge(first, used, group * stride, size, out, is_bf16, (s * heads + h) * size);
+            }
+    }
+    free(parts);
+    return 0;
+}

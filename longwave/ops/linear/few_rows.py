@@ -1,0 +1,63 @@
+"""The compiled form of a product of few rows (`few_rows.c`).
+
+Legend: `T` rows, `D` inputs, `E` outputs.
+"""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longwave.ops import compiled
+
+_MOST = 8  # rows that the kernel holds in registers; for more, torch's products are as fast
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def applies(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel takes this product."""
+    whole = weight.shape[1] % 32 == 0 and weight.shape[0] % 2 == 0 and weight.is_contiguous()
+    return 1 <= hidden.shape[0] <= _MOST and hidden.dtype in _DTYPES and whole
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (T, D) times weight (E, D) transposed plus bias (E), summed in fp32: (T, E)."""
+    return torch.ops.longwave.linear_few_rows.default(hidden, weight, bias)
+
+
+torch.library.define("longwave::linear_few_rows", "(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("longwave::linear_few_rows", "CPU")
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    hidden = hidden.contiguous()
+    output = hidden.new_empty(hidden.shape[0], weight.shape[0])
+    _kernel()(
+        hidden.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        hidden.dtype == torch.bfloat16,
+        hidden.shape[0],
+        weight.shape[1],
+        weight.shape[0],
+        torch.get_num_threads(),
+    )
+    return output
+
+
+@torch.library.register_fake("longwave::linear_few_rows")
+def _shape(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], weight.shape[0])
+
+
+@cache
+def _kernel() -> Any:
+    function = compiled.library().longwave_linear
+    function.restype = None
+    function.argtypes = [c_void_p] * 4 + [c_int] + [c_int64] * 3 + [c_int]
+    return function

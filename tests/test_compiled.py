@@ -1,0 +1,268 @@
+"""The compiled kernels against the plain forms, alone and in company, and what happens where they cannot be built."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longwave import doctor
+from longwave.errors import UserError
+from longwave.ops import attention as attention_op
+from longwave.ops import compiled
+from longwave.ops import linear as linear_op
+from longwave.ops.attention import attention
+from longwave.ops.linear import few_rows, linear
+
+needs_kernels = pytest.mark.skipif(not compiled.is_available(), reason=f"no compiled kernels: {compiled.why_not()}")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+ERROR = {torch.float32: 3e-6, torch.bfloat16: 5e-3}  # of the largest entry; bf16 rounds its result to 2^-9
+
+
+class Calls(TorchDispatchMode):
+    """Counts the kernels of ours that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "longwave":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    assert found.shape == right.shape
+    return float((found.double() - right.double()).abs().max() / right.double().abs().max())
+
+
+def remembered(groups: int, keys: int, size: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Keys (G, N, K) as a state holds them, in an array with room for more; what is not theirs is NaN."""
+    array = torch.full((groups, keys + 5, size), torch.nan, dtype=dtype)
+    array[:, :keys] = random(groups, keys, size, seed=seed, dtype=dtype)
+    return array[:, :keys]
+
+
+# --- one query over remembered keys -----------------------------------------------------------------------------------
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (12, 4), (5, 1), (16, 1), (16, 2)], ids=str)
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 160])
+@pytest.mark.parametrize("keys", [1, 2, 17, 1023, 1024, 1025, 2500])
+def test_one_query_has_parity_with_reference(dtype, heads, groups, size, keys):
+    query = random(1, heads, size, dtype=dtype)
+    key, value = (remembered(groups, keys, size, dtype, seed) for seed in (1, 2))
+    with torch.no_grad(), Calls() as calls:
+        found = attention(query, [key], [value], (1,), scale=0.3, form="compiled")
+    assert calls.names == ["one_query_attention"]
+    assert found.dtype == dtype
+    right = attention(query.double(), [key.double()], [value.double()], (1,), scale=0.3, form="reference")
+    assert error(found, right) < ERROR[dtype]
+
+
+@needs_kernels
+@given(
+    runs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), min_size=1, max_size=5),
+    window=st.none() | st.integers(1, 20),
+)
+def test_single_queries_among_other_runs_are_what_they_are_alone(runs, window):
+    """Runs of none, one and several queries in one stream: every row is right, and single ones the same to the bit."""
+    lengths = tuple(length for length, _ in runs)
+    query = random(sum(lengths), 4, 32)
+    keys, values = (
+        [remembered(2, past + length, 32, torch.float32, seed + at) for at, (length, past) in enumerate(runs)]
+        for seed in (10, 20)
+    )
+    with torch.no_grad():
+        found = attention(query, keys, values, lengths, window=window, scale=0.2, form="compiled")
+        for run, (piece, own) in enumerate(zip(found.split(lengths), query.split(lengths), strict=True)):
+            alone = attention(own, [keys[run]], [values[run]], (len(own),), window=window, scale=0.2, form="compiled")
+            assert torch.equal(piece, alone)
+    if sum(lengths):
+        right = attention(query, keys, values, lengths, window=window, scale=0.2, form="reference")
+        assert error(found, right) < ERROR[torch.float32]
+
+
+@needs_kernels
+@dtypes
+def test_large_and_tiny_scores_are_weighed_as_the_reference_does(dtype):
+    """A query far along a key, so that all but one weight vanish, and one that sees all keys alike."""
+    key, value = (remembered(1, 1500, 32, dtype, seed) for seed in (1, 2))
+    for query in (300 * key[:, 1100].unsqueeze(0), torch.zeros(1, 1, 32, dtype=dtype)):
+        with torch.no_grad():
+            found = attention(query, [key], [value], (1,), scale=1.0, form="compiled")
+        right = attention(query.double(), [key.double()], [value.double()], (1,), scale=1.0, form="reference")
+        assert error(found, right) < ERROR[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    key, value = (remembered(1, 50, 32, torch.float32, seed) for seed in (1, 2))
+    value[0, 7] = bad
+    with torch.no_grad():
+        found = attention(random(1, 1, 32), [key], [value], (1,), scale=1.0, form="compiled")
+    assert not found.isfinite().any()
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_nothing():
+    query = random(3, 8, 64)
+    keys, values = ([remembered(2, n, 64, torch.float32, seed) for n in (5, 3000, 1024)] for seed in (1, 2))
+    weight, hidden = random(96, 64), random(3, 64)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found.append(attention(query, keys, values, (1, 1, 1), scale=0.2, form="compiled"))
+            found.append(few_rows.linear(hidden, weight, None))
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for one, other in zip(found, found[2:], strict=False))
+
+
+@needs_kernels
+def test_training_other_types_and_odd_shapes_go_to_torch():
+    """The kernel is for inference in the types and sizes that it knows; nothing else reaches it."""
+    cases = [
+        (torch.float64, 64, False),
+        (torch.float32, 24, False),
+        (torch.float32, 64, True),
+    ]
+    for dtype, size, grad in cases:
+        query = random(1, 2, size, dtype=dtype)
+        key, value = (remembered(2, 9, size, dtype, seed) for seed in (1, 2))
+        with torch.set_grad_enabled(grad), Calls() as calls:
+            found = attention(query, [key], [value], (1,), scale=0.2, form="compiled")
+        assert calls.names == []
+        right = attention(query.double(), [key.double()], [value.double()], (1,), scale=0.2, form="reference")
+        assert error(found, right) < ERROR[torch.float32]
+
+
+# --- few rows ---------------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@dtypes
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 2), (64, 6), (768, 34), (2080, 10)])
+def test_few_rows_have_parity_with_reference_and_do_not_know_each_other(dtype, bias, rows, inputs, outputs):
+    hidden, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, seed=1, dtype=dtype)
+    shift = random(outputs, seed=2, dtype=dtype) if bias else None
+    with torch.no_grad(), Calls() as calls:
+        found = linear(hidden, weight, shift)
+        alone = torch.cat([linear(row, weight, shift) for row in hidden.split(1)])
+    assert calls.names == ["linear_few_rows"] * (rows + 1)
+    assert torch.equal(found, alone)
+    right = linear_op.reference(hidden.double(), weight.double(), None if shift is None else shift.double())
+    assert error(found, right) < ERROR[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "dtype"),
+    [(9, 64, 4, torch.float32), (1, 40, 4, torch.float32), (1, 64, 5, torch.float32), (1, 64, 4, torch.float64)],
+    ids=["many rows", "odd inputs", "odd outputs", "fp64"],
+)
+def test_other_products_go_to_torch(rows, inputs, outputs, dtype):
+    hidden, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, seed=1, dtype=dtype)
+    with torch.no_grad(), Calls() as calls:
+        found = linear(hidden, weight)
+        turned = linear(hidden, weight.T.contiguous().T)  # the same weight, not row by row in memory
+    assert calls.names == []
+    assert error(found, hidden.double() @ weight.double().T) < ERROR[torch.float32]
+    assert error(turned, hidden.double() @ weight.double().T) < ERROR[torch.float32]
+
+
+@needs_kernels
+def test_rounding_to_bf16_is_torchs_own():
+    """Every fp32 sum is rounded to the nearest, to even in a tie, and NaN stays NaN."""
+    weight = torch.zeros(2, 32, dtype=torch.bfloat16)
+    weight[0, 0] = weight[1, 0] = weight[0, 1] = 1.0
+    for first, second in [(1.0, 2.0**-8), (1.0, 3 * 2.0**-9), (1.0078125, 2.0**-8), (torch.nan, 0.0), (torch.inf, 1.0)]:
+        hidden = torch.zeros(1, 32, dtype=torch.bfloat16)
+        hidden[0, :2] = torch.tensor([first, second])
+        with torch.no_grad():
+            found = few_rows.linear(hidden, weight, None)[0, 0]
+        right = (torch.tensor(first, dtype=torch.bfloat16).float() + hidden[0, 1].float()).bfloat16()
+        assert torch.equal(found, right) or (found.isnan() and right.isnan())
+
+
+# --- where they cannot be built ---------------------------------------------------------------------------------------
+
+
+def call_doctor(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "longwave.cli", "doctor"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_doctor_says_why_there_are_none(tmp_path: Path):
+    """Switched off, without a compiler, with one that fails, and with no place to build."""
+    assert "no compiled kernels: LONGWAVE_COMPILED=0" in call_doctor(LONGWAVE_COMPILED="0")
+    nothing, failing = tmp_path / "nothing", tmp_path / "failing"
+    nothing.mkdir()
+    failing.mkdir()
+    (failing / "cc").write_text("#!/bin/sh\necho 'cc: error: unknown flag' >&2\nexit 1\n")
+    (failing / "cc").chmod(0o755)
+    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    assert "no compiled kernels: no C compiler" in call_doctor(PATH=str(nothing), **home)
+    assert "cc failed: cc: error: unknown flag" in call_doctor(PATH=str(failing), **home)
+    (tmp_path / "file").write_text("")
+    assert "no compiled kernels" in call_doctor(XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert not list(tmp_path.glob("cache/longwave/*")), "a failed build leaves nothing behind"
+
+
+def test_without_them_the_torch_forms_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(compiled, "why_not", lambda: "no C compiler (cc, gcc or clang)")
+    linear_op.choose.cache_clear()
+    try:
+        assert linear_op.choose()[0] == "torch"
+        assert attention_op.choose()[0] == "torch"
+        with pytest.raises(UserError, match="no C compiler"):
+            attention_op.choose("compiled")
+        with torch.no_grad(), Calls() as calls:
+            found = linear(random(1, 64), random(4, 64, seed=1))
+        assert calls.names == []
+        assert error(found, random(1, 64).double() @ random(4, 64, seed=1).double().T) < ERROR[torch.float32]
+        assert "no compiled kernels" in doctor.facts()["op linear"]
+    finally:
+        linear_op.choose.cache_clear()
+
+
+@needs_kernels
+def test_processes_that_build_at_once_do_not_meet(tmp_path: Path):
+    """Four first users of one cache folder: all get their kernels, and one file is left."""
+    command = [sys.executable, "-c", "from longwave.ops import compiled; compiled.library()"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    builders = [subprocess.Popen(command, env=environment) for _ in range(4)]
+    assert [builder.wait() for builder in builders] == [0, 0, 0, 0]
+    assert len(list((tmp_path / "longwave").iterdir())) == 1
+
+
+@needs_kernels
+def test_a_damaged_build_is_said(tmp_path: Path):
+    (tmp_path / "longwave").mkdir()
+    name = Path(compiled.library()._name).name
+    (tmp_path / "longwave" / name).write_text("no shared object")
+    assert "cannot be loaded" in call_doctor(XDG_CACHE_HOME=str(tmp_path))
