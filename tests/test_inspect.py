@@ -445,6 +445,7 @@ def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):  # noqa:
     no("--text", "a", "--against", tmp_path / "missing", says=["missing", "no such folder"])
     no("--text", "a", model=tmp_path / "missing", says=["missing", "no such folder"])
     no("--text", "a", "--device", "gpu", says=["device = 'gpu'"])
+    no("--text", "a", "--against", folders["nested"], model=folders["llama"], says=["--against", "has no levels"])
     assert not (tmp_path / "page.html").exists()
     refuses("inspect", folders["nested"], "--text", "a", "--output", tmp_path, says=["--output", "a folder"])
     refuses(

@@ -77,6 +77,10 @@ class Agreement:
     distance: Statistic | None = None
     distribution: Distribution | None = None
 
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """Every figure by its name, as plain values."""
+        return {name: figure._asdict() for name, figure in vars(self).items() if isinstance(figure, Statistic)}
+
 
 def agreement(level: LevelTrace, attention: BlockAttention) -> Agreement:
     """Compares what a level kept of a text with the attention of a block, of the same model or of another."""

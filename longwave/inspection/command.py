@@ -11,12 +11,13 @@ from typing import Any
 from longwave import doctor
 from longwave.config import require
 from longwave.device import device_of
-from longwave.inspection.agreement import Agreement, Statistic
+from longwave.inspection.agreement import Agreement
 from longwave.inspection.inspect import Choice, Inspection, Level, inspect
 from longwave.inspection.source import read_text
 from longwave.inspection.spending import Passage
 from longwave.plan import short
 from longwave.reports.inspect import write_inspection
+from longwave.reports.page import finite
 
 
 def inspect_command(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def inspect_command(options: argparse.Namespace) -> dict[str, Any]:
     for line in _lines(found):
         print(line)
     print(f"{output}: open it in a browser ({output.stat().st_size / 1e6:.1f} MB)")
-    return _figures(found) | {"page": str(output)}
+    return finite(_figures(found)) | {"page": str(output)}
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -71,8 +72,8 @@ def _level_lines(level: Level, against: str | None) -> list[str]:
     trace = level.trace
     if level.retention is None:
         return [f"{level.name}: no token got this far"]
-    means = {name: trace.scores[chosen].mean() for name, chosen in (("kept", trace.kept), ("dropped", ~trace.kept))}
-    score = ", ".join(f"{name} {float(mean):+.3f}" for name, mean in means.items() if mean == mean)
+    sides = {"kept": trace.scores[trace.kept], "dropped": trace.scores[~trace.kept]}
+    score = ", ".join(f"{name} {float(side.mean()):+.3f}" for name, side in sides.items() if len(side))
     kept = f"keeps {level.retention:.1%} of {len(trace.kept):,} tokens (target {level.target:.0%})"
     mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}; threshold {level.threshold:+.3f})"
     lines = [f"{level.name}: {kept}, {mean}"]
@@ -124,5 +125,4 @@ def _level_figures(level: Level) -> dict[str, Any]:
 
 
 def _agreement_figures(found: Agreement) -> dict[str, Any]:
-    statistics = {name: one._asdict() for name, one in vars(found).items() if isinstance(one, Statistic)}
-    return {"block": found.depth, "compared": found.compared, "reason": found.reason, **statistics}
+    return {"block": found.depth, "compared": found.compared, "reason": found.reason, **found.statistics()}

@@ -19,6 +19,7 @@ from longwave.inspection.spending import Passage, Spending, extremes, spending
 from longwave.layers.block import Block
 from longwave.mixers import FullAttention
 from longwave.model import Decoder
+from longwave.progress import say
 from longwave.resamplers import Subllm
 from longwave.stream import Stream
 
@@ -84,8 +85,9 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     """Inspects a text (called `name`) with the model of a folder. UserError for what does not fit the model."""
     model, tokenizer = _load(path, device)
     layers, heads = _layers(model, choice.layers), _heads(model, choice.heads)
-    maps = len(layers) * (1 + len(heads))
+    maps, idle = len(layers) * (1 + len(heads)), choice.against is not None and not model.resamplers
     require(maps <= _MOST_MAPS, f"--layers and --heads: {maps} maps with the mean of all heads; at most {_MOST_MAPS}")
+    require(not idle, f"--against {choice.against}: no effect, since {path} has no levels; inspect the model that has")
     ids = encode(text, name, tokenizer, model.config, first)
     before = [block_before(model, level) for level in model.resamplers]
     depths = {block.site.depth for block in before if block is not None}
@@ -124,6 +126,8 @@ def _load(path: str, device: torch.device) -> tuple[Decoder, Tokenizer]:
     model = load(path, device=device)
     if model.tokenizer is None:
         raise UserError(f"{path}: no tokenizer.json; inspecting a text needs one")
+    for line in model.describe():
+        say(line)
     return model, model.tokenizer
 
 

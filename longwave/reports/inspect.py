@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from longwave.inspection.agreement import STRETCH, Agreement, Statistic
+from longwave.inspection.agreement import STRETCH, Agreement
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
 from longwave.plan import short
@@ -49,13 +49,9 @@ def _payload(found: Inspection, title: str, machine: dict[str, str], command: st
         ],
         "levels": [_level(level, found.against) for level in found.levels],
         "blocks": [_block(found, block) for block in found.blocks.values()],
-        "costs": costs | {"passages": [_passages(found.cheap), _passages(found.dear)]},
+        "costs": costs | {"passages": [[*map(dataclasses.asdict, side)] for side in (found.cheap, found.dear)]},
     }
     return finite(payload)
-
-
-def _passages(passages: list[Any]) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(passage) for passage in passages]
 
 
 def _level(level: Level, against: str | None) -> dict[str, Any]:
@@ -66,16 +62,11 @@ def _level(level: Level, against: str | None) -> dict[str, Any]:
         "entered": len(level.trace.kept),
         "retention": level.retention,
         "comparisons": [
-            {"model": name, **_agreement(found)}
+            {"model": name, **dataclasses.asdict(found), **found.statistics()}
             for name, found in (("this model", level.own), (against, level.other))
             if found is not None
         ],
     }
-
-
-def _agreement(found: Agreement) -> dict[str, Any]:
-    statistics = {name: figure._asdict() for name, figure in vars(found).items() if isinstance(figure, Statistic)}
-    return dataclasses.asdict(found) | statistics
 
 
 def _block(found: Inspection, block: BlockAttention) -> dict[str, Any]:
