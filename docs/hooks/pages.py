@@ -1,4 +1,4 @@
-"""What the site's pages get when they are built: the command line from its parser, and drawings that follow the theme."""
+"""What pages get when the site is built: the command line from its parser, and drawings that follow the theme."""
 
 from __future__ import annotations
 
@@ -48,11 +48,10 @@ def _command(parser: argparse.ArgumentParser) -> Iterator[str]:
     yield f"## {parser.prog}\n"
     yield f"{_sentence(parser.description or '')}\n"
     yield f"```text\n{_OPTION.sub('', usage)}\n```\n"
-    yield "| argument | meaning |\n|---|---|"
-    for action in parser._actions:
-        if not isinstance(action, argparse._HelpAction) and action.dest != "json":  # the page says it once for all
-            yield f"| `{_name(action)}` | {_meaning(action)} |"
-    yield ""
+    everywhere = {"help", "json"}  # the page says it once for all
+    rows = [f"| `{_name(one)}` | {_meaning(one)} |" for one in parser._actions if one.dest not in everywhere]
+    if rows:
+        yield "\n".join(["| argument | meaning |", "|---|---|", *rows, ""])
 
 
 def _name(action: argparse.Action) -> str:
@@ -67,7 +66,7 @@ def _meaning(action: argparse.Action) -> str:
     said, default = html.escape(action.help or "", quote=False).replace("|", "&#124;"), str(action.default)
     if action.choices:
         said = f"{said}{'; ' if said else ''}one of {', '.join(map(str, action.choices))}"
-    if action.default in (None, False, [], argparse.SUPPRESS) or default in said:
+    if action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or default in said:
         return said
     return f"{said} ({default})".strip()
 
