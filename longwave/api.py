@@ -15,12 +15,13 @@ from longwave.model import Decoder
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
-    """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported layout.
+    """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported layout, or a hub id.
 
     dtype: of the weights; as they were saved by default. Raises UserError for a folder that does not fit.
     """
-    model = checkpoints.load(path, dtype=dtype, device=device)
-    model.tokenizer = Tokenizer.load(path) if (Path(path) / "tokenizer.json").exists() else None
+    folder = checkpoints.find(path)
+    model = checkpoints.load(folder, dtype=dtype, device=device)
+    model.tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
     return model
 
 

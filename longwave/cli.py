@@ -114,15 +114,17 @@ def _run_doctor(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepare(verbs: Any) -> None:
-    parser = _verb(verbs, "prepare", _run_prepare, "turn text into tokenised shards")
+    parser = _verb(verbs, "prepare", _run_prepare, "turn text or conversations into tokenised shards")
     parser.add_argument(
-        "source", help="a text file, a .jsonl file or a folder of them; 'stdlib' for Python's own sources"
+        "source",
+        help="a text file, a .jsonl file of texts or chats, a folder of them; 'stdlib' for Python's own sources",
     )
     parser.add_argument("output", help="a new folder")
     parser.add_argument("--vocab-size", type=int, help="entries of the tokenizer to train (8192)")
     parser.add_argument("--tokenizer", help="a folder with tokenizer.json to use instead of training one")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of documents kept from training (0.02)")
-    parser.add_argument("--text-field", default="text", help="field of the text in JSONL rows (text)")
+    parser.add_argument("--text-field", help="field of the text in JSONL rows, whatever else they hold (text)")
+    parser.add_argument("--loss-on", choices=("assistant", "all"), help="what is learned of conversations (assistant)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -133,10 +135,13 @@ def _run_prepare(options: argparse.Namespace) -> dict[str, Any]:
 
     source = standard_library if options.source == "stdlib" else lambda: documents(options.source, options.text_field)
     tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else None
-    shares = {"held_out": options.held_out, "seed": options.seed}
+    shares = {"held_out": options.held_out, "seed": options.seed, "loss_on": options.loss_on}
     info = prepare(source, options.output, tokenizer=tokenizer, vocab_size=options.vocab_size, **shares)
     print(f"{options.output}: {info.train.tokens:,} training tokens and {info.held_out.tokens:,} held out, ", end="")
     print(f"{info.train.documents + info.held_out.documents:,} documents, vocabulary of {info.vocab_size:,}")
+    if info.kind == "chat":
+        learned = f"{info.train.targets / info.train.tokens:.0%} of the training tokens are learned"
+        print(f"conversations: {learned}; left out, for want of an answer: {info.left_out:,}")
     return json.loads(info.to_json())
 
 
@@ -157,7 +162,7 @@ def _run_train(options: argparse.Namespace) -> dict[str, Any]:
     trainer = Trainer(read_recipe(options.recipe, options.overrides), output)
     if trainer.step:
         say(f"{output}: resuming after step {trainer.step}")
-    for line in trainer.model.describe():
+    for line in [*trainer.model.describe(), *trainer.data.notes()]:
         say(line)
     trainer.watch(TrainingProgress(output.name, trainer.recipe.training.steps, trainer.step))
     trainer.run()
@@ -188,6 +193,7 @@ def _generate(verbs: Any) -> None:
     parser.add_argument("model", help="a model folder")
     parser.add_argument("--prompt", action="append", default=[], help="can be given several times; stdin without any")
     parser.add_argument("--prompt-file", action="append", default=[], help="a file that holds one prompt")
+    parser.add_argument("--chat", action="store_true", help="prompts are what a user says, answered by the assistant")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
@@ -227,22 +233,70 @@ def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(verbs: Any) -> None:
-    parser = _verb(verbs, "bench", _run_bench, "time a model against another, the output checked first")
-    parser.add_argument("kind", choices=("inference", "training"))
-    parser.add_argument("model", help="a recipe (random weights) or a model folder")
-    parser.add_argument("--against", default="transformers", help="'transformers', or another recipe or folder")
-    parser.add_argument("--contexts", default="2048,8192", help="token counts")
-    parser.add_argument("--batch", default="1", help="batch sizes, such as 1,8")
+    help = "time models or ops beside what is possible, the output checked first; compare two runs"
+    kinds = verbs.add_parser("bench", help=help, description=help).add_subparsers(metavar="KIND", required=True)
+    for kind, what in {"inference": "prefill and decoding", "training": "training steps"}.items():
+        parser = _verb(kinds, kind, _run_bench, f"time {what} of a model against another")
+        parser.set_defaults(kind=kind)
+        parser.add_argument("model", help="a recipe (random weights) or a model folder")
+        parser.add_argument(
+            "--against", default="transformers", help="another recipe or folder, 'transformers' or none"
+        )
+        _measuring(parser)
+        if kind == "inference":
+            parser.add_argument("--retention", choices=("forced", "real"), help="forced: thresholds at nominal (real)")
+            parser.add_argument("--decode-steps", type=int, help="tokens of one round of decoding (32)")
+    _bench_ops(kinds)
+    parser = _verb(
+        kinds, "compare", _run_bench_compare, "compare two runs kept by --save; exit code 1 if one is slower"
+    )
+    parser.add_argument("before", help="a file that --save wrote")
+    parser.add_argument("after", help="another one, of the same models or ops")
+    parser.add_argument("--threshold", type=float, default=0.05, help="share that counts as slower (0.05)")
+
+
+def _bench_ops(kinds: Any) -> None:
+    parser = _verb(kinds, "ops", _run_bench_ops, "time every op in each of its forms, checked against its reference")
+    parser.add_argument("model", nargs="?", help="a recipe or folder whose sizes to take; options go before them")
+    parser.add_argument("--ops", type=lambda text: text.split(","), help="which ops, such as attention; all by default")
+    parser.add_argument("--heads", type=int, help="query heads (12)")
+    parser.add_argument("--kv-heads", type=int, help="KV heads (4, or as many as --heads)")
+    parser.add_argument("--head-size", type=int, help="channels of a head (64)")
+    parser.add_argument("--hidden-size", type=int, help="channels of a layer (768)")
+    parser.add_argument("--vocab-size", type=int, help="rows of the head (32000)")
+    parser.add_argument("--window", type=int, help="a sliding window to time as well")
+    _measuring(parser)
+
+
+def _measuring(parser: argparse.ArgumentParser) -> None:
+    """What every measurement takes."""
+    parser.add_argument("--contexts", default="2048,8192", help="token counts, such as 2048,64k")
+    parser.add_argument("--batch", dest="batches", default="1", help="batch sizes, such as 1,8")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--retention", choices=("forced", "real"), default="real", help="forced: thresholds at nominal")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--decode-steps", type=int, default=32)
+    parser.add_argument("--repeats", type=int, help="interleaved rounds, of which medians are taken (5)")
+    parser.add_argument("--threads", type=int, help="threads of the CPU (as PyTorch takes them)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--save", metavar="FILE.json", help="keep the results, for bench compare")
+    parser.add_argument("--plot", metavar="FILE.svg|png", help="a picture (takes the extra 'plot')")
+    parser.add_argument("--profile", metavar="FILE.json[.gz]", help="a trace of one more run of each, for Perfetto")
 
 
 def _run_bench(options: argparse.Namespace) -> dict[str, Any]:
-    from longwave.benchmarks.command import bench_command
+    from longwave.benchmarks.command import bench_models
 
-    return bench_command(options)
+    return bench_models(options)
+
+
+def _run_bench_ops(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_ops
+
+    return bench_ops(options)
+
+
+def _run_bench_compare(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_compare
+
+    return bench_compare(options)
 
 
 if __name__ == "__main__":

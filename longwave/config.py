@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from longwave.errors import UserError
+from longwave.jsonfile import plain, shown
 from longwave.layout import parse
 
 T = TypeVar("T")
+MOST = 1 << 27  # of any size: what a matrix of two such sizes holds can still be counted in 64 bits
 
 
 class Strict:
@@ -44,15 +47,15 @@ def require(condition: bool, message: str) -> None:
 
 def _first_problem(kind: type, error: ValidationError) -> str:
     problem = error.errors()[0]
-    location = ".".join(map(str, problem["loc"]))
+    location = ".".join(plain(str(step)) for step in problem["loc"])
     if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
         return f"{location}: {cause}" if location and not str(cause).startswith(f"{location}.") else str(cause)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         close = get_close_matches(str(problem["loc"][-1]), _field_names(kind), n=1)
-        return f"unknown key {location} = {problem['input']!r}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"unknown key {location} = {shown(problem['input'])}" + (f"; did you mean {close[0]}?" if close else "")
     if problem["type"] == "missing":
         return f"{location} is missing"
-    return f"{location} = {problem['input']!r}: {problem['msg'].lower()}"
+    return f"{location} = {shown(problem['input'])}: {problem['msg'].lower()}"
 
 
 def _field_names(kind: type) -> list[str]:
@@ -88,7 +91,7 @@ class AttentionConfig(Strict):
 
     def __post_init__(self) -> None:
         require(self.heads > 0, f"attention.heads = {self.heads}: 1 or more")
-        groups = self.kv_heads or self.heads
+        groups = self.heads if self.kv_heads is None else self.kv_heads
         divides = groups > 0 and self.heads % groups == 0
         require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
         size = self.head_size
@@ -106,17 +109,114 @@ class MLPConfig(Strict):
     bias: bool = False
 
     def __post_init__(self) -> None:
-        require(self.size > 0, f"mlp.size = {self.size}: 1 or more")
+        require(0 < self.size <= MOST, f"mlp.size = {self.size}: 1 or more, at most {MOST}")
+
+
+@dataclass(frozen=True)
+class LinearScaling(Strict):
+    """Position interpolation: positions count in units of `factor` (Chen et al. 2023)."""
+
+    factor: float
+    kind: Literal["linear"] = "linear"
+
+    def __post_init__(self) -> None:
+        _check_scaling(factor=self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling(Strict):
+    """Llama 3.1's: wavelengths above original_window / low_freq_factor are stretched by `factor`, those below
+    original_window / high_freq_factor are kept, and a ramp joins them.
+
+    original_window: tokens of a window before the stretching.
+    """
+
+    factor: float
+    original_window: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    kind: Literal["llama3"] = "llama3"
+
+    def __post_init__(self) -> None:
+        _check_scaling(factor=self.factor, original_window=self.original_window)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(0 < low < high < math.inf, f"rotary.scaling.high_freq_factor = {high}: more than low_freq_factor {low}")
+
+
+@dataclass(frozen=True)
+class YarnScaling(Strict):
+    """YaRN (Peng et al. 2023): channels that turn less than `beta_slow` times in `original_window` tokens are stretched
+    by `factor`, those that turn more than `beta_fast` times are kept, and a ramp over the channels joins them.
+
+    attention_factor: on cosines and sines; 0.1 ln(factor) + 1 by default. truncate: the ramp begins and ends at whole
+    channels.
+    """
+
+    factor: float
+    original_window: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+    kind: Literal["yarn"] = "yarn"
+
+    def __post_init__(self) -> None:
+        attention = 1.0 if self.attention_factor is None else self.attention_factor
+        _check_scaling(factor=self.factor, original_window=self.original_window, attention_factor=attention)
+        slow, fast = self.beta_slow, self.beta_fast
+        require(0 < slow < fast < math.inf, f"rotary.scaling.beta_fast = {fast}: more than beta_slow = {slow}")
+
+
+@dataclass(frozen=True)
+class LongRopeScaling(Strict):
+    """LongRoPE (Ding et al. 2024): every pair of channels has a factor of its own by which its wavelength is stretched.
+
+    A model whose `context_window` is larger than `original_window` turns by `long_factors` at every position, any other
+    by `short_factors`. Published code switches from short to long once a sequence has grown past `original_window`,
+    which leaves keys in the cache that were turned by other angles than the queries that meet them; here an angle is a
+    function of the position alone. So prompts short enough for the short factors come out as published when
+    `context_window` is set to `original_window`.
+
+    attention_factor: on cosines and sines.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_window: int
+    attention_factor: float = 1.0
+    kind: Literal["longrope"] = "longrope"
+
+    def __post_init__(self) -> None:
+        _check_scaling(original_window=self.original_window, attention_factor=self.attention_factor)
+        for name in ("short_factors", "long_factors"):
+            legal = all(0 < factor < math.inf for factor in getattr(self, name))
+            require(legal, f"rotary.scaling.{name}: every factor is a number above 0")
+
+    def factors(self, context_window: int) -> tuple[float, ...]:
+        """The factors by which a model of this context window turns."""
+        return self.long_factors if context_window > self.original_window else self.short_factors
+
+
+def _check_scaling(**positive: float) -> None:
+    for name, value in positive.items():
+        require(0 < value < math.inf, f"rotary.scaling.{name} = {value}: a number above 0")
+
+
+RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True)
 class RotaryConfig(Strict):
-    """Rotary positions, half-split pairing (Su et al. 2021)."""
+    """Rotary positions, half-split pairing (Su et al. 2021).
+
+    scaling: how wavelengths are stretched beyond the window of the first training.
+    """
 
     base: float = 10000.0
+    scaling: Annotated[RotaryScaling, Discriminator("kind")] | None = None
 
     def __post_init__(self) -> None:
-        require(self.base > 1, f"rotary.base = {self.base}: more than 1")
+        require(1 < self.base < math.inf, f"rotary.base = {self.base}: more than 1")
 
 
 @dataclass(frozen=True)
@@ -126,6 +226,10 @@ class ScalesConfig(Strict):
     embedding: float = 1.0
     residual: float = 1.0
     logits: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            require(math.isfinite(value), f"scales.{name} = {value}: a finite number")
 
 
 @dataclass(frozen=True)
@@ -139,7 +243,7 @@ class InitConfig(Strict):
     embedding_std: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.std > 0, f"init.std = {self.std}: more than 0")
+        require(0 < self.std < math.inf, f"init.std = {self.std}: more than 0")
 
 
 _CAUSAL_ONLY = ("threshold_memory",)
@@ -216,7 +320,9 @@ class ModelConfig(Strict):
     def __post_init__(self) -> None:
         parse(self.layout)  # a layout that does not parse is refused before anything is read or built
         for name in ("vocab_size", "hidden_size", "context_window"):
-            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
+            value = getattr(self, name)
+            require(0 < value <= MOST, f"{name} = {value}: 1 or more, at most {MOST}")
+        require(0 <= self.norm_eps < math.inf, f"norm_eps = {self.norm_eps}: a number of at least 0")
         head_size = self.attention.head_size
         even = head_size is not None or self.hidden_size % (2 * self.attention.heads) == 0
         require(
@@ -224,6 +330,15 @@ class ModelConfig(Strict):
             f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; "
             "give attention.head_size",
         )
+        width = self.attention.heads * self.head_size
+        require(width <= MOST, f"attention.heads = {self.attention.heads} of {self.head_size}: at most {MOST} in all")
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        scaling, pairs = self.rotary.scaling, self.head_size // 2
+        for name in ("short_factors", "long_factors") if isinstance(scaling, LongRopeScaling) else ():
+            found = len(getattr(scaling, name))
+            require(found == pairs, f"rotary.scaling.{name} has {found} factors; heads of {2 * pairs} need {pairs}")
 
     @property
     def head_size(self) -> int:

@@ -42,6 +42,29 @@ class Cost:
         )
 
 
+@dataclass(frozen=True)
+class Peaks:
+    """A machine's best at reading (bytes per second) and at a matrix product (FLOPs per second)."""
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs, and bytes that have to be read."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, peaks: Peaks) -> float:
+        """The least time it takes."""
+        return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+
 def total(costs: Iterable[Cost], kind: str = "total") -> Cost:
     """The sum of all."""
     result = Cost(kind, parts=0)
@@ -66,3 +89,9 @@ def count(module: nn.Module) -> int:
 def weight_bytes(parameters: int, dtype: torch.dtype) -> int:
     """Bytes of so many weights."""
     return parameters * dtype.itemsize
+
+
+def visible_pairs(tokens: int, window: int | None = None) -> int:
+    """Pairs of a query and a key of a causal sequence, in which a query sees `window` keys, its own included."""
+    seen = min(window or tokens, tokens)
+    return seen * (seen + 1) // 2 + (tokens - seen) * seen

@@ -89,7 +89,7 @@ class Disk:
 
     def remove(self, path: Path) -> None:
         """Remove a file, a link or an empty folder; one that is already gone is fine."""
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             if path.is_dir() and not path.is_symlink():
                 os.rmdir(path)
             else:
@@ -211,6 +211,30 @@ def _machine_fault(error: Exception) -> str | None:
     return os.strerror(code) + (f" ({where})" if where else "")
 
 
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write one file, which appears whole and safe on the disk or not at all; an older one of that name is replaced.
+
+    Raises UserError if `path` is a folder, MachineError if the machine fails.
+    """
+    target = Path(path).resolve()
+    staging = _Hidden(target, "partial", os.getpid(), secrets.token_hex(6))
+    _ACTIVE.add(staging.token)
+    try:
+        with _faults(f"saving {target}", "nothing was changed"):
+            _make_folder(target.parent)
+            if target.is_dir():
+                raise UserError(f"cannot save to {target}: it is a folder, not a file")
+            disk.write(staging.path, data)
+            disk.sync(staging.path)
+            disk.rename(staging.path, target)
+        with _faults(f"saving {target}", "the new file is in place, but the disk has not confirmed it"):
+            disk.sync(target.parent)
+    finally:
+        _ACTIVE.discard(staging.token)
+        with suppress(OSError):  # what cannot be removed now is swept later
+            _sweep(target.parent, target.name)
+
+
 # --- the manifest -----------------------------------------------------------------------------------------------------
 
 
@@ -263,11 +287,13 @@ def _read_manifest(path: Path) -> dict[str, _File] | None:
 
     Raises UserError unless its bytes are exactly what longwave writes, so that a flipped bit in it cannot pass.
     """
+    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave")
     try:
         raw = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave")
+    except IsADirectoryError:
+        raise damaged from None
     try:
         content: Any = json.loads(raw)
         version, files = content["version"], {name: _File(**file) for name, file in content["files"].items()}
@@ -283,11 +309,13 @@ def _read_manifest(path: Path) -> dict[str, _File] | None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def verify(path: str | os.PathLike[str], full: bool = True) -> bool:
+def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None = None) -> bool:
     """True if the folder is exactly what was saved; False if it has no manifest, so that nothing can be said.
 
-    `full` compares checksums (reads every byte); otherwise names and sizes only. Raises UserError naming the first file
-    that is missing, cut, changed, or a weight file that was not saved; MachineError if a file cannot be read.
+    `full` compares checksums (reads every byte); otherwise names and sizes only. The content of files whose name ends
+    in `unread` is left to a caller that reads them anyway, and compares `checksums` with `refuse_damaged`.
+    Raises UserError naming the first file that is missing, cut, changed, or a weight file that was not saved;
+    MachineError if a file cannot be read.
     """
     folder = Path(path).resolve()
     with _faults(f"reading {folder}", "nothing was changed"):
@@ -299,8 +327,26 @@ def verify(path: str | os.PathLike[str], full: bool = True) -> bool:
             return False
         _check_sizes(folder, files)
         if full:
-            _check_content(folder, files)
+            _check_content(folder, {name: files[name] for name in files if not (unread and name.endswith(unread))})
         return True
+
+
+def checksums(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The checksum of every file that a folder was saved with (CRC-32, eight hexadecimal digits); none if unlisted."""
+    return {name: file.checksum for name, file in (_read_manifest(Path(path)) or {}).items()}
+
+
+def refuse_damaged(path: Path, found: str, saved: str) -> None:
+    """Raises UserError if the checksum found in a file is not the one that was saved."""
+    if found != saved:
+        raise UserError(f"{path} is damaged: its {ALGORITHM} is {found}, {saved} was saved")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns a fault of the machine while `path` is read into a MachineError."""
+    with _faults(f"reading {path}", "nothing was changed"):
+        yield
 
 
 def _check_sizes(folder: Path, files: dict[str, _File]) -> None:
@@ -317,10 +363,7 @@ def _check_sizes(folder: Path, files: dict[str, _File]) -> None:
 
 def _check_content(folder: Path, files: dict[str, _File]) -> None:
     for (name, saved), found in zip(files.items(), _measured(folder, files), strict=True):
-        if found != saved:
-            raise UserError(
-                f"{folder / name} is damaged: its {ALGORITHM} is {found.checksum}, {saved.checksum} was saved"
-            )
+        refuse_damaged(folder / name, found.checksum, saved.checksum)
 
 
 def recover(path: str | os.PathLike[str]) -> bool:

@@ -22,15 +22,14 @@ from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from longwave.checkpoints import llama, load, native, save
+from longwave.checkpoints import huggingface, load, native, save
+from longwave.checkpoints.families import EMBEDDING, FAMILIES, HEAD, TABLE, family_of
 from longwave.checkpoints.foreign import disassemble
 from longwave.config import ModelConfig
 from longwave.errors import UserError
@@ -323,17 +322,22 @@ AutoConfig.register(native.MODEL_TYPE, LongwaveConfig)
 AutoModelForCausalLM.register(LongwaveConfig, LongwaveForCausalLM)
 
 
-def llama_from(decoder: Decoder) -> LlamaForCausalLM:
-    """`transformers`' own Llama (SDPA attention) over the very weights of a decoder, which it shares.
+def transformers_from(decoder: Decoder) -> PreTrainedModel:
+    """`transformers`' own model (SDPA attention) over the very weights of a decoder, which it shares.
 
-    UserError for a decoder that is no plain Llama.
+    UserError for a decoder that is of no family that `transformers` has.
     """
-    config = LlamaConfig.from_dict(llama.config_json(decoder, None), attn_implementation="sdpa")
+    family = family_of(decoder.config)
+    if family is None or not family.in_transformers:
+        known = ", ".join(one.model_type for one in FAMILIES if one.in_transformers)
+        raise UserError(f"layout = {decoder.config.layout!r}: this model is none that transformers has ({known})")
+    values = huggingface.config_json(family, decoder, {})
+    config = AutoConfig.for_model(**values, attn_implementation="sdpa")
     with no_init_weights():
-        model = LlamaForCausalLM(config)
-    tensors = disassemble(decoder, llama.TABLE)
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = disassemble(decoder, TABLE)
     if decoder.config.tie_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors[HEAD] = tensors[EMBEDDING]
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return cast(Any, model).to(decoder.embed.weight.device).eval()

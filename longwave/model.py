@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,7 +26,7 @@ from longwave.costs import Cost, count, total, weight_bytes
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
 from longwave.layers.norm import RMSNorm
-from longwave.layers.rotary import angles
+from longwave.layers.rotary import turns
 from longwave.layout import Blocks, Layout, check_names, parse
 from longwave.mixers import Site
 from longwave.ops.attention import choose
@@ -50,6 +50,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
+        self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
         self.layout = parse(config.layout)
         check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -75,9 +76,9 @@ class Decoder(nn.Module):
         hidden = self.embed(tokens)
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
-        turns = angles(self.config.rotary, stream.positions, self.config.head_size)
+        cos, sin = turns(self.config, stream.positions)
         dtype = self._activation_dtype()
-        hidden = self.stack(hidden, stream.carrying(cos=turns.cos().to(dtype), sin=turns.sin().to(dtype)), state)
+        hidden = self.stack(hidden, stream.carrying(cos=cos.to(dtype), sin=sin.to(dtype)), state)
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))

@@ -22,7 +22,8 @@ import torch
 
 from longwave import doctor, durable
 from longwave.api import load
-from longwave.benchmarks.bench import BenchOptions, Row, bench_inference, bench_training
+from longwave.benchmarks.bench import BenchOptions, bench_inference, bench_training
+from longwave.benchmarks.results import Row
 from longwave.benchmarks.roofline import measure_peaks
 from longwave.benchmarks.subjects import Longwave, Subject
 from longwave.benchmarks.yardstick import Transformers

@@ -57,8 +57,15 @@ class CrashingDisk(durable.Disk):
 
     def rename(self, source: Path, target: Path) -> None:
         self._step()
+        replaced = target.read_bytes() if target.is_file() and target.stat().st_ino in self.safe_content else None
         super().rename(source, target)
-        self.pending.append(lambda: os.rename(target, source))
+        self.pending.append(lambda: self._undo(source, target, replaced))
+
+    def _undo(self, source: Path, target: Path, replaced: bytes | None) -> None:
+        os.rename(target, source)
+        if replaced is not None:
+            target.write_bytes(replaced)
+            self.safe_content.add(target.stat().st_ino)
 
     def exchange(self, one: Path, other: Path) -> bool:
         self._step()

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from longwave.benchmarks import bench, roofline
-from longwave.benchmarks.bench import BenchOptions, Row, bench_inference, bench_training, run, sample_tokens
-from longwave.benchmarks.checks import check_logits, check_loss
-from longwave.benchmarks.roofline import Level, Load, Peaks, Work, decode_work, measure_peaks
+from longwave.benchmarks.bench import BenchOptions, bench_inference, bench_training, run, sample_tokens
+from longwave.benchmarks.checks import check_forms, check_logits, check_loss
+from longwave.benchmarks.results import Row
+from longwave.benchmarks.roofline import Level, Load, decode_work, measure_peaks
 from longwave.benchmarks.subjects import Longwave, Subject, force_retention, one_pass, retention_in
-from longwave.benchmarks.table import tables, to_json
+from longwave.benchmarks.table import tables
 from longwave.benchmarks.timing import Timing, interleaved
 from longwave.benchmarks.yardstick import Transformers
 from longwave.config import ModelConfig, build
-from longwave.costs import total
+from longwave.costs import Peaks, Work, total
 from longwave.errors import MachineError, UserError
-from longwave.hf import llama_from
+from longwave.hf import transformers_from
 from longwave.model import Decoder
+from longwave.ops.attention import sdpa
 
 SUBLLM = "F subllm(0.64: F subllm(0.64: F) F) F"
 PEAKS = Peaks(bandwidth=1e12, flops=1e10)
@@ -59,7 +61,7 @@ def both(model: Decoder) -> list[Subject]:
 def test_the_yardstick_shares_our_weights_and_gives_our_logits(tied: bool, bias: bool):
     attention = {"heads": 4, "kv_heads": 2, "head_size": 16, "qkv_bias": bias, "output_bias": bias}
     model = decoder(tie_embeddings=tied, attention=attention)
-    llama = llama_from(model)
+    llama = transformers_from(model)
     tokens = sample_tokens(model, 20, 0)
     torch.testing.assert_close(llama(tokens[None]).logits[0], one_pass(model, tokens, 20), rtol=1e-4, atol=1e-4)
     assert llama.model.embed_tokens.weight.data_ptr() == model.embed.weight.data_ptr()
@@ -161,6 +163,20 @@ def test_checks_see_what_is_wrong():
         check_loss("broken", float("nan"), float("nan"), "fp32")
 
 
+@pytest.mark.parametrize("layout", ["3F", SUBLLM])
+def test_a_model_is_held_to_attention_in_its_plain_form(layout: str, monkeypatch: pytest.MonkeyPatch):
+    model = decoder(layout)
+    tokens = sample_tokens(model, 40, 0)
+    model.use_form("torch")
+    check_forms(model, tokens)
+    assert {block.mixer.form for block in model.blocks} == {"torch"}
+    packed = sdpa.packed
+    monkeypatch.setattr(sdpa, "packed", lambda query, *rest: packed(query * 1.2, *rest))
+    with pytest.raises(MachineError, match="attention in the form torch: its logits are off"):
+        check_forms(model, tokens)
+    assert {block.mixer.form for block in model.blocks} == {"torch"}
+
+
 def test_rows_of_inference_hold_to_the_formulas():
     model, llama = decoder(SUBLLM), decoder("5F")
     subjects = [Longwave("subllm", model), Longwave("llama", llama)]
@@ -195,10 +211,10 @@ def test_rows_of_training_hold_to_the_formulas():
 
 def test_decoding_work_of_a_llama_is_that_of_its_costs():
     model = decoder("3F")
-    work = roofline.total(decode_work(model, Load({-1: Level(24, 1, 1)})))
+    work = sum(decode_work(model, Load({-1: Level(24, 1, 1)})), Work(0, 0))
     costs = total(cost for cost in model.costs(24) if cost.kind != "embedding")
     assert (work.flops, work.bytes) == (costs.decode_flops, costs.decode_bytes)
-    more = roofline.total(decode_work(model, Load({-1: Level(24, 8, 1)})))
+    more = sum(decode_work(model, Load({-1: Level(24, 8, 1)})), Work(0, 0))
     assert more.flops == 8 * work.flops
     assert more.bytes - work.bytes == 7 * costs.state_bytes  # weights are read once for all
 
@@ -234,14 +250,14 @@ def test_recipes_are_compared_and_results_are_plain(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(bench, "measure_peaks", lambda *_: PEAKS)
     ours, other = recipe(tmp_path / "subllm.toml", SUBLLM), recipe(tmp_path / "llama.toml", "5F")
     options = replace(OPTIONS, batches=(1,), retention="forced", repeats=1)
-    results = run("inference", ours, other, options)
-    assert results.models == {"subllm": SUBLLM, "llama": "5F"}
-    plain = json.loads(json.dumps(to_json(results)))
+    results, _ = run("inference", ours, other, options)
+    assert {name: model.layout for name, model in results.models.items()} == {"subllm": SUBLLM, "llama": "5F"}
+    plain = json.loads(json.dumps(results.plain()))
     assert [row["subject"] for row in plain["rows"]] == ["subllm", "llama"] * 2
     assert plain["rows"][0]["retention"] == pytest.approx([0.64, 0.64], abs=0.1)
     assert {"device", "threads", "torch", "transformers", "dtype"} <= plain["hardware"].keys()
-    assert len(tables(results).renderables) == 3
-    alone = run("training", ours, None, options)
+    assert len(tables(results)) == 4  # what it ran on, prefill, decode, the bars
+    alone, _ = run("training", ours, None, options)
     assert [row.ratio for row in alone.rows] == [None]
 
 

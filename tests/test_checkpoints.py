@@ -1,4 +1,7 @@
-"""Model folders: parity with transformers' Llama, the published SUBLLM layout, and every way a folder can fail."""
+"""Model folders: the Llama layout in depth, the published SUBLLM layout, and every way a folder can fail.
+
+What the other families add is in `test_families.py`, damage of every kind in `test_damaged_folders.py`.
+"""
 
 import json
 import pickle
@@ -11,20 +14,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from model_folders import TOKENS, filled, greedy, logits, reconfigure, rewrite, same, small, their_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longwave.checkpoints import llama, load, save, subllm
+from longwave.checkpoints import families, load, save, subllm
 from longwave.checkpoints.foreign import Row, disassemble, holdings
 from longwave.checkpoints.names import flat_names
-from longwave.config import ModelConfig, build
 from longwave.data.tokenizer import Tokenizer
 from longwave.durable import MANIFEST
 from longwave.errors import UserError
 from longwave.model import Decoder
-from longwave.stream import Stream
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -35,6 +37,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "eps": {"rms_norm_eps": 0.1},
 }
+NAMES = "longwave, llama, qwen2, qwen3, mistral, minicpm, subllm"
 PUBLISHED = {
     "num_embeddings": 29,
     "decoder_embed_dim": 16,
@@ -54,25 +57,6 @@ PUBLISHED = {
     "mlp_name": "swiglu",
     "attn_type": "flash",
 }
-TOKENS = torch.randint(0, 29, (23,), generator=torch.Generator().manual_seed(0))
-
-
-def filled(tensors: dict[str, Tensor], seed: int = 0) -> None:
-    """Random values everywhere, in norms and biases too, so that no tensor can stand for another."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in sorted(tensors.items()):
-        noise = torch.randn(tensor.shape, generator=generator)
-        tensor.copy_(1 + 0.3 * noise if "norm" in name and name.endswith("weight") else 0.3 * noise)
-
-
-def their_llama(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **keys: Any) -> LlamaForCausalLM:
-    """A random Llama made and saved by transformers."""
-    shape = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, "num_attention_heads": 4, **keys})).to(dtype).eval()
-    with torch.no_grad():
-        filled(dict(model.named_parameters()))
-    model.save_pretrained(folder, max_shard_size=shard)
-    return model
 
 
 def published(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> dict[str, Tensor]:
@@ -100,52 +84,6 @@ def published(folder: Path, dtype: torch.dtype = torch.float32, **keys: Any) -> 
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return tensors
-
-
-def small(layout: str = "2F", **keys: Any) -> Decoder:
-    shape = {"vocab_size": 29, "hidden_size": 16, "attention": {"heads": 2}, "mlp": {"size": 24}, **keys}
-    model = Decoder(build(ModelConfig, {"layout": layout, **shape}, "test")).eval()
-    with torch.no_grad():
-        filled(dict(model.named_parameters()))
-    return model
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Changes the tensors of a folder, and forgets its checksums."""
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / MANIFEST).unlink(missing_ok=True)
-
-
-def reconfigure(folder: Path, **keys: Any) -> None:
-    """Changes keys of a folder's `config.json`; ... removes one."""
-    path = folder / "config.json"
-    values = {name: value for name, value in (json.loads(path.read_text()) | keys).items() if value is not ...}
-    path.write_text(json.dumps(values))
-
-
-def logits(model: Decoder, tokens: Tensor = TOKENS) -> Tensor:
-    with torch.no_grad():
-        return model(tokens, Stream.of([len(tokens)]))
-
-
-def greedy(model: Decoder, tokens: Tensor, count: int) -> list[int]:
-    """Longwave's own cached loop."""
-    state, made, new = model.state(), list[int](), tokens
-    for _ in range(count):
-        with torch.no_grad():
-            made.append(int(model(new, state.stream([len(new)]).last_rows(), state).argmax()))
-        new = torch.tensor(made[-1:])
-    return made
-
-
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """The same names, types and bits."""
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert ours[name].dtype == theirs[name].dtype
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 # --- Llama ------------------------------------------------------------------------------------------------------------
@@ -225,7 +163,7 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(tmp_path: Path):
 def test_tied_folder_may_hold_an_equal_head_only(tmp_path: Path):
     their_llama(tmp_path / "hf", tie_word_embeddings=True)
     expected = load(tmp_path / "hf").state_dict()
-    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"lm_head.weight": tensors[llama.TABLE[0].theirs].clone()}))
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"lm_head.weight": tensors[families.EMBEDDING].clone()}))
     same(load(tmp_path / "hf").state_dict(), expected)
     rewrite(tmp_path / "hf", lambda tensors: tensors["lm_head.weight"].add_(1))
     with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
@@ -285,15 +223,21 @@ def test_what_is_no_plain_llama_is_not_written_as_one(tmp_path: Path, keys: dict
     ("key", "value", "named"),
     [
         ("hidden_act", "gelu", "hidden_act = 'gelu': supported: 'silu'"),
-        ("quantization_config", {"bits": 4}, "quantization_config = {'bits': 4}: supported: none"),
-        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1.0}, "rope_parameters: rope_type = 'llama3'"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling: type = 'linear': supported: 'default'"),
+        ("quantization_config", {"bits": 4}, "quantization_config = {'bits': 4}: quantised folders are not read"),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1.0}, "rope_parameters: factor is missing"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rope_scaling: type = 'dynamic': supported: 'default'"),
+        ("rope_scaling", {"type": "linear", "factor": "2"}, "rope_scaling: factor = '2': expected float"),
+        ("rope_scaling", {"mrope_section": [1, 2]}, "rope_scaling: mrope_section = [1, 2]: supported: none"),
         ("rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ("num_attention_heads", 5, "num_attention_heads = 5"),
         ("num_hidden_layers", "3", "num_hidden_layers = '3': expected int"),
         ("num_key_value_heads", 3, "kv_heads = 3"),
         ("vocab_size", ..., "vocab_size is missing"),
-        ("model_type", "gpt2", "model_type = 'gpt2'; supported: longwave, llama, subllm"),
+        (
+            "model_type",
+            "gpt2",
+            f"model_type = 'gpt2'; supported: {NAMES}",
+        ),
     ],
 )
 def test_unsupported_llama_key_is_named(tmp_path: Path, key: str, value: Any, named: str):
@@ -570,7 +514,7 @@ def test_structure_comes_back_from_its_layout(structure: str):
     values = {**PUBLISHED, "structure": structure, "decoder_layers": count}
     with torch.device("meta"):
         model = Decoder(subllm.config_from(values, "config.json"))
-    assert subllm.config_json(model, None)["structure"] == structure
+    assert subllm.config_json(model, {})["structure"] == structure
     assert model.layout.depth == count
 
 
@@ -599,8 +543,8 @@ every_layout = pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS)
 @pytest.mark.parametrize(
     ("table", "layout", "keys"),
     [
-        (llama.TABLE, "3F", {"attention": {"heads": 2, "qkv_bias": True, "output_bias": True}}),
-        (llama.TABLE, "2F", {"tie_embeddings": True, "mlp": {"size": 24, "bias": True}}),
+        (families.TABLE, "3F", {"attention": {"heads": 2, "qkv_bias": True, "output_bias": True}}),
+        (families.TABLE, "2F", {"tie_embeddings": True, "mlp": {"size": 24, "bias": True}}),
         (subllm.TABLE, "F subllm(0.5: F subllm(0.5: F) F) F", {}),
     ],
 )
@@ -609,13 +553,12 @@ def test_table_read_backwards_is_its_inverse(table: tuple[Row, ...], layout: str
     model, numbering = small(layout, **keys), {"closing": [1, 0]}
     names = flat_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items() if ".threshold." not in name}
-    shapes = {name: tensor.shape for name, tensor in own.items()}
     held, foreign = holdings(own, table, numbering), disassemble(model, table, numbering)
     assert sorted(name for one in held.values() for name in one.ours) == sorted(own)
     back: dict[str, Tensor] = {}
     for theirs, one in held.items():
-        assert foreign[theirs].shape == one.shape(shapes)
-        back |= one.take(foreign[theirs], shapes)
+        assert foreign[theirs].shape == one.expected(own).shape
+        back |= one.take(foreign[theirs], own)
     same(back, own)
 
 
@@ -674,7 +617,6 @@ def test_dtype_is_that_of_every_weight(tmp_path: Path, make: Callable[[Path], ob
 
 @every_layout
 def test_training_a_loaded_model_leaves_its_folder_alone(tmp_path: Path, make: Callable[[Path], object]):
-    """Its weights are memory-mapped."""
     make(tmp_path / "m")
     model, expected = load(tmp_path / "m"), load(tmp_path / "m").double().state_dict()
     with torch.no_grad():
@@ -727,5 +669,5 @@ def test_bad_config_is_named(tmp_path: Path, text: str, named: str):
 def test_folder_without_config_and_unknown_layout_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
-    with pytest.raises(UserError, match="layout = 'gguf'; use one of longwave, llama, subllm"):
+    with pytest.raises(UserError, match=f"layout = 'gguf'; use one of {NAMES}"):
         save(small(), tmp_path / "out", layout="gguf")

@@ -268,6 +268,44 @@ def test_a_folder_that_is_not_there(tmp_path: Path):
     assert durable.newest(tmp_path / "nothing") is None
 
 
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_file_is_written_whole_or_not_at_all(code: int, tmp_path: Path):
+    """Each operation fails once: before the rename the old file stands, after it the new one; nothing lies around."""
+    for operation in range(1000):
+        path = tmp_path / str(operation) / "new" / "results.json"
+        durable.write_file(path, b"old")
+        durable.disk = disk = FailingDisk(operation, code)
+        outcome = ""
+        try:
+            durable.write_file(path, b"new")
+        except MachineError as error:
+            outcome = str(error)
+        durable.disk = durable.Disk()
+        assert path.read_bytes() == (b"old" if "nothing was changed" in outcome else b"new")
+        assert os.listdir(path.parent) == ["results.json"]
+        if disk.count <= operation:
+            break
+    assert operation > 3
+    assert outcome == ""
+
+
+def test_a_file_is_not_written_over_a_folder(saved: Path):
+    with pytest.raises(UserError, match="it is a folder, not a file"):
+        durable.write_file(saved, b"new")
+    assert version_of(saved) == 0
+    assert hidden(saved.parent) == []
+
+
+def test_what_a_dead_writer_left_of_a_file_is_swept(tmp_path: Path):
+    left = tmp_path / ".results.json.partial-999999999-0123456789ab"
+    left.write_bytes(b"half")
+    durable.write_file(tmp_path / "results.json", b"whole")
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 # --- the living -------------------------------------------------------------------------------------------------------
 
 

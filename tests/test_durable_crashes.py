@@ -121,6 +121,30 @@ def test_a_crash_at_any_operation_loses_nothing(scenario: Scenario, exchanges, p
     assert operations >= 8  # a save syncs four files, a prune empties two folders of four
 
 
+@pytest.mark.parametrize("power_cut", [False, True], ids=["process dies", "power cut"])
+def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(power_cut, tmp_path: Path):
+    for operation in range(100):
+        root = tmp_path / str(operation)
+        root.mkdir()
+        durable.disk = disk = CrashingDisk()
+        durable.write_file(root / "results.json", b"old")
+        disk.crash_at = disk.count + operation
+        try:
+            durable.write_file(root / "results.json", b"new")
+        except Crash:
+            crashed = True
+        else:
+            crashed = False
+        if power_cut:
+            disk.cut_power(root)
+        durable.disk = durable.Disk()
+        assert (root / "results.json").read_bytes() in ((b"old", b"new") if crashed else (b"new",))
+        if not crashed:
+            assert operation >= 4
+            return
+    raise AssertionError("it never gets through")
+
+
 @pytest.mark.parametrize(
     "forgets",
     [

@@ -1,4 +1,4 @@
-"""Right before fast: no number is given of a model whose output is wrong.
+"""Right before fast: no number is given of a model, or of a form of an op, whose output is wrong.
 
 Legend: `V` vocabulary.
 """
@@ -6,15 +6,21 @@ Legend: `V` vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from longwave.benchmarks.subjects import one_pass
 from longwave.errors import MachineError
+from longwave.model import Decoder
+from longwave.ops.benchmark import Case
 
 _FP32_DIFFERENCE, _LOW_PRECISION_COSINE = 1e-3, 0.999
 _LOSS_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}
+_OP_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+_PROMPT, _ROWS = 256, 8  # tokens of a model that run in the plain form too, and rows of logits compared
 
 
 def check_logits(name: str, found: Float[Tensor, "*rows V"], expected: Float[Tensor, "*rows V"]) -> None:
@@ -38,3 +44,62 @@ def check_loss(name: str, found: float, expected: float, precision: str) -> None
     """MachineError unless two losses of the same tokens under the same weights agree."""
     if not math.isfinite(found) or abs(found - expected) > _LOSS_DIFFERENCE[precision] * abs(expected):
         raise MachineError(f"{name}: its loss is {found:.6f} where {expected:.6f} is right, so it is not timed")
+
+
+def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
+    """MachineError unless the model gives the same logits when attention runs in its plain reference form.
+
+    The first 256 tokens are enough to tell, and as many as the reference can do.
+    """
+    prompt, mixers = tokens[:_PROMPT], [block.mixer for block in model.blocks]
+    forms = [mixer.form for mixer in mixers]
+    found = one_pass(model, prompt, min(_ROWS, len(prompt)))
+    model.use_form("reference")
+    try:
+        expected = one_pass(model, prompt, min(_ROWS, len(prompt)))
+    finally:
+        for mixer, form in zip(mixers, forms, strict=True):
+            mixer.use_form(form)
+    check_logits(f"attention in the form {', '.join(sorted(set(forms)))}", found, expected)
+
+
+def check_form(case: Case, name: str) -> float:
+    """How far a form of an op is from its reference, in its output and its gradients: the largest error of any row.
+
+    A row's error is the norm of its difference, relative to the norm of the row, or of a typical one if that is more.
+    Where the reference gives only some rows of the output, the gradients are those of these rows. MachineError for an
+    error beyond what the precision explains: 1e-4 in fp32, 5e-2 in bf16.
+    """
+    found, expected = _outcome(case, case.forms[name]), _outcome(case, None)
+    errors = {part: _error(found[part], expected[part]) for part in expected}
+    dtype = next(one.dtype for one in case.inputs if one.is_floating_point())
+    worst = max(errors, key=lambda part: errors[part])
+    if not errors[worst] <= _OP_ERROR[dtype]:
+        where = f"{case.quantity}, form {name}"
+        raise MachineError(f"{where}: its {worst} is off by {errors[worst]:.1e}, so it is not timed")
+    return errors[worst]
+
+
+def _outcome(case: Case, form: Callable[..., Tensor] | None) -> dict[str, Tensor]:
+    """The output of a form, or of the reference, and the gradients of the inputs by the same slopes."""
+    dtype = next(one.dtype for one in case.inputs if one.is_floating_point())
+    precision = torch.float64 if form is None else dtype
+    inputs = [one.detach().to(precision) if one.is_floating_point() else one for one in case.inputs]
+    learned = [one.requires_grad_() for one in inputs if one.is_floating_point() and case.backward]
+    with torch.set_grad_enabled(case.backward is not None):
+        output = (form or case.reference)(*inputs)
+    if form is not None and case.rows is not None:
+        output = output[case.rows]
+    if not learned:
+        return {"output": output}
+    slopes = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device, dtype).to(output)
+    gradients = torch.autograd.grad(output, learned, slopes)
+    names = [f"gradient of input {index + 1}" for index in range(len(learned))]
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    rows = (found.double() - expected).reshape(-1, expected.shape[-1] if expected.ndim else 1)
+    right = expected.reshape(rows.shape).norm(dim=1)
+    typical = right[right > 0].square().mean().sqrt()
+    return float((rows.norm(dim=1) / right.clamp(min=typical)).nan_to_num(nan=torch.inf).max())

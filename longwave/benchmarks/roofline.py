@@ -11,43 +11,24 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.benchmarks.timing import Task, seconds_of
-from longwave.costs import weight_bytes
+from longwave.benchmarks.timing import Task, seconds_of, swift_collections
+from longwave.costs import Peaks, Work, weight_bytes
 from longwave.model import Decoder
 
 _BYTES, _SIDE, _REPEATS = 1 << 28, 2048, 5
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """The machine's best at reading (bytes per second) and at a matrix product (FLOPs per second)."""
-
-    bandwidth: float
-    flops: float
 
 
 def measure_peaks(dtype: torch.dtype, device: torch.device | str = "cpu") -> Peaks:
     """Measured here and now, on the threads that the models will have."""
     large, row = torch.ones(_BYTES // (4 * _SIDE), _SIDE, device=device), torch.ones(_SIDE, device=device)
     square = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
-    reading = min(_best(large.sum), _best(lambda: large @ row))
-    return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
+    with swift_collections():
+        reading = min(_best(large.sum), _best(lambda: large @ row))
+        return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
 
 
 def _best(task: Task) -> float:
     return min(seconds_of(task) for _ in range(_REPEATS))
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs, and bytes that have to be read."""
-
-    flops: float
-    bytes: float
-
-    def seconds(self, peaks: Peaks) -> float:
-        """The least time it takes."""
-        return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -103,11 +84,6 @@ def prefill_work(model: Decoder, tokens: int, retention: Sequence[float]) -> Wor
 def training_work(model: Decoder, tokens: int, windows: int) -> Work:
     """What one step over so many windows does, forward and backward, at the nominal retention."""
     return Work(windows * model.training_flops(tokens), 3 * _all_weights(model))
-
-
-def total(parts: Sequence[Work]) -> Work:
-    """The sum of all."""
-    return Work(sum(part.flops for part in parts), sum(part.bytes for part in parts))
 
 
 def _all_weights(model: Decoder) -> int:

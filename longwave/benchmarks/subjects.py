@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from longwave.benchmarks.profile import Part
 from longwave.benchmarks.roofline import Level, Load
 from longwave.benchmarks.timing import Task
 from longwave.model import Decoder
@@ -63,6 +64,10 @@ class Subject(Protocol):
         """A task that runs forward, backward and a fused AdamW step; it changes the weights."""
         ...
 
+    def parts(self) -> list[Part]:
+        """The modules whose time is told apart in a trace."""
+        ...
+
 
 class Longwave:
     """A longwave decoder."""
@@ -92,6 +97,17 @@ class Longwave:
             return self._mean_loss(tokens)
 
         return training_task(self.model, loss, precision, tokens.device)
+
+    def parts(self) -> list[Part]:
+        model = self.model
+        found = [Part("embed", "embedding", model.embed), Part("norm", "norms", model.norm)]
+        for block in model.blocks:
+            name = block.site.name
+            found += [Part(name, "residuals", block), Part(f"{name}.mixer", f"mixers {block.letter}", block.mixer)]
+            norms = {"mixer_norm": block.mixer_norm, "mlp_norm": block.mlp_norm}
+            found += [Part(f"{name}.{inner}", "norms", norm) for inner, norm in norms.items()]
+            found.append(Part(f"{name}.mlp", "MLPs", block.mlp))
+        return found + [Part(one.site.name, "resamplers", one) for one in model.resamplers]
 
     def _mean_loss(self, tokens: Tensor) -> Tensor:
         sizes = (tokens.shape[1],) * tokens.shape[0]

@@ -1,82 +1,87 @@
-"""Results of a benchmark: a table for people, and one JSON object."""
+"""Results of a benchmark as text for people: tables as wide as their figures, and bars of time beside the bound."""
 
 from __future__ import annotations
 
-import dataclasses
-import platform
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
-import torch
 from rich import box
-from rich.console import Group
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from longwave.benchmarks.bench import Results, Row
-from longwave.device import device_of
-from longwave.doctor import cpu_name
+from longwave.benchmarks.profile import Spent
+from longwave.benchmarks.results import Results, Row
+from longwave.plan import short_bytes
 
-_COLUMNS = ("context", "batch", "model", "time", "spread", "tokens/s")
 _COMPARED = ("time ratio", "by bounds", "gain of bound")
-_DERIVED = ("mfu", "mbu", "of_bound", "gain_of_bound")
+_LEFT = ("model", "form", "checked", "part", "verdict")
+_BAR, _KINDS = 40, 10  # characters of the longest bar, and kinds of parts that are told apart
+_SOLID, _LIGHT, _AHEAD = "█", "░", "·"
+_PASSES = ("forward", "backward")
 
 
-def tables(results: Results) -> Group:
-    """What it ran on, and one table per quantity; the bound of decoding is of bytes, the others' of FLOPs."""
+def show(*views: RenderableType) -> None:
+    """Prints; what is wider than the terminal, or than a file is taken to be, is never cut."""
+    console = Console()
+    for view in views:
+        wide = console.options.update(max_width=1 << 16)
+        Console(width=max(console.width, Measurement.get(console, wide, view).maximum)).print(view)
+
+
+def tables(results: Results) -> list[RenderableType]:
+    """What it ran on, one table per quantity, and the bars."""
     quantities = dict.fromkeys(row.quantity for row in results.rows)
     views = [_table(quantity, [row for row in results.rows if row.quantity == quantity]) for quantity in quantities]
-    return Group(_heading(results), *views)
+    return [heading(results), *views, bars(results.rows)]
 
 
-def to_json(results: Results) -> dict[str, Any]:
-    """Plain values: what it ran on, what was asked for, and every row with all it knows."""
-    return {
-        "kind": results.kind,
-        "hardware": hardware(results),
-        "models": results.models,
-        "options": dataclasses.asdict(results.options),
-        "peaks": dataclasses.asdict(results.peaks),
-        "rows": [_plain(row) for row in results.rows],
-    }
-
-
-def hardware(results: Results) -> dict[str, Any]:
-    """What the numbers belong to."""
-    device = device_of(results.options.device)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "dtype": results.options.dtype,
-    }
-
-
-def _heading(results: Results) -> str:
-    facts = hardware(results)
+def heading(results: Results) -> str:
+    """What it ran on, and which models."""
+    facts = results.hardware
     peaks = f"{results.peaks.flops / 1e9:,.0f} GFLOP/s, {results.peaks.bandwidth / 1e9:,.1f} GB/s"
-    lines = [f"{results.kind} in {facts['dtype']} on {facts['device']}, {facts['threads']} threads; measured: {peaks}"]
-    return "\n".join([*lines, *(f"{name}: {layout}" for name, layout in results.models.items())])
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
+    lines = [f"{results.kind} in {facts['dtype']} on {facts['device']}, {threads}; measured: {peaks}"]
+    return "\n".join([*lines, *(f"{name}: {model.layout}" for name, model in results.models.items())])
+
+
+def by_place(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows in groups that are compared."""
+    return [list(group) for _, group in groupby(rows, lambda row: row.place)]
+
+
+def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str] | None]) -> Table:
+    """A table of cells by column; None draws a line."""
+    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
+    for column in columns:
+        view.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
+    for line in lines:
+        if line is None:
+            view.add_section()
+        else:
+            view.add_row(*line)
+    return view
 
 
 def _table(quantity: str, rows: list[Row]) -> Table:
     columns = _columns(rows)
-    view = Table(title=quantity, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in columns:
-        view.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for row, following in zip(rows, [*rows[1:], None], strict=True):
-        last = following is None or (row.context, row.batch) != (following.context, following.batch)
-        view.add_row(*(_cell(row, column) for column in columns), end_section=last)
-    return view
+    lines: list[Sequence[str] | None] = []
+    for together in by_place(rows):
+        lines += [*([_cell(row, column) for column in columns] for row in together), None]
+    return table(quantity, columns, lines)
 
 
 def _columns(rows: list[Row]) -> list[str]:
     """Those that have something to say about these rows."""
-    columns = [*_COLUMNS, "MBU" if rows[0].quantity == "decode" else "MFU"]
-    columns += _COMPARED if rows[0].ratio is not None else ()
+    first, of_op = rows[0], rows[0].error is not None
+    columns = ["context", "batch", "form" if of_op else "model", "time", "spread", "bound"]
+    columns += ["MBU" if first.mbu > first.mfu else "MFU", *(() if of_op else ("tokens/s",))]
+    columns += _COMPARED if first.ratio is not None else ()
     columns += ["retention"] if any(row.retention for row in rows) else ()
-    return columns + (["state", "reserved"] if rows[0].state_used is not None else [])
+    columns += ["state", "reserved"] if first.state_used is not None else ()
+    columns += ["peak memory"] if first.peak_memory is not None else ()
+    return columns + (["error", "checked"] if of_op else [])
 
 
 def _cell(row: Row, column: str) -> str:
@@ -85,8 +90,10 @@ def _cell(row: Row, column: str) -> str:
         "context": lambda: f"{row.context:,}",
         "batch": lambda: str(row.batch),
         "model": lambda: row.subject,
-        "time": lambda: _seconds(timing.median),
-        "spread": lambda: f"{_seconds(timing.low)} - {_seconds(timing.high)}",
+        "form": lambda: row.subject,
+        "time": lambda: duration(timing.median),
+        "spread": lambda: f"{duration(timing.low)} - {duration(timing.high)}",
+        "bound": lambda: duration(row.bound),
         "tokens/s": lambda: f"{row.tokens / timing.median:,.1f}",
         "MFU": lambda: f"{row.mfu:.0%}",
         "MBU": lambda: f"{row.mbu:.0%}",
@@ -94,23 +101,54 @@ def _cell(row: Row, column: str) -> str:
         "by bounds": lambda: f"{row.bound_ratio:.3f}",
         "gain of bound": lambda: f"{row.gain_of_bound:.3f}",
         "retention": lambda: " ".join(f"{share:.3f}" for share in row.retention),
-        "state": lambda: _mib(row.state_used or 0),
-        "reserved": lambda: _mib(row.state_reserved or 0),
+        "state": lambda: short_bytes(row.state_used or 0),
+        "reserved": lambda: short_bytes(row.state_reserved or 0),
+        "peak memory": lambda: short_bytes(row.peak_memory or 0),
+        "error": lambda: f"{row.error:.1e}",
+        "checked": lambda: row.checked or "",
     }
     return cells[column]()
 
 
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3f} s" if seconds >= 1 else f"{1000 * seconds:.2f} ms"
+def bars(rows: Sequence[Row]) -> Text:
+    """A bar of time for every row, its part up to the bound solid; those of one quantity and size share a scale."""
+    text, width = Text(), max((len(row.subject) for row in rows), default=0)
+    for together in by_place(rows):
+        longest = max(max(row.timing.median, row.bound) for row in together)
+        text.append(f"{together[0].place}\n", "bold")
+        for row in together:
+            text.append(f"  {row.subject:<{width}}  {_bar(row, longest)}  {beside_bound(row)}\n")
+    return text.append(f"  {_SOLID} up to the bound  {_LIGHT} beyond it  {_AHEAD} less than the bound", "dim")
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
+def beside_bound(row: Row) -> str:
+    """The time and what is possible."""
+    return f"{duration(row.timing.median)}, bound {duration(row.bound)} ({row.of_bound:.0%})"
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    own = {name: value for name, value in dataclasses.asdict(row).items() if name not in ("timing", "peaks")}
-    timing = row.timing
-    seconds = {"median": timing.median, "low": timing.low, "high": timing.high, "all": list(timing.seconds)}
-    derived = {name: getattr(row, name) for name in _DERIVED}
-    return own | {"seconds": seconds, "tokens_per_second": row.tokens / timing.median} | derived
+def _bar(row: Row, longest: float) -> str:
+    time, bound = (round(_BAR * seconds / longest) for seconds in (row.timing.median, row.bound))
+    solid = min(time, bound)
+    return (_SOLID * solid + _LIGHT * (time - solid) + _AHEAD * (bound - solid)).ljust(_BAR)
+
+
+def where_time_went(title: str, spent: Mapping[str, Spent]) -> Table:
+    """A table of the time of one profiled run by kind of part; the smallest kinds are added up."""
+    whole = sum(one.seconds for one in spent.values())
+    shown, small = dict(list(spent.items())[:_KINDS]), list(spent.items())[_KINDS:]
+    if small:
+        calls, forward, backward = (sum(getattr(one, name) for _, one in small) for name in ("calls", *_PASSES))
+        shown[f"{len(small)} others"] = Spent(calls, forward, backward)
+    passes = [name for name in _PASSES if any(getattr(one, name) for one in shown.values())]
+    lines = [
+        [kind, f"{one.calls or ''}", *(duration(getattr(one, name)) for name in passes), f"{one.seconds / whole:.0%}"]
+        for kind, one in shown.items()
+    ]
+    return table(title, ["part", "calls", *passes, "share"], lines)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that gives about four figures."""
+    if seconds >= 1:
+        return f"{seconds:.3f} s"
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"

@@ -1,4 +1,4 @@
-"""`transformers`' Llama as a subject, used as its own `generate` uses it.
+"""`transformers`' own model as a subject, used as its own `generate` uses it.
 
 Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
 """
@@ -6,7 +6,9 @@ Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -14,20 +16,23 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from longwave.benchmarks.profile import Part
 from longwave.benchmarks.roofline import Level, Load
 from longwave.benchmarks.subjects import Decoding, computing_in, training_task
 from longwave.benchmarks.timing import Task
-from longwave.hf import llama_from
+from longwave.hf import transformers_from
 from longwave.model import Decoder
 
 
 class Transformers:
-    """A LlamaForCausalLM over the weights of a decoder; UserError if that is no plain Llama."""
+    """Their model over the weights of a decoder; UserError if that is of no family that they have."""
 
     name = "transformers"
 
     def __init__(self, model: Decoder) -> None:
-        self.model, self.llama = model, llama_from(model)
+        self.model, self.llama = model, transformers_from(model)
+        takes_cache = "cache" in signature(self.llama.forward).parameters
+        self._cache_name = "cache" if takes_cache else "past_key_values"  # as it was called before transformers 5.24
 
     def prefill(self, context: Int64[Tensor, " N"]) -> Callable[[], Float[Tensor, " V"]]:
         return lambda: self._filled(context)[1]
@@ -48,6 +53,11 @@ class Transformers:
     def trainer(self, tokens: Int64[Tensor, "B N"], precision: str) -> Task:
         return training_task(self.llama, lambda: self._mean_loss(tokens), precision, tokens.device)
 
+    def parts(self) -> list[Part]:
+        """What every layer holds, and what stands beside the layers, by the names of `transformers`."""
+        own = [(name, module) for name, module in self.llama.named_modules() if name and _is_part(name)]
+        return [Part(name, re.sub(r"\d+\.", "", name), module) for name, module in own]
+
     def _mean_loss(self, tokens: Tensor) -> Tensor:
         return self.llama(tokens, labels=tokens, use_cache=False).loss
 
@@ -61,7 +71,8 @@ class Transformers:
     def _run(self, tokens: Tensor, places: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) after new tokens (B, n) at the given places."""
         self.llama.eval()
-        output = self.llama(tokens, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        remembered = {self._cache_name: cache, "use_cache": True}
+        output = self.llama(tokens, position_ids=places, logits_to_keep=1, **remembered)
         return output.logits[:, 0]
 
     @torch.inference_mode()
@@ -98,6 +109,11 @@ class Transformers:
         reserved = sum(key.numel() * key.element_size() + value.numel() * value.element_size() for key, value in arrays)
         used = reserved * context // arrays[0][0].shape[-2]
         return Decoding(run, Load({-1: Level.whole(context, batch, steps)}), used, reserved)
+
+
+def _is_part(name: str) -> bool:
+    """`lm_head`, `model.norm`, `model.layers.3.mlp`; not what they are made of, nor lists of layers."""
+    return bool(re.fullmatch(r"(model\.)?((?!layers\b|model\b)\w+|layers\.\d+\.\w+)", name))
 
 
 def _arrays(cache: Cache) -> list[tuple[Tensor, Tensor]]:

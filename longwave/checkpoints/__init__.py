@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from longwave import durable
-from longwave.checkpoints import llama, native, subllm
+from longwave.checkpoints import huggingface, native, subllm
+from longwave.checkpoints.families import FAMILIES, Family
+from longwave.checkpoints.generation import completed, read_generation, write_generation
+from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
+from longwave.jsonfile import read_object, shown
 from longwave.model import Decoder
 
-Reader = Callable[[Path, "dict[str, Any]", "torch.dtype | None"], Decoder]
-Writer = Callable[[Decoder, Path, "Tokenizer | None"], None]
+__all__ = ["LAYOUTS", "Format", "find", "is_hub_id", "layout_of", "load", "load_config", "save"]
 
-READERS: dict[str, Reader] = {
-    native.MODEL_TYPE: native.read_model,
-    llama.MODEL_TYPE: llama.read_model,
-    subllm.MODEL_TYPE: subllm.read_model,
-}
-CONFIGS: dict[str, Callable[[dict[str, Any], str], ModelConfig]] = {
-    native.MODEL_TYPE: native.config_from,
-    llama.MODEL_TYPE: llama.config_from,
-    subllm.MODEL_TYPE: subllm.config_from,
-}
-WRITERS: dict[str, Writer] = {
-    native.MODEL_TYPE: lambda model, folder, _: native.write_model(model, folder),
-    llama.MODEL_TYPE: llama.write_model,
-    subllm.MODEL_TYPE: subllm.write_model,
+_Values = dict[str, Any]  # of a parsed config.json
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout of model folders.
+
+    config: parsed `config.json` and where it comes from -> the model's config.
+    read: folder, parsed `config.json` and the dtype that is asked for -> model.
+    write: model, folder and the ids of special tokens.
+    """
+
+    config: Callable[[_Values, str], ModelConfig]
+    read: Callable[[Path, _Values, torch.dtype | None], Decoder]
+    write: Callable[[Decoder, Path, _Values], None]
+
+
+def _of_family(family: Family) -> Format:
+    return Format(
+        partial(huggingface.config_from, family),
+        partial(huggingface.read_model, family),
+        partial(huggingface.write_model, family),
+    )
+
+
+LAYOUTS: dict[str, Format] = {
+    native.MODEL_TYPE: Format(
+        native.config_from, native.read_model, lambda model, path, _: native.write_model(model, path)
+    ),
+    **{family.model_type: _of_family(family) for family in FAMILIES},
+    subllm.MODEL_TYPE: Format(subllm.config_from, subllm.read_model, subllm.write_model),
 }
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
-    """Loads a model folder: longwave's own, a Hugging Face Llama, or a published SUBLLM.
+    """Loads a model folder: longwave's own, a published SUBLLM, or a Hugging Face folder of a family in `LAYOUTS`.
 
-    dtype: of the weights; as they were saved by default. UserError for a folder that does not fit: a missing,
-    unexpected or misshapen tensor, an unknown family, a file that differs from its checksum.
+    path: a folder, or a hub id (`org/name`), which needs a network the first time. dtype: of the weights; as they were
+    saved by default. UserError for a folder that does not fit: a missing, unexpected or misshapen tensor, an unknown or
+    quantised family, a file that differs from its checksum.
     """
-    folder = Path(path)
-    values = read_config(folder)
-    durable.verify(folder)
-    return READERS[family(values, folder)](folder, values, dtype).to(device)
+    folder = find(path)
+    durable.verify(folder, unread=".safetensors")  # those are compared while they are read
+    values = read_object(_config_file(folder))
+    generation = read_generation(folder, values)
+    model = LAYOUTS[layout_of(values, folder)].read(folder, values, dtype).to(device)
+    model.generation = generation
+    return model
 
 
 def save(
@@ -53,49 +78,36 @@ def save(
 ) -> None:
     """Saves a model so that the folder appears whole or not at all.
 
-    layout: "longwave"; "llama" for an ordinary `transformers` folder of a model that is a plain Llama; or "subllm" for
-    the published layout of a SUBLLM. UserError for a model that the layout cannot hold.
+    layout: "longwave"; "subllm" for the published layout of a SUBLLM; or a family such as "llama" or "qwen3", for an
+    ordinary `transformers` folder. UserError for a model that the layout cannot hold.
     """
-    if layout not in WRITERS:
-        raise UserError(f"layout = {layout!r}; use one of {', '.join(WRITERS)}")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout = {layout!r}; use one of {', '.join(LAYOUTS)}")
+    generation = completed(model.generation, tokenizer)
     with durable.folder(path) as staging:
-        WRITERS[layout](model, staging, tokenizer)
+        LAYOUTS[layout].write(model, staging, generation)
+        write_generation(generation, staging)
         if tokenizer is not None:
             tokenizer.save(staging)
-            _write_generation_config(tokenizer, staging)
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The config of the model in a folder, of which only `config.json` need exist."""
-    folder = Path(path)
-    values = read_config(folder)
-    return CONFIGS[family(values, folder)](values, str(folder / "config.json"))
+    """The config of the model in a folder or under a hub id, of which only `config.json` need exist."""
+    folder = find(path, CONFIGS)
+    values = read_object(_config_file(folder))
+    return LAYOUTS[layout_of(values, folder)].config(values, str(folder / "config.json"))
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed `config.json` of a folder."""
+def layout_of(values: dict[str, Any], folder: Path) -> str:
+    """Which layout a `config.json` speaks of; a published SUBLLM is known by its `structure`."""
+    name = subllm.MODEL_TYPE if "structure" in values else values.get("model_type")
+    if not isinstance(name, str) or name not in LAYOUTS:
+        raise UserError(f"{folder / 'config.json'}: model_type = {shown(name)}; supported: {', '.join(LAYOUTS)}")
+    return name
+
+
+def _config_file(folder: Path) -> Path:
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder}: no config.json; give a model folder")
-    try:
-        values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
-
-
-def family(values: dict[str, Any], folder: Path) -> str:
-    """Which layout a `config.json` speaks of; a published SUBLLM is known by its `structure`."""
-    name = subllm.MODEL_TYPE if "structure" in values else values.get("model_type")
-    if name not in READERS:
-        raise UserError(f"{folder / 'config.json'}: model_type = {name!r}; supported: {', '.join(READERS)}")
-    return str(name)
-
-
-def _write_generation_config(tokenizer: Tokenizer, folder: Path) -> None:
-    """The ids at which `transformers` begins and ends a generation."""
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    known = {name: id for name, id in ids.items() if id is not None}
-    (folder / "generation_config.json").write_text(json.dumps(known, indent=2) + "\n")
+    return path

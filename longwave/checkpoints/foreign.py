@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
+from longwave.checkpoints.filling import Holding, Wishes, empty, fill
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import assign, check
-from longwave.config import ModelConfig
+from longwave.checkpoints.weights import Weights
+from longwave.config import MOST, ModelConfig
 from longwave.errors import UserError
+from longwave.jsonfile import plain, shown
 from longwave.model import Decoder
 
 T = TypeVar("T")
@@ -48,31 +49,6 @@ class Row:
         return self.theirs.format(**holes, **used)
 
 
-@dataclass
-class Holding:
-    """What a foreign tensor holds: native tensors by name, one after the other along their first dimension."""
-
-    ours: list[str] = field(default_factory=list)
-    as_row: bool = False
-
-    def shape(self, shapes: Mapping[str, torch.Size]) -> torch.Size:
-        """The shape of the foreign tensor, given those of the native ones."""
-        first, *rest = shapes[self.ours[0]]
-        together = (sum(shapes[name][0] for name in self.ours), *rest)
-        return torch.Size((1, first) if self.as_row else together)
-
-    def take(self, tensor: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-        """The native tensors in a foreign one, as views of it."""
-        pieces = (tensor[0] if self.as_row else tensor).split([shapes[name][0] for name in self.ours])
-        return dict(zip(self.ours, pieces, strict=True))
-
-    def give(self, native: Mapping[str, Tensor]) -> Tensor:
-        """The foreign tensor."""
-        tensors = [native[name] for name in self.ours]
-        together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return together.unsqueeze(0) if self.as_row else together
-
-
 def holdings(native: Iterable[str], table: Sequence[Row], numbering: Numbering | None = None) -> dict[str, Holding]:
     """The foreign names of a model that has the given native ones, and what each holds."""
     names, held = list(native), dict[str, Holding]()
@@ -85,32 +61,21 @@ def holdings(native: Iterable[str], table: Sequence[Row], numbering: Numbering |
 
 def assemble(
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
+    weights: Weights,
     table: Sequence[Row],
     source: str,
+    wishes: Wishes,
     *,
     numbering: Numbering | None = None,
-    dtype: torch.dtype | None = None,
 ) -> Decoder:
     """A model with the weights of a foreign folder; what that layout does not store (thresholds) has its default.
 
-    dtype: of the weights; as they come by default. UserError for a missing, unexpected or misshapen tensor, under its
-    foreign name.
+    source: where the config comes from. UserError for a missing, unexpected or misshapen tensor, by its foreign name.
     """
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = empty(config, weights, source)
     for resampler in model.resamplers:
         resampler.threshold = type(resampler.threshold)()
-    names = flat_names(model)
-    own = {names[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    shapes = {name: tensor.shape for name, tensor in own.items()}
-    held = holdings(own, table, numbering)
-    check({theirs: holding.shape(shapes) for theirs, holding in held.items()}, tensors, source)
-    native = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
-    for theirs, holding in held.items():
-        native |= holding.take(tensors[theirs], shapes)
-    assign(model, native, names, source)
-    return (model if dtype is None else model.to(dtype)).eval()
+    return fill(model, weights, holdings(flat_names(model).values(), table, numbering), wishes)
 
 
 def disassemble(model: Decoder, table: Sequence[Row], numbering: Numbering | None = None) -> dict[str, Tensor]:
@@ -121,15 +86,6 @@ def disassemble(model: Decoder, table: Sequence[Row], numbering: Numbering | Non
     left = set(native) - {name for holding in held.values() for name in holding.ours}
     assert all(".threshold." in name for name in left), left
     return {theirs: holding.give(native) for theirs, holding in held.items()}
-
-
-def without_tied_head(tensors: dict[str, Tensor], head: str, embedding: str, source: str) -> dict[str, Tensor]:
-    """The tensors of a tied model without the second copy of its embedding, which a folder may hold if it is equal."""
-    if head not in tensors or embedding not in tensors:
-        return tensors
-    if not torch.equal(tensors[head], tensors[embedding]):
-        raise UserError(f"{source}: tensor {head} differs from {embedding}, yet the config ties them")
-    return {name: tensor for name, tensor in tensors.items() if name != head}
 
 
 @dataclass(frozen=True)
@@ -146,10 +102,24 @@ class ForeignConfig:
             if default is None:
                 raise UserError(f"{self.source}: {key} is missing")
             return default
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
         if type(value) is not kind:
             raise self.error(key, f"expected {kind.__name__}")
+        return value
+
+    def positive(self, key: str, default: int | None = None) -> int:
+        """The value of a key, which must be a number of things: 1 or more."""
+        value = self.get(key, int, default)
+        if not 0 < value <= MOST:
+            raise self.error(key, f"1 or more, at most {MOST}")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        """The value of a key, which must be a list of numbers."""
+        value = self.get(key, list)
+        if not all(type(one) in (int, float) for one in value):
+            raise self.error(key, "expected a list of numbers")
         return value
 
     def only(self, key: str, *supported: Any) -> None:
@@ -159,7 +129,7 @@ class ForeignConfig:
 
     def error(self, key: str, what: str) -> UserError:
         """An error about the value of a key."""
-        return UserError(f"{self.source}: {key} = {self.values.get(key)!r}: {what}")
+        return UserError(f"{self.source}: {plain(key)} = {shown(self.values.get(key))}: {what}")
 
 
 def refuse_unless(condition: bool, layout: str, field_: str, value: object, legal: str) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longwave.checkpoints.filling import Holding, Wishes, empty, fill
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import WEIGHTS, WeightFiles, assign, write
+from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
+from longwave.jsonfile import shown
 from longwave.model import Decoder
 from longwave.version import __version__
 
@@ -44,15 +46,17 @@ def config_from(values: dict[str, Any], source: str) -> ModelConfig:
     """The model config in a parsed `config.json`."""
     if values.get("longwave_format") != FORMAT:
         found = values.get("longwave_format")
-        raise UserError(f"{source}: longwave_format = {found!r}; this longwave reads format {FORMAT}")
-    return build(ModelConfig, values.get("model", {}), source)
+        raise UserError(f"{source}: longwave_format = {shown(found)}; this longwave reads format {FORMAT}")
+    model = values.get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{source}: model = {shown(model)}: expected the table that describes the model")
+    return build(ModelConfig, model, source)
 
 
 def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
-    config = config_from(values, str(folder / "config.json"))
-    with torch.device("meta"):
-        model = Decoder(config)
-    files = WeightFiles(folder)
-    assign(model, files.load(files.names()), flat_names(model), str(folder / WEIGHTS))
-    return (model if dtype is None else model.to(dtype)).eval()
+    source = str(folder / "config.json")
+    config, files = config_from(values, source), WeightFiles(folder)
+    model = empty(config, files, source)
+    held = {name: Holding([name]) for name in flat_names(model).values()}
+    return fill(model, files, held, Wishes(dtype, values.get("dtype")))

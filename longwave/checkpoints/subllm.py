@@ -14,17 +14,19 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless, without_tied_head
-from longwave.checkpoints.weights import INDEX, WEIGHTS, WeightFiles, write
+from longwave.checkpoints.filling import Wishes
+from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless
+from longwave.checkpoints.generation import IDS
+from longwave.checkpoints.weights import INDEX, WEIGHTS, WeightFiles, Weights, write
 from longwave.config import ModelConfig, ScalesConfig, build, retention_of
-from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.layout import Blocks, Layout, parse
 from longwave.model import Decoder
@@ -54,19 +56,16 @@ _PICKLES = (".pt", ".pth", ".bin")
 
 def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
-    config = config_from(values, str(folder / "config.json"))
-    tensors, source = _tensors(folder)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-    if config.tie_embeddings:
-        head, embedding = "decoder.output_projection.weight", "decoder.embed_tokens.weight"
-        tensors = without_tied_head(tensors, head, embedding, source)
+    source = str(folder / "config.json")
+    config = config_from(values, source)
+    wishes = Wishes(dtype, tied=(TABLE[-1].theirs, TABLE[0].theirs) if config.tie_embeddings else None)
     numbering = {"closing": closing_order(values["structure"])}
-    return assemble(config, tensors, TABLE, source, numbering=numbering, dtype=dtype)
+    return assemble(config, _weights(folder), TABLE, source, wishes, numbering=numbering)
 
 
-def write_model(model: Decoder, folder: Path, tokenizer: Tokenizer | None) -> None:
+def write_model(model: Decoder, folder: Path, ids: dict[str, Any]) -> None:
     """Writes `config.json` and `model.safetensors`; UserError for a model that the published code cannot be."""
-    values = config_json(model, tokenizer)
+    values = config_json(model, ids)
     write(disassemble(model, TABLE, {"closing": closing_order(values["structure"])}), folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -106,13 +105,15 @@ def closing_order(structure: str) -> list[int]:
     return order
 
 
-def config_json(model: Decoder, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The content of `config.json`; UserError for a model that the published code cannot be."""
+def config_json(model: Decoder, ids: dict[str, Any]) -> dict[str, Any]:
+    """The content of `config.json`; UserError for a model that the published code cannot be.
+
+    ids: of special tokens, as `transformers` names them.
+    """
     config = model.config
     _refuse_what_the_published_code_lacks(model)
     retentions = [item.arguments[0] for item in model.layout.walk() if not isinstance(item, Blocks)]
-    ids = {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    return ids | {
+    return {name: ids[name] for name in IDS if name in ids} | {
         "num_embeddings": config.vocab_size,
         "decoder_embed_dim": config.hidden_size,
         "hidden_size": config.hidden_size,
@@ -197,16 +198,27 @@ def _width(theirs: ForeignConfig) -> int:
     return width
 
 
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a folder, memory-mapped where the file allows it, and the file they come from."""
+def _weights(folder: Path) -> Weights:
+    """The tensors of a folder, in safetensors or in the one file that `torch.save` wrote."""
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
-        files = WeightFiles(folder)
-        return files.load(files.names()), str(folder / WEIGHTS)
+        return WeightFiles(folder, ignoring=_BUFFERS)
     found = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
         raise UserError(f"{folder}: no {WEIGHTS}, so exactly one *{', *'.join(_PICKLES)} is needed; found: {listed}")
-    return dict(_state_dict(found[0])), str(found[0])
+    tensors = {name: tensor for name, tensor in _state_dict(found[0]) if not name.endswith(_BUFFERS)}
+    return _Pickled(str(found[0]), tensors)
+
+
+@dataclass(frozen=True)
+class _Pickled:
+    """Tensors, memory-mapped where the file allows it; reading gives them memory of their own."""
+
+    source: str
+    found: Mapping[str, Tensor]
+
+    def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        return {name: self.found[name].to(dtype, copy=True) for name, dtype in dtypes.items()}
 
 
 def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -246,6 +258,7 @@ def _refuse_what_the_published_code_lacks(model: Decoder) -> None:
         (config.scales == ScalesConfig(), "scales", config.scales, "all are 1"),
         (config.norm_eps == _EPS, "norm_eps", config.norm_eps, f"it is {_EPS}"),
         (config.rotary.base == _ROTARY_BASE, "rotary.base", config.rotary.base, f"it is {_ROTARY_BASE}"),
+        (config.rotary.scaling is None, "rotary.scaling", config.rotary.scaling, "none"),
         (not config.subllm or config.subllm.selection == "published", "subllm.selection", "causal", "published"),
     )
     for kept, name, value, legal in rules:

@@ -1,89 +1,249 @@
-"""Reading and writing safetensors: whole folders, sharded or not; every mismatch is an error that names the tensor."""
+"""Reading and writing safetensors: whole folders, sharded or not; every mismatch is an error that names the tensor.
+
+Files are read once, by as many threads as there are cores. The checksums that a folder was saved with
+(`durable.checksums`) are compared in the same pass; a folder without a manifest has none, so that there a changed bit
+inside a tensor's data cannot be seen. Weights land in memory of their own, aligned as torch aligns it: products on a
+CPU may differ in the last bit with the alignment of their operands, and mapped tensors lie where the file puts them.
+"""
 
 from __future__ import annotations
 
-import json
+import mmap
+import os
+import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from longwave import durable
+from longwave.checksum import joined
 from longwave.errors import UserError
+from longwave.jsonfile import brief, plain, read_object, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+_BLOCK = 1 << 20  # bytes read at a time: what was read is summed while it lies in the cache
+_LARGE = 1 << 22  # bytes from which memory is asked for in huge pages: filling it is then several times as fast
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    **FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@runtime_checkable
+class Described(Protocol):
+    """What is known of a stored tensor before it is read; a tensor itself will do."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """The tensors of a folder: what is there by name, and a way to read them.
+
+    source: the file or folder, for error messages.
+    """
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def found(self) -> Mapping[str, Described]: ...
+
+    def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """The named tensors, each in the given dtype."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands in a file."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
 
 class WeightFiles:
-    """The tensors of a folder by name, read one at a time from `model.safetensors` or from the shards of its index."""
+    """The tensors of a folder, in `model.safetensors` or in the shards of its index.
 
-    def __init__(self, folder: Path, file: str = WEIGHTS) -> None:
+    ignoring: the end of the names of tensors that count as absent. UserError for a file that is missing, is no
+    safetensors file, or holds other tensors than its index says.
+    """
+
+    def __init__(self, folder: Path, file: str = WEIGHTS, ignoring: str | None = None) -> None:
         sharded = file == WEIGHTS and (folder / INDEX).exists()
-        self._files = self._index(folder) if sharded else self._single(folder / file)
+        self.source = str(folder / (INDEX if sharded else file))
+        self._saved = durable.checksums(folder)
+        self._files = _shards(folder) if sharded else {folder / file: _stored(folder / file)}
+        stored = {name: one for tensors in self._files.values() for name, one in tensors.items()}
+        self.found = {name: one for name, one in stored.items() if not (ignoring and name.endswith(ignoring))}
 
     def names(self) -> set[str]:
         """Every tensor in the folder."""
-        return set(self._files)
+        return set(self.found)
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named tensors, memory-mapped until they are used; each file is opened once."""
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._files[name], []).append(name)
-        return {name: tensor for path, wanted in by_file.items() for name, tensor in self._read(path, wanted).items()}
+        """The named tensors as they were saved."""
+        return self.read({name: self.found[name].dtype for name in names})
 
-    def _read(self, path: Path, names: list[str]) -> dict[str, Tensor]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
-
-    def _single(self, path: Path) -> dict[str, Path]:
-        if not path.exists():
-            raise UserError(f"{path.parent}: no {path.name}" + (f" and no {INDEX}" if path.name == WEIGHTS else ""))
-        try:
-            with safe_open(path, framework="pt") as file:
-                return dict.fromkeys(file.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors: {error}") from None
-
-    def _index(self, folder: Path) -> dict[str, Path]:
-        try:
-            files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-            return {str(name): self._shard(folder, file) for name, file in files.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{folder / INDEX}: not an index of safetensors shards: {error}") from None
-
-    def _shard(self, folder: Path, file: str) -> Path:
-        path = folder / Path(file).name
-        if not path.exists():
-            raise UserError(f"{path}: named in {INDEX} but missing")
-        return path
+    def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """The named tensors, each in the given dtype. UserError for a file that is not what was saved."""
+        read: dict[str, Tensor] = {}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for path, tensors in self._files.items():
+                read |= _Reader(path, tensors, self._saved.get(path.name), pool).read(dtypes)
+        return read
 
 
-def assign(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], source: str) -> None:
-    """Gives a model (its tensors may be on the meta device) its weights, in the dtype in which they come.
+@dataclass(frozen=True)
+class _Piece:
+    """A run of bytes in a file: a tensor of its own, or what nobody wants (the header, an unused tensor)."""
 
-    names: module-tree name -> name in `tensors`. UserError for a missing, unexpected or misshapen tensor.
-    """
-    expected = model.state_dict(keep_vars=True)
-    check({theirs: expected[name].shape for name, theirs in names.items()}, tensors, source)
-    model.load_state_dict({name: tensors[theirs] for name, theirs in names.items()}, assign=True)
+    begin: int
+    bytes: int
+    name: str | None = None
 
 
-def check(expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], source: str) -> None:
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one file: the wanted tensors, and everything else too where there is a checksum to compare."""
+
+    path: Path
+    tensors: Mapping[str, Stored]
+    saved: str | None
+    pool: ThreadPoolExecutor
+
+    def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        wanted = [piece for piece in self._pieces() if self.saved or piece.name in dtypes]
+        with open(self.path, "rb", buffering=0) as file, durable.reading(self.path):
+            descriptor = file.fileno()
+            results = list(self.pool.map(lambda piece: self._take(descriptor, piece, dtypes), wanted))
+        if self.saved:
+            checksum = 0
+            for piece, (_, own) in zip(wanted, results, strict=True):
+                checksum = joined(checksum, own, piece.bytes)
+            durable.refuse_damaged(self.path, f"{checksum:08x}", self.saved)
+        return {
+            piece.name: tensor
+            for piece, (tensor, _) in zip(wanted, results, strict=True)
+            if piece.name is not None and tensor is not None
+        }
+
+    def _pieces(self) -> list[_Piece]:
+        """The whole file in order; tensors follow each other without a gap."""
+        tensors = [_Piece(stored.begin, stored.bytes, name) for name, stored in self.tensors.items()]
+        header = min((piece.begin for piece in tensors), default=self.path.stat().st_size)
+        return [_Piece(0, header), *sorted(tensors, key=lambda piece: (piece.begin, piece.bytes))]
+
+    def _take(self, descriptor: int, piece: _Piece, dtypes: Mapping[str, torch.dtype]) -> tuple[Tensor | None, int]:
+        """The tensor in a piece, or None of one that nobody wants, and the piece's checksum."""
+        if piece.name not in dtypes or piece.name is None:
+            return None, self._sum(descriptor, piece, memoryview(bytearray(_BLOCK)), moving=True)
+        stored, memory = self.tensors[piece.name], _memory(piece.bytes)
+        checksum = self._sum(descriptor, piece, memory.numpy().data, moving=False)
+        return memory.view(stored.dtype).view(stored.shape).to(dtypes[piece.name]), checksum
+
+    def _sum(self, descriptor: int, piece: _Piece, memory: memoryview, moving: bool) -> int:
+        """Reads a piece into memory, or through it where it is `moving`; its checksum, or 0 where none is needed."""
+        checksum = at = 0
+        while at < piece.bytes:
+            begin, length = 0 if moving else at, min(_BLOCK, piece.bytes - at)
+            count = os.preadv(descriptor, [memory[begin : begin + length]], piece.begin + at)
+            if count == 0:
+                raise UserError(f"{self.path}: cut while it was being read")
+            if self.saved:
+                checksum = zlib.crc32(memory[begin : begin + count], checksum)
+            at += count
+        return checksum
+
+
+def _memory(size: int) -> Tensor:
+    """Fresh bytes; many of them come in huge pages where the system has those."""
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        region.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(region, dtype=torch.uint8)
+
+
+def _stored(path: Path) -> dict[str, Stored]:
+    """Every tensor in a file, by its header; safetensors refuses one that does not describe the file to the byte."""
+    if not path.exists():
+        raise UserError(f"{path.parent}: no {path.name}" + (f" and no {INDEX}" if path.name == WEIGHTS else ""))
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            described = {name: (torch.Size(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: {brief(error)}") from None
+    for name, (_, dtype) in described.items():
+        if dtype not in _DTYPES:
+            raise UserError(f"{path}: tensor {plain(name)} is {dtype}; supported: {', '.join(FLOATS)}")
+    sizes = [prod(shape) * _DTYPES[dtype].itemsize for shape, dtype in described.values()]
+    at, stored = path.stat().st_size - sum(sizes), dict[str, Stored]()
+    for (name, (shape, dtype)), size in zip(described.items(), sizes, strict=True):
+        stored[name], at = Stored(shape, _DTYPES[dtype], at), at + size
+    return stored
+
+
+def _shards(folder: Path) -> dict[Path, dict[str, Stored]]:
+    """The tensors of every shard that the index names, which must be those that the index puts there."""
+    listed = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise UserError(f"{folder / INDEX}: not an index of safetensors shards: weight_map names no files")
+    shards = {file: _stored(_shard(folder, file)) for file in sorted(set(listed.values()))}
+    for name, file in listed.items():
+        if name not in shards[file]:
+            raise UserError(f"{folder / Path(file).name}: missing tensor {plain(name)}, which {INDEX} puts there")
+    for file, tensors in shards.items():
+        for name in tensors:
+            if listed.get(name) != file:
+                raise UserError(f"{folder / Path(file).name}: unexpected tensor {plain(name)}: not in {INDEX}")
+    return {folder / Path(file).name: tensors for file, tensors in shards.items()}
+
+
+def _shard(folder: Path, file: str) -> Path:
+    path = folder / Path(file).name
+    if not path.is_file():
+        raise UserError(f"{folder / INDEX}: names {shown(file)}, which is missing")
+    return path
+
+
+def check(expected: Mapping[str, torch.Size], found: Mapping[str, Described], source: str) -> None:
     """UserError naming the first tensor that is missing, unexpected or misshapen."""
-    missing, unexpected = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unexpected:
         what, which = ("missing", missing) if missing else ("unexpected", unexpected)
         more = f" and {len(which) - 1} more" if len(which) > 1 else ""
-        raise UserError(f"{source}: {what} tensor {which[0]}{more}")
+        raise UserError(f"{source}: {what} tensor {plain(which[0])}{more}")
     for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            shapes = f"{list(tensors[name].shape)}, the config says {list(shape)}"
+        if found[name].shape != shape:
+            shapes = f"{list(found[name].shape)}, the config says {list(shape)}"
             raise UserError(f"{source}: tensor {name} has shape {shapes}")
 
 

@@ -2,6 +2,7 @@
 
 Notable:
 - a window is `window` tokens of the split laid end to end; nothing is padded, and no token is left out or seen twice;
+- of conversations, whose answers are nothing without what they answer, a window is as many whole ones as fit;
 - the order of an epoch is a keyed permutation that is computed, not stored: resuming needs the position alone, and the
   number of workers changes nothing;
 - a document that a window cuts goes on in another window as a piece of its own.
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isqrt
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ _ROUNDS = 6
 class Batch:
     """Windows laid end to end, without padding.
 
-    targets: the next token; `NO_TARGET` where another document starts next, or the split ends.
+    targets: the next token; `NO_TARGET` where it is not to be learned, another document starts next, or the split ends.
     runs: tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
     windows: tokens of each window; they add up to T.
     samples: the position in the data order of each window.
@@ -74,28 +76,99 @@ class WindowSampler:
         return left * side + right
 
 
+@dataclass(frozen=True)
+class _EvenCuts:
+    """Windows of one size, which cut documents; the last one may be shorter."""
+
+    total: int
+    window: int
+    count: int
+    cut: ClassVar[int] = 0
+
+    @classmethod
+    def of(cls, tokens: SplitTokens, window: int, keep_last: bool) -> _EvenCuts:
+        total = len(tokens)
+        if window < 1 or (window > total and not keep_last):
+            raise UserError(f"window={window}: {tokens.where} takes windows of 1 to {total} tokens")
+        return cls(total, window, -(-total // window) if keep_last else total // window)
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Where a window starts and stops in the split."""
+        return number * self.window, min((number + 1) * self.window, self.total)
+
+
+@dataclass(frozen=True)
+class _WholeDocuments:
+    """Windows of whole documents, as many as fit in the order of the split; of one too long, its beginning.
+
+    cut: how many documents are too long.
+    """
+
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    cut: int
+
+    @classmethod
+    def of(cls, tokens: SplitTokens, window: int) -> _WholeDocuments:
+        """Raises UserError for a window in which no document has anything to learn."""
+        if window < 1:
+            raise UserError(f"window={window}: 1 token or more")
+        begun = tokens.starts(0, len(tokens))
+        ended = np.append(begun[1:], len(tokens))
+        seen = np.minimum(ended, begun + window)
+        pairs = ((int(start) + 1, int(stop) + 1) for start, stop in zip(begun, seen, strict=True))
+        if not any(tokens.learned(*pair).any() for pair in pairs):
+            raise UserError(f"window={window}: every answer in {tokens.where} begins beyond it; give more")
+        firsts = _firsts(begun, ended, window)
+        lasts = np.append(firsts[1:], len(begun)) - 1
+        return cls(begun[firsts], seen[lasts], int((ended - begun > window).sum()))
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Where a window starts and stops in the split."""
+        return int(self.starts[number]), int(self.stops[number])
+
+
+def _firsts(begun: NDArray[np.int64], ended: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """The first document of each window, given where documents begin and end."""
+    firsts, first = list[int](), 0
+    while first < len(begun):
+        firsts.append(first)
+        first = max(first + 1, int(np.searchsorted(ended, begun[first] + window, side="right")))
+    return np.array(firsts, np.int64)
+
+
 class PackedTokens:
     """The windows of one split.
 
     len() is the number of windows.
 
-    window: tokens of a window.
-    keep_last: whether the last, shorter window belongs to it (for evaluation) or is dropped (for training).
-    Raises UserError for a folder that is not a prepared one or is damaged, and for a window longer than the split.
+    window: tokens of a window, the most there can be for conversations.
+    keep_last: whether the last, shorter window of a text belongs to it (for evaluation) or is dropped (for training).
+    Raises UserError for a folder that is not a prepared one or is damaged, for a window longer than a text's split, and
+    for one too short for any conversation.
     """
 
     def __init__(self, folder: str | Path, split: Split, window: int, *, keep_last: bool = False):
         self._tokens = SplitTokens(folder, split)
-        total = len(self._tokens)
-        if total == 0:
+        if len(self._tokens) == 0:
             raise UserError(f"{self._tokens.where}: holds no tokens; prepare the data with held_out greater than 0")
-        if window < 1 or (window > total and not keep_last):
-            raise UserError(f"window={window}: {self._tokens.where} takes windows of 1 to {total} tokens")
+        if self._tokens.info.kind == "chat":
+            self._cuts = _WholeDocuments.of(self._tokens, window)
+        else:
+            self._cuts = _EvenCuts.of(self._tokens, window, keep_last)
         self._window = window
-        self._count = -(-total // window) if keep_last else total // window
 
     def __len__(self) -> int:
-        return self._count
+        return self._cuts.count
+
+    def notes(self) -> list[str]:
+        """Lines for people: what of the data is never seen."""
+        cut = f"{self._cuts.cut:,} conversations are longer than a window of {self._window:,} tokens and lose their end"
+        return [f"{self._tokens.where}: {cut}"] if self._cuts.cut else []
 
     def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
         """The windows at these positions of the data order; without a sampler, the windows of these numbers themselves.
@@ -114,10 +187,9 @@ class PackedTokens:
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), tuple(runs), tuple(sizes), tuple(positions))
 
     def _bounds(self, number: int) -> tuple[int, int]:
-        if not 0 <= number < self._count:
-            raise IndexError(f"window {number}: {self._tokens.where} has {self._count}")
-        start = number * self._window
-        return start, min(start + self._window, len(self._tokens))
+        if not 0 <= number < len(self):
+            raise IndexError(f"window {number}: {self._tokens.where} has {len(self)}")
+        return self._cuts.bounds(number)
 
     def _fill(self, tokens: NDArray[np.int64], targets: NDArray[np.int64], start: int, stop: int) -> list[int]:
         """Writes the tokens and targets of one window; returns the lengths of its document pieces."""
@@ -125,6 +197,7 @@ class PackedTokens:
         tokens[:] = ahead[: stop - start]
         targets[: len(ahead) - 1] = ahead[1:]
         targets[len(ahead) - 1 :] = NO_TARGET  # the split ends with this window
+        targets[~self._tokens.learned(start + 1, stop + 1)] = NO_TARGET
         begun = self._tokens.starts(start + 1, stop + 1) - start
         targets[begun - 1] = NO_TARGET
         borders = [0, *(place for place in begun.tolist() if place < stop - start), stop - start]

@@ -5,9 +5,10 @@
     out/{train,held_out}/
         tokens-00000.bin              the split's tokens laid end to end (uint16 or uint32, little-endian)
         documents-00000.npy           where in the split each document that starts in this shard starts (int64)
+        learned.bin                   conversations only: where in the split each answer starts and ends (int64)
 
-A document is bos, its ids, eos, as far as the vocabulary has these two. Shards end at a fixed number of tokens,
-documents run across. The folder appears whole or not at all (`durable.folder`).
+A document is bos, its ids, eos, as far as the vocabulary has these two, or a conversation as its template writes it.
+Shards end at a fixed number of tokens, documents run across. The folder appears whole or not at all (`durable.folder`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from longwave import durable
-from longwave.data.sources import Document, Source, documents, split_held_out
+from longwave.data.chat import ChatEncoder, LossOn
+from longwave.data.encoding import Encoded, Encoder, Kind, TextEncoder
+from longwave.data.sources import Conversation, Document, Source, documents, split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
 FORMAT = 1
-META_FILE = "meta.json"
+META_FILE, LEARNED_FILE = "meta.json", "learned.bin"
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
 TRAINING_CHARACTERS = 1 << 30  # a vocabulary hardly changes after that, and its training holds every word in memory
@@ -45,8 +48,9 @@ Progress = Callable[[str, int], None]
 class SplitInfo:
     """What one split holds.
 
-    bytes: UTF-8 bytes of text, which bits per byte are counted by.
+    bytes: UTF-8 bytes of text in what is learned, which bits per byte are counted by.
     shards: tokens of each shard file.
+    learned: tokens that are learned, where these are not all.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -55,6 +59,12 @@ class SplitInfo:
     bytes: int
     tokens: int
     shards: list[int]
+    learned: int | None = None
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned."""
+        return self.tokens if self.learned is None else self.learned
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class PreparedInfo:
     """What a prepared folder holds: the content of its `meta.json`.
 
     tokenizer: the fingerprint of the tokenizer whose ids these are.
+    kind: `chat` where the documents are conversations, which windows do not cut.
+    left_out: conversations without an answer, which are not here.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -72,6 +84,8 @@ class PreparedInfo:
     tokenizer: str
     train: SplitInfo
     held_out: SplitInfo
+    kind: Kind = "text"
+    left_out: int = 0
 
     @classmethod
     def read(cls, folder: str | Path) -> PreparedInfo:
@@ -123,16 +137,22 @@ def prepare(
     vocab_size: int | None = None,
     held_out: float = 0.02,
     seed: int = 0,
+    loss_on: LossOn | None = None,
     progress: Progress | None = None,
 ) -> PreparedInfo:
     """Turns documents into a prepared folder, in memory that does not grow with the source.
 
     tokenizer: None trains one of `vocab_size` (8192 by default) entries on the training documents, or their first GiB.
     held_out, seed: the share of documents kept from training, and what draws them (`sources.split_held_out`).
-    Raises UserError when `out` exists, for the source's faults, and for a `vocab_size` beside a given tokenizer.
+    loss_on: the tokens of a conversation that are learned, those of the assistant by default.
+    Raises UserError when `out` exists, for the source's faults, for conversations or a chat template that cannot be
+    used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
     """
     if tokenizer is not None and vocab_size is not None:
         raise UserError(f"vocab_size={vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
+    is_chat = isinstance(next(documents(source)), Conversation)
+    if loss_on is not None and not is_chat:
+        raise UserError(f"loss_on={loss_on}: has no effect on texts, of which every token is learned; leave it out")
 
     def read(stage: str) -> Iterator[tuple[Document, bool]]:
         pairs = split_held_out(documents(source), held_out, seed)
@@ -142,19 +162,21 @@ def prepare(
         if tokenizer is None:
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
             tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)
-        return _write(folder, read("tokens"), tokenizer)
+        encoder = ChatEncoder(tokenizer, loss_on or "assistant") if is_chat else TextEncoder(tokenizer)
+        return _write(folder, read("tokens"), encoder)
 
 
 class SplitTokens:
     """The tokens of one split, read through memory maps.
 
-    len() is the number of tokens; `where` the split's folder, for messages.
+    len() is the number of tokens; `info` what the folder holds; `where` the split's folder, for messages.
+    edges: places where answers start and end, in turn and ascending, or None where every token is learned.
     Raises UserError for a folder that is not a prepared one, or where files are missing or have another size than they
     were written with.
     """
 
     def __init__(self, folder: str | Path, split: Split):
-        info = PreparedInfo.read(folder)
+        self.info = info = PreparedInfo.read(folder)
         self.where = Path(folder) / split
         numbers = range(len(info.split(split).shards))
         self.shards = [_map_tokens(_tokens_file(self.where, number), info.dtype) for number in numbers]
@@ -162,6 +184,7 @@ class SplitTokens:
         if [len(shard) for shard in self.shards] != info.split(split).shards:
             raise UserError(f"{folder}/{META_FILE}: corrupted (the shards of {split} differ); prepare the data again")
         self._bounds = [0, *accumulate(len(shard) for shard in self.shards)]
+        self.edges = None if info.split(split).learned is None else _map_edges(self.where / LEARNED_FILE)
 
     def __len__(self) -> int:
         return self._bounds[-1]
@@ -177,6 +200,12 @@ class SplitTokens:
         """The places from `start` up to `stop` where documents start."""
         pieces = [_between(self._starts[number], start, stop) for number, _ in self._touched(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.int64)])
+
+    def learned(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Which of the tokens from `start` up to `stop` are to be predicted."""
+        if self.edges is None:
+            return np.ones(stop - start, np.bool_)
+        return np.searchsorted(self.edges, np.arange(start, stop), side="right") % 2 == 1
 
     def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
         """The tokens of each whole document, in order."""
@@ -211,19 +240,21 @@ def iter_documents(folder: str | Path, split: Split = "held_out") -> Iterator[ND
 class _Writer:
     """Appends documents to the shards of one split."""
 
-    def __init__(self, folder: Path, dtype: DType):
+    def __init__(self, folder: Path, dtype: DType, by_answer: bool):
         folder.mkdir()
         self._folder, self._dtype = folder, _on_disk(dtype)
         self._file: BinaryIO | None = None
+        self._edges = (folder / LEARNED_FILE).open("wb") if by_answer else None
         self._starts: list[int] = []
         self._shards: list[int] = []
-        self._documents = self._bytes = 0
+        self._documents = self._bytes = self._learned = 0
 
-    def add(self, ids: list[int], text_bytes: int) -> None:
+    def add(self, document: Encoded) -> None:
         """Writes one document, over as many shards as it takes."""
-        tokens = np.array(ids, dtype=self._dtype)
-        self._bytes += text_bytes
+        tokens = np.array(document.ids, dtype=self._dtype)
+        self._bytes += document.bytes
         self._documents += 1
+        self._add_edges(document)
         starts_here = True
         while len(tokens):
             file = self._open()
@@ -236,7 +267,17 @@ class _Writer:
 
     def finish(self) -> SplitInfo:
         self._close()
-        return SplitInfo(self._documents, self._bytes, sum(self._shards), self._shards)
+        learned = None
+        if self._edges is not None:
+            self._edges.close()
+            learned = self._learned
+        return SplitInfo(self._documents, self._bytes, sum(self._shards), self._shards, learned)
+
+    def _add_edges(self, document: Encoded) -> None:
+        if self._edges is not None and document.learned is not None:
+            edges = np.array(document.learned, dtype="<i8").reshape(-1, 2)
+            self._learned += int((edges[:, 1] - edges[:, 0]).sum())
+            self._edges.write((edges + sum(self._shards)).tobytes())
 
     def _open(self) -> BinaryIO:
         """The current shard's file, which has room for at least one token."""
@@ -255,18 +296,21 @@ class _Writer:
         self._file, self._starts = None, []
 
 
-def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], tokenizer: Tokenizer) -> PreparedInfo:
+def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any]) -> PreparedInfo:
+    tokenizer, left_out = encoder.tokenizer, 0
     dtype: DType = "uint16" if tokenizer.vocab_size <= 65535 else "uint32"
-    train, held_out = (_Writer(folder / split, dtype) for split in ("train", "held_out"))
-    opening = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    closing = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    train, held_out = (_Writer(folder / split, dtype, encoder.by_answer) for split in ("train", "held_out"))
     for chunk in _chunks(pairs):
-        texts = [document.text for document, _ in chunk]
-        for (document, is_held_out), ids in zip(chunk, tokenizer.encode_batch(texts), strict=True):
-            writer = held_out if is_held_out else train
-            writer.add(opening + ids + closing, len(document.text.encode()))
+        encoded = encoder.encode([document for document, _ in chunk])
+        for (_, is_held_out), parts in zip(chunk, encoded, strict=True):
+            left_out += not parts
+            for part in parts:
+                (held_out if is_held_out else train).add(part)
     tokenizer.save(folder)
-    info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, train.finish(), held_out.finish())
+    splits = train.finish(), held_out.finish()
+    info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, *splits, encoder.kind, left_out)
+    if not info.train.targets:
+        raise UserError(f"nothing to learn: {left_out} of the conversations have no answer of the assistant")
     (folder / META_FILE).write_bytes(info.to_json())
     return info
 
@@ -320,6 +364,11 @@ def _documents_file(folder: Path, number: int) -> Path:
 
 def _on_disk(dtype: DType) -> np.dtype:
     return np.dtype(dtype).newbyteorder("<")
+
+
+def _map_edges(path: Path) -> NDArray[np.int64]:
+    """The edges of a split, memory-mapped; an empty file cannot be."""
+    return np.asarray(np.memmap(path, dtype="<i8", mode="r")) if path.stat().st_size else np.empty(0, np.int64)
 
 
 def _map_tokens(path: Path, dtype: DType) -> NDArray[np.unsignedinteger]:

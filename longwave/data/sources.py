@@ -1,4 +1,4 @@
-"""Documents out of text files, folders, JSONL files, and the text that every machine has: Python's own library."""
+"""Documents out of text files, folders, JSONL files of texts or of conversations, and Python's own library."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import math
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
+from longwave.data.conversations import Message, messages_of
 from longwave.errors import UserError
 
 # A longer text file becomes several documents. A document is tokenised whole, in about 150 bytes of memory per byte of
@@ -30,26 +33,35 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True)
+class Conversation(Document):
+    """Messages, which a chat template makes a text of; `text` is what they say."""
+
+    messages: tuple[Message, ...]
+
+
 Source = str | Path | Callable[[], Iterator[Document]]
 """A path, or a function that yields the documents (`standard_library`); it can be read more than once."""
 
 
-def documents(source: Source, text_field: str = "text") -> Iterator[Document]:
+def documents(source: Source, text_field: str | None = None) -> Iterator[Document]:
     """The non-empty documents of a text file, a `.jsonl` file, or a folder of both, in a fixed order.
 
     In a folder, read recursively in the order of names, hidden files and files that are not UTF-8 text are left out. A
     text file longer than `PIECE_CHARACTERS` gives several documents, cut at line ends.
 
-    text_field: the field of a JSONL line that holds the text.
-    Raises UserError for a missing path (at once), for one that holds no text, and for a bad JSONL line (when reached).
+    text_field: the field of a JSONL line that holds the text; by default a line in one of the forms of
+        `conversations.FORMS` is a conversation, and any other holds its text in `text`.
+    Raises UserError for a missing path (at once), for one that holds no text, and for a bad JSONL line and texts among
+    conversations (when reached).
     """
     if callable(source):
-        return _at_least_one(source(), getattr(source, "__name__", "the source"))
+        return _of_one_kind(_at_least_one(source(), getattr(source, "__name__", "the source")))
     path = Path(source)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a text file, a .jsonl file or a folder of them")
     found = _walk(path, text_field) if path.is_dir() else _file(path, path.name, text_field)
-    return _at_least_one(found, str(path))
+    return _of_one_kind(_at_least_one(found, str(path)))
 
 
 def standard_library() -> Iterator[Document]:
@@ -104,6 +116,8 @@ def _draw(name: str, seed: int) -> float:
 def _cut(document: Document, fraction: float) -> list[tuple[Document, bool]]:
     """A lone document in two: what to train on, and its end, held out."""
     text = document.text
+    if isinstance(document, Conversation):
+        raise UserError(f"held_out={fraction}: {document.name} is the only conversation; give more of them, or 0")
     middle = int(len(text) * (1 - fraction))
     middle = text.rfind("\n", 0, middle) + 1 or middle
     if not 0 < middle < len(text):
@@ -121,7 +135,18 @@ def _at_least_one(found: Iterator[Document], where: str) -> Iterator[Document]:
     yield from found
 
 
-def _walk(folder: Path, text_field: str) -> Iterator[Document]:
+def _of_one_kind(found: Iterator[Document]) -> Iterator[Document]:
+    first = None
+    for document in found:
+        first = first or document
+        if isinstance(document, Conversation) != isinstance(first, Conversation):
+            what = ("a text", "a conversation")
+            kinds = what if isinstance(first, Conversation) else what[::-1]
+            raise UserError(f"{document.name}: {kinds[0]}, yet {first.name} is {kinds[1]}; prepare the two apart")
+        yield document
+
+
+def _walk(folder: Path, text_field: str | None) -> Iterator[Document]:
     for path, name in _files(folder):
         yield from _file(path, name, text_field)
 
@@ -140,7 +165,7 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away") from error
 
 
-def _file(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _file(path: Path, name: str, text_field: str | None) -> Iterator[Document]:
     if path.suffix == ".jsonl":
         return _jsonl(path, name, text_field)
     return _text(path, name) if _is_text(path) else iter(())
@@ -167,22 +192,42 @@ def _text(path: Path, name: str) -> Iterator[Document]:
             yield Document(f"{name}#{number}" if number else name, piece)
 
 
-def _jsonl(path: Path, name: str, text_field: str) -> Iterator[Document]:
+def _jsonl(path: Path, name: str, text_field: str | None) -> Iterator[Document]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                text = _field(line, text_field, where=f"{path}:{number}")
-                if text:
-                    yield Document(f"{name}:{number}", text)
+                document = _document(line, text_field, f"{name}:{number}", f"{path}:{number}")
+                if document.text or isinstance(document, Conversation):
+                    yield document
 
 
-def _field(line: bytes, text_field: str, where: str) -> str:
-    try:
+def _document(line: bytes, text_field: str | None, name: str, where: str) -> Document:
+    with _json_faults(where):
         row = json.loads(line.decode("utf-8-sig"))
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            text.encode()  # JSON can escape half of a surrogate pair, which is no text
-            return text
+    document = _read(row, text_field, name, where)
+    with _json_faults(where):
+        chat = isinstance(document, Conversation)
+        said = json.dumps(document.messages, ensure_ascii=False) if chat else document.text
+        said.encode()  # JSON can escape half of a surrogate pair, which is no text
+    return document
+
+
+@contextmanager
+def _json_faults(where: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-    raise UserError(f"{where}: no string field {text_field!r}; each line must be a JSON object with one")
+
+
+def _read(row: Any, text_field: str | None, name: str, where: str) -> Document:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a {type(row).__name__}; each line must be a JSON object")
+    messages = messages_of(row, where) if text_field is None else None
+    if messages is not None:
+        return Conversation(name, "\n".join(message["content"] for message in messages), messages)
+    text = row.get(text_field or "text")
+    if isinstance(text, str):
+        return Document(name, text)
+    forms = "" if text_field else ", nor messages, conversations, or prompt and completion"
+    raise UserError(f"{where}: no string field {text_field or 'text'!r}{forms}")

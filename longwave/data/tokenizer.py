@@ -43,9 +43,10 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._definition = backend.to_str(pretty=True)
+        self._config = config
+        _make_special(backend, self.named_tokens.values())
         backend.encode_special_tokens = True
         self._plain = backend
-        self._config = config
         self.bos_id = _special_id(backend, config, "bos_token")
         self.eos_id = _special_id(backend, config, "eos_token")
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -111,7 +112,7 @@ class Tokenizer:
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
         except TypeError as error:
-            raise _not_unicode() from error
+            raise not_unicode() from error
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -119,17 +120,43 @@ class Tokenizer:
         try:
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError as error:
-            raise _not_unicode() from error
+            raise not_unicode() from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._plain.decode(list(ids), skip_special_tokens=True)
 
+    def twin(self) -> tokenizers.Tokenizer:
+        """A `tokenizers` object of its own with the same definition, which recognises special tokens in text."""
+        backend = tokenizers.Tokenizer.from_str(self._definition)
+        _make_special(backend, self.named_tokens.values())
+        return backend
+
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that the config has names for, such as `bos_token`, as text."""
+        named = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
+        return {name: token for name, token in named.items() if isinstance(token, str)}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template, of that named `default` where there are several; None without one."""
+        given = self._config.get("chat_template")
+        if isinstance(given, list):  # transformers keeps several as [{"name": ..., "template": ...}]
+            given = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}.get("default")
+        if given is None or isinstance(given, str):
+            return given
+        raise UserError(f"chat_template: a {type(given).__name__}; the source of a template is expected")
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template, which `save` writes too."""
+        return Tokenizer(self.twin(), {**self._config, "chat_template": source})
+
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
         """The form that recognises special tokens in text: a second object, since other threads may be encoding."""
-        return tokenizers.Tokenizer.from_str(self._definition)
+        return self.twin()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -216,15 +243,28 @@ def _trainer(vocab_size: int) -> trainers.BpeTrainer:
 
 def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> int | None:
     """The id of the token that the config calls `name`; None where it names none, KeyError where it is unknown."""
-    token = config.get(name)
-    if isinstance(token, dict):  # transformers writes a token with flags as {"content": ...}
-        token = token.get("content")
+    token = _content(config.get(name))
     if token is None:
         return None
-    id = backend.token_to_id(token)
+    id = backend.token_to_id(token) if isinstance(token, str) else None
     if id is None:
         raise KeyError(token)
     return id
+
+
+def _make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
+    """Makes special what the config names, as `transformers` does, though the vocabulary may not say so."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for name in tokens:
+        token = added.get(name, AddedToken(name, normalized=False))
+        if backend.token_to_id(name) is not None and not (name in added and token.special):
+            token.special = True
+            backend.add_special_tokens([token])
+
+
+def _content(token: Any) -> Any:
+    """A token as text; transformers writes one with flags as {"content": ...}."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -244,12 +284,13 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; a JSON object is expected")
     return content
 
 
-def _not_unicode() -> UserError:
+def not_unicode() -> UserError:
+    """What a text with half of a surrogate pair is answered with."""
     return UserError("text: not valid Unicode (a lone surrogate); give text that can be written as UTF-8")

@@ -6,12 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from longwave.checkpoints import load
+from longwave.checkpoints import find, load
 from longwave.data.packed import Batch, PackedTokens
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
@@ -61,16 +60,21 @@ def targets_in(batch: Batch) -> int:
 
 
 def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
-    """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data."""
-    decoder = load(model, device=device_of(device))
+    """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data.
+
+    Of conversations only what is learned counts: the answers, unless the data was prepared with the loss on all.
+    """
+    folder = find(model)
+    decoder = load(folder, device=device_of(device))
     info = PreparedInfo.read(data)
-    if (Path(model) / "tokenizer.json").exists():
-        info.require_tokenizer(Tokenizer.load(model))
+    if (folder / "tokenizer.json").exists():
+        info.require_tokenizer(Tokenizer.load(folder))
     info.require_vocab(decoder.config.vocab_size)
     packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
     result = held_out_loss(decoder, packed)
     return {
         "loss": result.loss,
+        "loss_on": "all" if info.held_out.learned is None else "assistant",
         "perplexity": math.exp(result.loss),
         "bits_per_byte": bits_per_byte(result, info),
         "tokens": result.tokens,
@@ -79,8 +83,8 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
 
 
 def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
-    """Loss in bits per byte of text, which other tokenizers' losses can be compared with."""
-    return result.loss / math.log(2) * info.held_out.tokens / info.held_out.bytes
+    """Loss in bits per byte of what is learned, which other tokenizers' losses can be compared with."""
+    return result.loss / math.log(2) * info.held_out.targets / max(info.held_out.bytes, 1)
 
 
 @contextmanager

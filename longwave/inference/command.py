@@ -26,7 +26,12 @@ def generate_command(options: argparse.Namespace) -> dict[str, Any]:
     for line in model.describe():
         say(line)
     texts, streaming = [""] * len(prompts), len(prompts) == 1
-    limits = {"max_new_tokens": options.max_new_tokens, "sampling": sampling, "stop": options.stop}
+    limits = {
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": sampling,
+        "stop": options.stop,
+        "chat": options.chat,
+    }
     for prompt, text in generate_text(model, model.tokenizer, prompts, **limits):
         texts[prompt] += text
         if streaming:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from longwave.checkpoints.generation import end_ids
 from longwave.config import require
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
 from longwave.inference.generate import Generation
@@ -58,14 +59,19 @@ def generate_text(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> Iterator[Piece]:
     """Yields the continuation of every prompt in pieces of text; a stop string and what follows it are left out.
 
-    Prompts begin with the tokenizer's bos token where it has one. Raises UserError like `Generation`.
+    Prompts begin with the tokenizer's bos token where it has one; a text ends at the tokenizer's eos token, or at any
+    that the model's folder names.
+
+    chat: whether each prompt is what a user says, and its continuation the assistant's answer.
+    Raises UserError like `Generation`, and for a tokenizer without a chat template that can be used.
     """
     require(all(stop), "stop: a stop string is empty; leave it out")
-    encoded = [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts]
-    ends = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, prompts)
+    ends = end_ids(model.generation, tokenizer) | turn_ends
     generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
     writers = [_Writer(StreamDecoder(tokenizer), stop) for _ in prompts]
     for prompt, token in generation:
@@ -79,6 +85,20 @@ def generate_text(
             yield Piece(prompt, text)
 
 
+def _beginnings(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:
+    """The ids of texts to be continued; nothing ends them but what ends any text."""
+    return [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts], frozenset()
+
+
+def _questions(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:
+    """The ids of conversations in which the assistant is to speak next, and those that end what it says."""
+    from longwave.data.chat import Chat
+
+    chat = Chat(tokenizer)
+    messages = [{"role": "user", "content": prompt} for prompt in prompts]
+    return [chat.prompt([one], f"prompt {number}") for number, one in enumerate(messages, start=1)], chat.stop_ids
+
+
 def complete(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -87,11 +107,12 @@ def complete(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    chat: bool = False,
 ) -> list[str]:
     """The whole continuation of every prompt."""
     texts = [""] * len(prompts)
     for prompt, text in generate_text(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, chat=chat
     ):
         texts[prompt] += text
     return texts

@@ -1,20 +1,89 @@
-"""Rotary positions, half-split pairing: channel i turns with channel i + K/2 (Su et al. 2021, as in Llama)."""
+"""Rotary positions, half-split pairing: channel i turns with channel i + K/2 (Su et al. 2021, as in Llama).
+
+An angle is a function of the position alone, whatever stretches it, so that every chunking of a sequence agrees.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from longwave.config import RotaryConfig
+from longwave.config import Llama3Scaling, LongRopeScaling, ModelConfig, RotaryConfig, RotaryScaling, YarnScaling
 
 
-def angles(config: RotaryConfig, positions: Int64[Tensor, " T"], size: int) -> Float[Tensor, "T half"]:
-    """position * base ** (-2 i / size), in fp32 as every published model of this family computes it."""
-    index = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device)
-    return torch.outer(positions.float(), config.base ** (-index / size))
+def turns(
+    config: ModelConfig, positions: Int64[Tensor, " T"]
+) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+    """Cosines and sines of the angles at which the heads of a model turn, in fp32, times the attention factor."""
+    turned = angles(config.rotary, positions, config.head_size, config.context_window)
+    factor = attention_factor(config.rotary.scaling)
+    return (turned.cos(), turned.sin()) if factor == 1 else (turned.cos() * factor, turned.sin() * factor)
+
+
+def angles(
+    config: RotaryConfig, positions: Int64[Tensor, " T"], size: int, context_window: int = 0
+) -> Float[Tensor, "T half"]:
+    """position * frequency, in fp32 as every published model of this family computes it."""
+    return torch.outer(positions.float(), frequencies(config, size, context_window, positions.device))
+
+
+def frequencies(
+    config: RotaryConfig, size: int, context_window: int = 0, device: torch.device | None = None
+) -> Float[Tensor, " half"]:
+    """Radians per token of each pair of channels: base ** (-2 i / size), stretched as the config says.
+
+    context_window: of the model; LongRoPE's factors go by it. The operations are those of `transformers`, in its order,
+    so that the frequencies are equal to the bit, and angles are at positions of millions.
+    """
+    periods = config.base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    match config.scaling:
+        case None:
+            return 1 / periods
+        case LongRopeScaling() as scaling:
+            return 1 / (torch.tensor(scaling.factors(context_window), device=device) * periods)
+        case Llama3Scaling() as scaling:
+            return _llama3(scaling, 1 / periods)
+        case YarnScaling() as scaling:
+            return _yarn(scaling, periods, config.base)
+        case scaling:
+            return 1 / periods / scaling.factor
+
+
+def attention_factor(scaling: RotaryScaling | None) -> float:
+    """What cosines and sines are multiplied by, and so the attention logits by its square."""
+    if isinstance(scaling, YarnScaling) and scaling.attention_factor is None:
+        return max(1.0, 0.1 * math.log(scaling.factor) + 1)
+    return getattr(scaling, "attention_factor", 1.0)
+
+
+def _llama3(scaling: Llama3Scaling, kept: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
+    """Llama 3.1 (Meta's reference code, `apply_scaling`)."""
+    low, high, window = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_window
+    wavelength, stretched = 2 * math.pi / kept, kept / scaling.factor
+    share = (window / wavelength - low) / (high - low)
+    joined = (1 - share) * kept / scaling.factor + share * kept
+    joined = torch.where(wavelength > window / low, stretched, joined)
+    return torch.where(wavelength < window / high, kept, joined)
+
+
+def _yarn(scaling: YarnScaling, periods: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
+    """YaRN (arXiv 2309.00071, section 3.2): by how often a channel turns in the original window."""
+
+    def channel(rotations: float) -> float:
+        """The channel (of all `size`, counted by pairs) that turns so many times in the original window."""
+        return len(periods) * math.log(scaling.original_window / (rotations * 2 * math.pi)) / math.log(base)
+
+    first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(periods) - 1)
+    places = torch.arange(len(periods), dtype=torch.float32, device=periods.device)
+    kept = 1 - ((places - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+    return 1 / (scaling.factor * periods) * (1 - kept) + 1 / periods * kept
 
 
 def rotate(

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.config import ModelConfig
+from longwave.costs import visible_pairs
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import rotate
@@ -63,8 +64,7 @@ class FullAttention(Mixer):
         return StateSpec({"key": entry, "value": entry}, self.window, self.site.level)
 
     def prefill_flops(self, tokens: int) -> int:
-        seen = min(self.window or tokens, tokens)
-        pairs = seen * (seen + 1) // 2 + (tokens - seen) * seen
+        pairs = visible_pairs(tokens, self.window)
         return tokens * self._linear_flops() + 4 * self.heads * self.head_size * pairs
 
     def decode_flops(self, context: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from longwave import durable
-from longwave.checkpoints import load, native
+from longwave.checkpoints import find, load, native
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo
@@ -30,7 +30,7 @@ from longwave.errors import UserError
 from longwave.evaluation.held_out import batch_loss, held_out_loss, targets_in
 from longwave.model import Decoder
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
-from longwave.training.recipe import Recipe, TrainingConfig
+from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
 
 _FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device"}
 
@@ -56,8 +56,8 @@ class Trainer:
         self.data = PackedTokens(recipe.data.folder, "train", run.window)
         self.sampler = WindowSampler(len(self.data), run.seed)
         self.held_out = PackedTokens(recipe.data.folder, "held_out", run.window, keep_last=True)
-        self.step = 0
-        self.model = self._resumed_model() or Decoder(recipe.model, run.seed).to(self.device)
+        self.step = self.tokens = 0
+        self.model = self._resumed_model() or self._first_model()
         self.model.train().checkpoint_blocks(run.recompute)
         self.optimizer = recipe.optimizer.build(self.model)
         self._resume_optimizer()
@@ -93,11 +93,12 @@ class Trainer:
 
     def _one_step(self) -> None:
         run, started = self.recipe.training, time.perf_counter()
+        before = self.tokens
         loss, report, lr = self._update()
         self.step += 1
         self.model.set_step(self.step, run.seed)
-        tokens = run.batch_windows * run.window
-        entry: dict[str, Any] = {"step": self.step, "tokens": self.step * tokens, "loss": loss, "lr_scale": lr}
+        tokens = self.tokens - before
+        entry: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": loss, "lr_scale": lr}
         entry |= {"grad_norm": report.grad_norm, "clip": report.clip}
         entry |= {"tokens_per_second": tokens / (time.perf_counter() - started)}
         if _due(self.step, run.log_every, run.steps):
@@ -110,18 +111,18 @@ class Trainer:
             self._checkpoint()
 
     def _update(self) -> tuple[float, Any, float]:
-        """One optimizer step; returns the loss per token, the optimizer's report and the schedule's factor."""
+        """One optimizer step; returns the loss per target, the optimizer's report and the schedule's factor."""
         run = self.recipe.training
         batches = self._batches()
-        tokens = sum(map(targets_in, batches))
+        targets = sum(map(targets_in, batches))
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                part = batch_loss(self.model, batch) / max(tokens, 1)
+                part = batch_loss(self.model, batch) / max(targets, 1)
             part.backward()
             loss += part.detach()
-        seen = self.step * run.batch_windows * run.window
-        scale = self.recipe.schedule.scale(self.step, seen, run.steps)
+        scale = self.recipe.schedule.scale(self.step, self.tokens, run.steps)
+        self.tokens += sum(batch.tokens.numel() for batch in batches)
         report = self.optimizer.step(scale)
         self.optimizer.zero_grad()
         return float(loss), report, scale
@@ -164,7 +165,8 @@ class Trainer:
         with durable.folder(durable.step_folder(parent, self.step)) as staging:
             self._write_folder(staging)
             write(self.optimizer.tensors(), staging / "optimizer.safetensors")
-            progress = {"step": self.step, "recipe": self.recipe.to_dict(), "tokenizer": self.tokenizer.fingerprint}
+            progress = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
+            progress["tokenizer"] = self.tokenizer.fingerprint
             (staging / "trainer.json").write_text(json.dumps(progress, indent=2) + "\n")
         durable.prune(parent, self.recipe.training.keep)
 
@@ -183,7 +185,24 @@ class Trainer:
         progress = json.loads((newest.path / "trainer.json").read_text())
         _check_same_run(progress, self.recipe, self.tokenizer, newest.path)
         self.step = int(progress["step"])
+        run = self.recipe.training  # checkpoints from before conversations hold no count, since windows were alike
+        self.tokens = int(progress.get("tokens", self.step * run.batch_windows * run.window))
         return load(newest.path, device=self.device)
+
+    def _first_model(self) -> Decoder:
+        """The model before the first step: random, or with the weights to start from in full precision."""
+        run, config = self.recipe.training, self.recipe.model
+        if run.start_from is None:
+            return Decoder(config, run.seed).to(self.device)
+        folder = find(run.start_from)
+        start = load(folder, dtype=torch.float32, device=self.device)
+        require_start(config, start.config, run.start_from)
+        if (folder / "tokenizer.json").exists():
+            self.info.require_tokenizer(Tokenizer.load(folder))
+        with torch.device("meta"):
+            model = Decoder(config)
+        model.load_state_dict(start.state_dict(), assign=True)
+        return model
 
     def _resume_optimizer(self) -> None:
         if self.step:
@@ -211,7 +230,7 @@ def _newest_checkpoint(parent: Path) -> durable.Checkpoint | None:
 
 def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:
     """A checkpoint continues only the run that wrote it."""
-    theirs, ours = _flat(progress["recipe"]), _flat(json.loads(json.dumps(recipe.to_dict())))
+    theirs, ours = flat(progress["recipe"]), flat(json.loads(json.dumps(recipe.to_dict())))
     free = {f"training.{name}" for name in _FREE_TO_CHANGE}
     for name in sorted({*theirs, *ours} - free):
         if theirs.get(name) != ours.get(name):
@@ -219,13 +238,6 @@ def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokeniz
             raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
     if progress["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{path}: trained with another tokenizer than {recipe.data.folder} has; give another output")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from longwave.config import ModelConfig, Strict, build, require
+from longwave.checkpoints import load_config
+from longwave.config import ModelConfig, Strict, SubllmConfig, build, require
 from longwave.errors import UserError
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
 from longwave.training.schedules import Eden, ScheduleConfig
@@ -29,6 +30,7 @@ class DataConfig(Strict):
 class TrainingConfig(Strict):
     """One run.
 
+    start_from: a model folder to start from, whose shape `[model]` then need not repeat; random weights by default.
     steps: optimizer steps. window: tokens of a training window. batch_windows: windows of one step, run in pieces of
     `micro_windows` (all at once by default). precision: `bf16` computes in bf16 over fp32 weights.
     recompute: blocks keep only their inputs for the backward pass. compile: the feed-forwards go through torch.compile.
@@ -39,6 +41,7 @@ class TrainingConfig(Strict):
     steps: int
     window: int
     batch_windows: int
+    start_from: str | None = None
     micro_windows: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
@@ -89,7 +92,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain values of a TOML file with overrides applied."""
+    """The plain values of a TOML file with overrides applied, `[model]` completed by the folder it starts from."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf8"))
     except OSError as error:
@@ -98,7 +101,40 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise UserError(f"{path}: not TOML: {error}") from None
     for override in overrides:
         _override(values, override)
-    return values
+    return _with_start(values)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def require_start(model: ModelConfig, start: ModelConfig, folder: str) -> None:
+    """Raises UserError where a model is not the one that it is to start from; how SUBLLM trains may differ."""
+    ours, theirs = (flat(replace(one, subllm=one.subllm or SubllmConfig()).to_dict()) for one in (model, start))
+    free = {name for name in ours if name.startswith("subllm.") and name != "subllm.selection"}
+    for name in sorted(ours.keys() - free):
+        given, there = ours[name], theirs[name]
+        has = f"{folder}, from which training.start_from starts, has {there!r}"
+        require(given == there, f"model.{name} = {given!r}: {has}; leave it out")
+
+
+def _with_start(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with a complete [model] table where they name a folder to start from."""
+    training = values.get("training", {})
+    folder = training.get("start_from") if isinstance(training, dict) else None
+    if not isinstance(folder, str):
+        return values
+    return {**values, "model": _merged(load_config(folder).to_dict(), values.get("model", {}))}
+
+
+def _merged(base: Any, over: Any) -> Any:
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    return base | {name: _merged(base.get(name), value) for name, value in over.items()}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

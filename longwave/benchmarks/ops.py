@@ -1,0 +1,163 @@
+"""`longwave bench ops`: every op in each of its forms, forward and backward, checked against its reference first.
+
+An op takes part by a `benchmark.py` with its cases (`longwave.ops.benchmark`) and a line in `OPS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longwave import plan
+from longwave.benchmarks.checks import check_form
+from longwave.benchmarks.profile import Watch
+from longwave.benchmarks.results import Options, Results, Row, against, hardware
+from longwave.benchmarks.roofline import measure_peaks
+from longwave.benchmarks.timing import Timing, interleaved, seconds_of, swift_collections
+from longwave.config import build, require
+from longwave.costs import Peaks, Work
+from longwave.device import device_of, dtype_of
+from longwave.ops.attention import benchmark as attention
+from longwave.ops.benchmark import WHOLE, Case, Shape
+from longwave.ops.cross_entropy import benchmark as cross_entropy
+from longwave.ops.linear import benchmark as linear
+from longwave.progress import say
+
+OPS: dict[str, Callable[[Shape], list[Case]]] = {
+    "attention": attention.cases,
+    "cross_entropy": cross_entropy.cases,
+    "linear": linear.cases,
+}
+_COLD, _ROUND, _MOST_COPIES = 1 << 28, 0.05, 256  # bytes beyond any cache, seconds that make a round
+
+
+@dataclass(frozen=True)
+class OpsOptions(Options):
+    """How ops are measured: at the sizes of a layer of a model, of `longwave/recipes/bench-llama.toml` by default.
+
+    ops: which of them; all by default. kv_heads: as many as heads by default. window: a sliding window to time as well.
+    """
+
+    ops: tuple[str, ...] = tuple(OPS)
+    heads: int = 12
+    kv_heads: int = 4
+    head_size: int = 64
+    hidden_size: int = 768
+    vocab_size: int = 32000
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("heads", "kv_heads", "head_size", "hidden_size", "vocab_size"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
+        require(self.heads % self.kv_heads == 0, f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
+        require(self.window is None or self.window > 0, f"window = {self.window}: 1 or more tokens")
+        unknown = [name for name in self.ops if name not in OPS]
+        require(not unknown, f"ops: {', '.join(unknown)} does not exist; use {', '.join(OPS)}")
+
+    def shape(self, context: int, batch: int) -> Shape:
+        """The sizes at one context and batch."""
+        heads = (self.heads, self.kv_heads, self.head_size)
+        place = (dtype_of(self.dtype), device_of(self.device), self.seed)
+        return Shape(context, batch, *heads, self.hidden_size, self.vocab_size, self.window, *place)
+
+
+def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptions:
+    """The options chosen, over the sizes of a model (a recipe or a folder) where there is one."""
+    sizes: dict[str, Any] = {}
+    if model is not None:
+        config = plan.model_config(model)
+        sizes = {"heads": config.attention.heads, "kv_heads": config.kv_heads, "head_size": config.head_size}
+        sizes |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "window": config.attention.window}
+    elif "heads" in chosen:
+        sizes = {"kv_heads": chosen["heads"]}
+    return build(OpsOptions, sizes | dict(chosen), "bench ops")
+
+
+def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
+    """Times the ops; the watch that is returned has what a trace will show. MachineError for a form that is wrong."""
+    device, rows, done = device_of(options.device), [], set[tuple[str, int, int]]()
+    with swift_collections():
+        peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
+        for name, context, batch in product(options.ops, options.contexts, options.batches):
+            say(f"{name} at {context:,} tokens, batch {batch}")
+            shape = options.shape(context, batch)
+            small = OPS[name](replace(shape, context=min(context, WHOLE)))
+            for case, other in zip(OPS[name](shape), small, strict=True):
+                if (place := (case.quantity, case.context, batch)) not in done:
+                    rows += _rows(case, other, batch, peaks, options.repeats, watch)
+                    done.add(place)
+    return Results("ops", options, hardware(options), peaks, rows), watch
+
+
+def _rows(case: Case, small: Case, batch: int, peaks: Peaks, repeats: int, watch: Watch) -> list[Row]:
+    """Every form of one case, its passes apart, once all forms have been found right."""
+    errors = {form: max(check_form(one, form) for one in _to_check(case, small)) for form in case.forms}
+    return [row for one in _passes(case) for row in _pass_rows(case, one, errors, batch, peaks, repeats, watch)]
+
+
+def _to_check(case: Case, small: Case) -> list[Case]:
+    """The case itself, and where only some of its rows are compared, all of a smaller one."""
+    return [case] if case.rows is None else [case, small]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Forward, or forward and backward: what it is called, takes, and does with a form and its inputs."""
+
+    name: str
+    work: Work
+    run: Callable[[Callable[..., Tensor], Sequence[Tensor]], object]
+
+
+def _passes(case: Case) -> list[_Pass]:
+    forward = _Pass("forward", case.forward, _forward)
+    if case.backward is None:
+        return [forward]
+    return [forward, _Pass("forward + backward", case.forward + case.backward, _forward_and_backward)]
+
+
+@torch.no_grad()
+def _forward(form: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    return form(*inputs)
+
+
+def _forward_and_backward(form: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    learned = [one for one in inputs if one.is_floating_point()]
+    output = form(*[one.requires_grad_() if one.is_floating_point() else one for one in inputs])
+    return torch.autograd.grad(output, learned, torch.ones_like(output))
+
+
+def _pass_rows(
+    case: Case, one: _Pass, errors: dict[str, float], batch: int, peaks: Peaks, repeats: int, watch: Watch
+) -> list[Row]:
+    quantity, rows = f"{case.quantity}, {one.name}", {}
+    timings = _timed(case, one, repeats)
+    for form, timing in timings.items():
+        figures = (timing, case.tokens, one.work, one.work.seconds(peaks), peaks)
+        checked = {"error": errors[form], "checked": case.checked}
+        row = Row(quantity, case.context, batch, form, *figures, **checked)
+        rows[form] = watch.look(row, partial(one.run, case.forms[form], case.inputs))
+    return against(list(rows.values()), rows[case.default])
+
+
+def _timed(case: Case, one: _Pass, repeats: int) -> dict[str, Timing]:
+    """Seconds of one call of each form, over as many copies of the inputs as keep them out of the caches."""
+    seconds = seconds_of(partial(one.run, case.forms[case.default], case.inputs))
+    fitting = _COLD // sum(tensor.nbytes for tensor in case.inputs)
+    count = max(1, min(fitting, int(_ROUND / seconds), _MOST_COPIES))
+    copies = [case.inputs, *([tensor.detach().clone() for tensor in case.inputs] for _ in range(count - 1))]
+    tasks = {name: partial(_each, one, form, copies) for name, form in case.forms.items()}
+    return {name: timing.per(count) for name, timing in interleaved(tasks, repeats).items()}
+
+
+def _each(one: _Pass, form: Callable[..., Tensor], copies: Sequence[Sequence[Tensor]]) -> None:
+    for inputs in copies:
+        one.run(form, inputs)

@@ -1,0 +1,96 @@
+"""A picture of the results: a panel per quantity and size, bars of time with their spread beside the bound."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from longwave import durable
+from longwave.benchmarks.results import Results, Row
+from longwave.benchmarks.table import beside_bound, by_place, heading
+from longwave.config import require
+from longwave.errors import UserError
+
+_SUFFIXES = (".svg", ".png")
+_INK, _QUIET, _LINE, _PAPER = "#20242a", "#646b76", "#e3e1da", "#ffffff"
+_COLOURS = ("#1f65ad", "#b9691c", "#6d7480", "#2d8a68", "#7a4fa3")
+_COLUMNS = 2
+
+
+def check_picture(path: str | Path) -> None:
+    """UserError unless a picture of that name can be drawn here."""
+    suffix = Path(path).suffix
+    require(suffix in _SUFFIXES, f"plot = {path}: name a file that ends in {' or '.join(_SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("plot: matplotlib is not installed; pip install 'longwave[plot]'") from None
+
+
+def draw(results: Results, path: str | Path) -> None:
+    """Writes the picture; the same results give the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    groups = by_place(results.rows)
+    subjects = list(dict.fromkeys(row.subject for row in results.rows))
+    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(subjects)}
+    columns, lines = min(_COLUMNS, len(groups)), ceil(len(groups) / _COLUMNS)
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "longwave",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": _INK,
+    }
+    with matplotlib.rc_context(style):
+        height = 0.9 + lines * (0.75 + 0.34 * max(map(len, groups)))
+        layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15, rect=(0, 0, 1, 1 - 0.6 / height))
+        figure = Figure(figsize=(6.2 * columns, height), facecolor=_PAPER, layout=layout)
+        _head(figure, results, height)
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for index, place in enumerate(axes.flat):
+            if index < len(groups):
+                _panel(place, groups[index], colours)
+            else:
+                place.set_axis_off()
+        durable.write_file(path, _encoded(figure, Path(path).suffix[1:]))
+
+
+def _head(figure: Any, results: Results, height: float) -> None:
+    first, *models = heading(results).splitlines()
+    legend = "solid: up to the bound · pale: beyond it · line: spread of the rounds"
+    figure.text(0.01, 1 - 0.12 / height, f"longwave bench {first}", fontsize=10, weight="bold", va="top")
+    figure.text(0.01, 1 - 0.36 / height, "   ".join([*models, legend]), fontsize=8, color=_QUIET, va="top")
+
+
+def _panel(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
+    """Bars of milliseconds, the first row on top."""
+    for level, row in enumerate(rows):
+        time, bound, colour = 1e3 * row.timing.median, 1e3 * row.bound, colours[row.subject]
+        axes.barh(level, time, height=0.56, color=colour, alpha=0.32)
+        axes.barh(level, min(time, bound), height=0.56, color=colour)
+        axes.plot([1e3 * row.timing.low, 1e3 * row.timing.high], [level, level], color=_INK, linewidth=1.1)
+        axes.plot([bound, bound], [level - 0.36, level + 0.36], color=_INK, linewidth=1.6)
+        beside = max(1e3 * row.timing.high, bound)
+        axes.annotate(beside_bound(row), (beside, level), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.subject for row in rows])
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_xlim(0, 1.7 * max(1e3 * max(row.timing.high, row.bound) for row in rows))
+    axes.set_title(rows[0].place, loc="left", fontsize=9.5, weight="bold")
+    axes.set_xlabel("ms", color=_QUIET, fontsize=8, loc="right", labelpad=1)
+    axes.tick_params(length=0, colors=_QUIET)
+    axes.tick_params(axis="y", labelcolor=_INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_LINE)
+    axes.grid(axis="x", color=_LINE, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _encoded(figure: Any, format: str) -> bytes:
+    buffer = BytesIO()
+    undated = {"Date": None} if format == "svg" else {"Software": None}
+    figure.savefig(buffer, format=format, dpi=160, metadata=undated, facecolor=_PAPER)
+    return buffer.getvalue()

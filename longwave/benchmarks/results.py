@@ -1,0 +1,183 @@
+"""What a benchmark finds: rows of figures beside their bounds, with what they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+
+from longwave.benchmarks.timing import Timing
+from longwave.config import Strict, require
+from longwave.costs import Peaks, Work
+from longwave.device import device_of
+from longwave.doctor import cpu_name
+from longwave.version import __version__
+
+FORMAT, VERSION = "longwave-bench", 1
+_DERIVED = ("mfu", "mbu", "of_bound", "gain_of_bound")
+
+
+@dataclass(frozen=True)
+class Options(Strict):
+    """How anything is measured.
+
+    contexts: tokens of a prompt, or of a training window. batches: sequences at a time. repeats: interleaved rounds,
+    of which medians are taken. threads: of the CPU; as many as PyTorch takes by default.
+    """
+
+    contexts: tuple[int, ...] = (2048, 8192)
+    batches: tuple[int, ...] = (1,)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    repeats: int = 5
+    threads: int | None = None
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "batches"):
+            values = getattr(self, name)
+            require(bool(values) and min(values) > 0, f"{name} = {list(values)}: one or more, each 1 or more")
+        require(self.repeats > 0, f"repeats = {self.repeats}: 1 or more")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        require(self.threads is None or 0 < self.threads <= cores, f"threads = {self.threads}: 1 to {cores} here")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Runs with that many threads."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of one subject: a model, or a form of an op.
+
+    timing: seconds of one prefill, one decode step of the whole batch, one training step, or one call of an op, which
+    is of so many `tokens`. work: what it takes, and `bound` the least seconds for that at the machine's peaks. ratio:
+    the time relative to the reference's, as the median over rounds; bound_ratio: the same of the bounds. retention: the
+    share of the tokens entering each level that it kept; in decoding, the share of all tokens that got through it.
+    state_used, state_reserved: bytes of the context, of the whole batch. peak_memory: the most bytes that torch held at
+    a time during one run beyond those it held before. error: how far an op is from its reference, where it was
+    `checked`.
+    """
+
+    quantity: str
+    context: int
+    batch: int
+    subject: str
+    timing: Timing
+    tokens: int
+    work: Work
+    bound: float
+    peaks: Peaks
+    retention: tuple[float, ...] = ()
+    state_used: int | None = None
+    state_reserved: int | None = None
+    peak_memory: int | None = None
+    error: float | None = None
+    checked: str | None = None
+    ratio: float | None = None
+    bound_ratio: float | None = None
+
+    @property
+    def place(self) -> str:
+        """What rows that are compared share, in words."""
+        return f"{self.quantity}, {self.context:,} tokens, batch {self.batch}"
+
+    @property
+    def mfu(self) -> float:
+        """FLOPs per second relative to the machine's measured peak."""
+        return self.work.flops / self.timing.median / self.peaks.flops
+
+    @property
+    def mbu(self) -> float:
+        """Bytes per second relative to the machine's measured peak."""
+        return self.work.bytes / self.timing.median / self.peaks.bandwidth
+
+    @property
+    def of_bound(self) -> float:
+        """1 where nothing faster is possible at the machine's peaks."""
+        return self.bound / self.timing.median
+
+    @property
+    def gain_of_bound(self) -> float | None:
+        """The speed-up over the reference as a share of the one that the bounds promise."""
+        return self.bound_ratio / self.ratio if self.ratio and self.bound_ratio else None
+
+    def plain(self) -> dict[str, Any]:
+        """All that the row knows, as plain values."""
+        own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("timing", "peaks")}
+        timing = self.timing
+        seconds = {"median": timing.median, "low": timing.low, "high": timing.high, "all": list(timing.seconds)}
+        derived = {name: getattr(self, name) for name in _DERIVED}
+        return own | {"seconds": seconds, "tokens_per_second": self.tokens / timing.median} | derived
+
+
+def against(rows: Sequence[Row], reference: Row) -> list[Row]:
+    """The rows with their ratios to the reference; as they are where there is nothing to compare."""
+    if len(rows) < 2:
+        return list(rows)
+    return [
+        replace(row, ratio=row.timing.ratio(reference.timing), bound_ratio=row.bound / reference.bound) for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which model a subject is."""
+
+    layout: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows of a run, with what it ran on.
+
+    kind: inference, training or ops. models: what each subject is; for ops, none.
+    """
+
+    kind: str
+    options: Options
+    hardware: dict[str, Any]
+    peaks: Peaks
+    rows: list[Row]
+    models: dict[str, Model] = dataclasses.field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values: what it ran on, what was asked for, and every row with all it knows."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "hardware": self.hardware,
+            "models": {name: dataclasses.asdict(model) for name, model in self.models.items()},
+            "options": dataclasses.asdict(self.options),
+            "peaks": dataclasses.asdict(self.peaks),
+            "rows": [row.plain() for row in self.rows],
+        }
+
+
+def hardware(options: Options) -> dict[str, Any]:
+    """What the numbers belong to: the device, its threads, and the versions."""
+    device = device_of(options.device)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "longwave": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "dtype": options.dtype,
+    }

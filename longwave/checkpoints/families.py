@@ -1,0 +1,150 @@
+"""The families of Hugging Face folders that longwave reads and writes, each described by what sets it apart.
+
+They are one model: embed, blocks of norm, attention, norm and SwiGLU, norm, head, under the same tensor names. What
+differs is which parts have biases, whether queries and keys are normed, where windows slide, and which keys of
+`config.json` say so. A new family of this kind is a description in `FAMILIES`.
+
+MiniCPM (github OpenBMB/MiniCPM; MiniCPM4 is arXiv 2506.07900) has no class in `transformers`; folders bring their own
+code. Its muP factors: the embedding times scale_emb, every residual branch times scale_depth / sqrt(layers), the logits
+times dim_model_base / hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from longwave.checkpoints.foreign import Row
+from longwave.config import ModelConfig, RotaryScaling, ScalesConfig
+from longwave.layout import Blocks, parse
+
+TABLE = (
+    Row("model.embed_tokens.weight", "embed.weight"),
+    Row("model.layers.{i}.input_layernorm.weight", "blocks.{i}.mixer_norm.weight"),
+    Row("model.layers.{i}.self_attn.q_proj.{leaf}", "blocks.{i}.mixer.q_proj.{leaf}"),
+    Row("model.layers.{i}.self_attn.k_proj.{leaf}", "blocks.{i}.mixer.k_proj.{leaf}"),
+    Row("model.layers.{i}.self_attn.v_proj.{leaf}", "blocks.{i}.mixer.v_proj.{leaf}"),
+    Row("model.layers.{i}.self_attn.o_proj.{leaf}", "blocks.{i}.mixer.o_proj.{leaf}"),
+    Row("model.layers.{i}.self_attn.q_norm.weight", "blocks.{i}.mixer.q_norm.weight"),
+    Row("model.layers.{i}.self_attn.k_norm.weight", "blocks.{i}.mixer.k_norm.weight"),
+    Row("model.layers.{i}.post_attention_layernorm.weight", "blocks.{i}.mlp_norm.weight"),
+    Row("model.layers.{i}.mlp.gate_proj.{leaf}", "blocks.{i}.mlp.gate_proj.{leaf}"),
+    Row("model.layers.{i}.mlp.up_proj.{leaf}", "blocks.{i}.mlp.up_proj.{leaf}"),
+    Row("model.layers.{i}.mlp.down_proj.{leaf}", "blocks.{i}.mlp.down_proj.{leaf}"),
+    Row("model.norm.weight", "norm.weight"),
+    Row("lm_head.weight", "head.weight"),
+)
+EMBEDDING, HEAD = TABLE[0].theirs, TABLE[-1].theirs
+BUFFERS = "rotary_emb.inv_freq"  # what older folders keep beside the weights
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family apart; the class of `transformers` (or the folder's own code) is the authority.
+
+    bias: on all four attention projections if the key `attention_bias` says so ("key"), on query, key and value always
+        ("qkv"), or nowhere. mlp_bias: there is a key of that name; without it there are none.
+    windows: "none"; "all" blocks where `sliding_window` is not null; or those that `layer_types`, or
+        `use_sliding_window` and `max_window_layers`, say ("some").
+    head_size: "free" where `head_dim` says any; "whole" where the heads must divide the width, too; "shared" where it
+        is the width over the heads.
+    mup: it has scale_emb, scale_depth and dim_model_base.
+    scalings: the kinds of rotary scaling that its code knows and that depend on the position alone.
+    in_transformers: `transformers` has the class; its rotary scaling then takes an `attention_factor`.
+    fixed: keys that may be there with these values (or null) only, since any other would make another model.
+    defaults: what keys mean that are left out, where that is not the same for all.
+    """
+
+    model_type: str
+    architecture: str
+    bias: Literal["key", "qkv", "none"] = "key"
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: Literal["none", "all", "some"] = "none"
+    head_size: Literal["free", "whole", "shared"] = "free"
+    mup: bool = False
+    scalings: tuple[str, ...] = ("linear", "llama3", "yarn", "longrope")
+    in_transformers: bool = True
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def problem(self, config: ModelConfig) -> tuple[str, object, str] | None:
+        """Why a model is none of this family: the field of its config, its value, and what would do."""
+        return next(((name, value, legal) for kept, name, value, legal in self._rules(config) if not kept), None)
+
+    def _rules(self, config: ModelConfig) -> Iterator[tuple[bool, str, object, str]]:
+        """Whether a rule is kept, by which field of the config, its value, and what would do."""
+        attention, width, letters = config.attention, config.hidden_size, _letters(config)
+        scaling, kinds = config.rotary.scaling, ", ".join(self.scalings)
+        alike = self.windows == "some" or len(letters) == 1
+        yield letters <= _LETTERS[self.windows] and alike, "layout", config.layout, _BLOCKS[self.windows]
+        yield attention.qk_norm == self.qk_norm, "attention.qk_norm", attention.qk_norm, f"it is {self.qk_norm}"
+        yield attention.qkv_bias in _QKV_BIAS[self.bias], "attention.qkv_bias", attention.qkv_bias, _BIASES[self.bias]
+        same = attention.output_bias == (attention.qkv_bias and self.bias == "key")
+        yield same, "attention.output_bias", attention.output_bias, _BIASES[self.bias]
+        yield self.mlp_bias or not config.mlp.bias, "mlp.bias", config.mlp.bias, "it is False"
+        whole = self.head_size != "whole" or width % attention.heads == 0
+        yield whole, "hidden_size", width, f"a multiple of the {attention.heads} heads"
+        shared = self.head_size != "shared" or config.head_size * attention.heads == width
+        yield shared, "attention.head_size", config.head_size, "hidden_size / heads"
+        yield self.mup or config.scales == ScalesConfig(), "scales", config.scales, "all are 1"
+        yield scaling is None or scaling.kind in self.scalings, "rotary.scaling.kind", _kind(scaling), kinds
+
+
+_LETTERS = {"none": {"F"}, "all": {"F", "W"}, "some": {"F", "W"}}
+_BLOCKS = {"none": "F blocks only", "all": "F blocks only, or W blocks only", "some": "F and W blocks only"}
+_QKV_BIAS = {"key": (False, True), "qkv": (True,), "none": (False,)}
+_BIASES = {
+    "key": "output_bias is the same as qkv_bias",
+    "qkv": "qkv_bias is True and output_bias False",
+    "none": "it is False",
+}
+
+
+def _letters(config: ModelConfig) -> set[str]:
+    """The letters of a layout, and the names of its resamplers."""
+    return {item.letter if isinstance(item, Blocks) else item.name for item in parse(config.layout).walk()}
+
+
+def _kind(scaling: RotaryScaling | None) -> str | None:
+    return None if scaling is None else scaling.kind
+
+
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+
+FAMILIES = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        mlp_bias=True,
+        head_size="whole",
+        fixed={"sliding_window": ()},
+        defaults={"max_position_embeddings": 2048},
+    ),
+    Family("qwen2", "Qwen2ForCausalLM", bias="qkv", windows="some", defaults=_QWEN),
+    Family("qwen3", "Qwen3ForCausalLM", qk_norm=True, windows="some", defaults=_QWEN | {"head_dim": 128}),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        bias="none",
+        windows="all",
+        fixed={"layer_types": ()},
+        defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    Family(
+        "minicpm",
+        "MiniCPMForCausalLM",
+        head_size="shared",
+        mup=True,
+        scalings=("linear", "longrope"),
+        in_transformers=False,
+        fixed={"sparse_config": (), "num_experts": (0,), "sliding_window": (), "use_mup": (True,)},
+        defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True},
+    ),
+)
+
+
+def family_of(config: ModelConfig) -> Family | None:
+    """The first family that a model of this config is one of."""
+    return next((family for family in FAMILIES if family.problem(config) is None), None)

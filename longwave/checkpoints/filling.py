@@ -1,0 +1,147 @@
+"""Models and the weights that go into them: what must be there is compared with what is before any of it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longwave.checkpoints.names import flat_names
+from longwave.checkpoints.weights import FLOATS, Described, Weights, check
+from longwave.config import ModelConfig
+from longwave.errors import UserError
+from longwave.layout import parse
+from longwave.model import Decoder
+
+
+class Expected(NamedTuple):
+    """What a stored tensor must be."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass
+class Holding:
+    """What a stored tensor holds: native tensors by name, one after the other along their first dimension.
+
+    as_row: it is a matrix (1, n) where ours is a vector (n,).
+    """
+
+    ours: list[str] = field(default_factory=list)
+    as_row: bool = False
+
+    def expected(self, own: Mapping[str, Described]) -> Expected:
+        """What the stored tensor must be, given the native ones."""
+        tensors = [own[name] for name in self.ours]
+        shape = tensors[0].shape
+        if len(tensors) > 1:
+            shape = torch.Size((sum(tensor.shape[0] for tensor in tensors), *shape[1:]))
+        return Expected(torch.Size((1, *shape)) if self.as_row else shape, tensors[0].dtype)
+
+    def take(self, tensor: Tensor, own: Mapping[str, Described]) -> dict[str, Tensor]:
+        """The native tensors in a stored one: views of it where those lie as torch would have put them."""
+        if len(self.ours) == 1:
+            return {self.ours[0]: tensor[0] if self.as_row else tensor}
+        pieces = tensor.split([own[name].shape[0] for name in self.ours])
+        return dict(zip(self.ours, map(_aligned, pieces), strict=True))
+
+    def give(self, native: Mapping[str, Tensor]) -> Tensor:
+        """The tensor to be stored."""
+        tensors = [native[name] for name in self.ours]
+        together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return together.unsqueeze(0) if self.as_row else together
+
+
+def _aligned(piece: Tensor) -> Tensor:
+    return piece if piece.data_ptr() % 64 == 0 else piece.clone()
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a model's weights are to be when they are loaded.
+
+    dtype: what is asked for. stated: what the folder's config says they are, which decides if they were saved in
+    several types. tied: the stored names of the head and of the embedding that it is tied to: a folder may hold that
+    matrix twice if both are equal.
+    """
+
+    dtype: torch.dtype | None = None
+    stated: object = None
+    tied: tuple[str, str] | None = None
+
+
+def empty(config: ModelConfig, weights: Weights, source: str) -> Decoder:
+    """The model without memory for its weights; UserError where a folder of so few tensors cannot hold its blocks."""
+    depth = parse(config.layout).depth
+    if depth > len(weights.found):
+        raise UserError(f"{source}: the model has {depth} blocks, but {weights.source} {len(weights.found)} tensors")
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def fill(model: Decoder, weights: Weights, held: Mapping[str, Holding], wishes: Wishes) -> Decoder:
+    """Gives a model the weights of a folder, ready for inference; what `held` does not name stays as it is.
+
+    UserError for a missing, unexpected or misshapen tensor, under its stored name.
+    """
+    names = flat_names(model)
+    own = {names[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    expected = {stored: holding.expected(own) for stored, holding in held.items()}
+    if wishes.tied and wishes.tied[0] in weights.found:
+        expected[wishes.tied[0]] = expected[wishes.tied[1]]
+    check({name: one.shape for name, one in expected.items()}, weights.found, weights.source)
+    _check_types(expected, weights)
+    parameters = {stored for stored in expected if stored not in held or _is_parameter(own, held[stored])}
+    dtype = _weight_dtype(weights, sorted(parameters), wishes)
+    read = weights.read({name: dtype if name in parameters else one.dtype for name, one in expected.items()})
+    if wishes.tied and wishes.tied[0] in read:
+        _drop_tied(read, *wishes.tied, weights.source)
+    native = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
+    for stored in list(read):
+        native |= held[stored].take(read.pop(stored), own)
+    model.load_state_dict({name: native[flat] for name, flat in names.items()}, assign=True)
+    return model.eval()
+
+
+def _is_parameter(own: Mapping[str, Tensor], holding: Holding) -> bool:
+    return isinstance(own[holding.ours[0]], nn.Parameter)
+
+
+def _drop_tied(read: dict[str, Tensor], head: str, embedding: str, source: str) -> None:
+    if not torch.equal(read.pop(head), read[embedding]):
+        raise UserError(f"{source}: tensor {head} differs from {embedding}, yet the config ties them")
+
+
+def _check_types(expected: Mapping[str, Expected], weights: Weights) -> None:
+    """A floating tensor may be stored in any floating type; any other must be of the type that is expected."""
+    for name, own in expected.items():
+        found, types = weights.found[name].dtype, FLOATS.values() if own.dtype.is_floating_point else (own.dtype,)
+        if found not in types:
+            supported = ", ".join(map(_name, types))
+            raise UserError(f"{weights.source}: tensor {name} is {_name(found)}; supported: {supported}")
+
+
+def _weight_dtype(weights: Weights, parameters: Iterable[str], wishes: Wishes) -> torch.dtype:
+    """The dtype that all parameters of a model take: what is asked for, or else what they were saved in.
+
+    UserError if they were saved in several and the config does not say which of them they are.
+    """
+    found = {weights.found[name].dtype: name for name in parameters}
+    if wishes.dtype is not None or len(found) == 1:
+        return wishes.dtype or next(iter(found))
+    for dtype in FLOATS.values():
+        if _name(dtype) == str(wishes.stated).removeprefix("torch."):
+            return dtype
+    types = ", ".join(f"{name} is {_name(dtype)}" for dtype, name in list(found.items())[:2])
+    raise UserError(f"{weights.source}: tensors of several types ({types}); give dtype, or put it into config.json")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

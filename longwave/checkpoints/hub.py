@@ -1,0 +1,49 @@
+"""Where a model is: a folder, or a hub id whose files are fetched once and then lie in huggingface_hub's cache."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from longwave import durable
+from longwave.errors import UserError
+from longwave.jsonfile import brief
+
+CONFIGS = ("config.json",)
+WHOLE = (
+    *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("manifest.json", "*.py"),  # of longwave's own folders: what the manifest lists must be there; no code is run
+)
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find(path: str | Path, files: tuple[str, ...] = WHOLE) -> Path:
+    """The folder of a model: `path` if there is one, or else what the hub has under that id (`org/name`).
+
+    files: patterns of what is fetched. UserError if it is neither, or the hub cannot be reached or does not have it.
+    """
+    folder = Path(path)
+    durable.recover(folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{path}: a file; give a model folder, or a hub id such as org/name")
+    if not is_hub_id(path):
+        raise UserError(f"{path}: no such folder, and no hub id either (those read org/name)")
+    return _fetched(str(path), files)
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether this can only be a hub id: it reads `org/name`, and nothing lies there."""
+    return _ID.fullmatch(str(path)) is not None and Path(path).suffix != ".toml" and not Path(path).exists()
+
+
+def _fetched(name: str, files: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"]))
+    except Exception as error:  # the library's own, and whatever its HTTP client raises
+        said = brief(error)
+        raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {said}") from None

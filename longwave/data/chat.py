@@ -1,0 +1,154 @@
+"""Conversations to ids: a tokenizer's chat template, and which of the tokens it writes are the assistant's.
+
+- Special tokens are the template's own; what a message says is text, `<|eos|>` included (`marks.py`).
+- What is learned of a turn is what follows the very prompt that the model will be given, up to the token that ends the
+  turn. A turn that a template shows otherwise once others follow it (Qwen3 drops its reasoning) becomes a document of
+  its own, up to its end, as the model saw it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar, Literal, NamedTuple
+
+from longwave.config import require
+from longwave.data.conversations import ASSISTANT, Message
+from longwave.data.encoding import Encoded, Kind
+from longwave.data.marks import Marked, Marks, Span
+from longwave.data.sources import Conversation
+from longwave.data.template import Rendered, Template
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+
+DEFAULT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['tool_calls'] %}{{ raise_exception('it has no form for tool calls') }}{% endif %}"
+    "{{ bos_token }}{{ message['role'] + '\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}{{ 'assistant\\n' }}{% endif %}"
+)
+"""For a tokenizer without a template: ChatML with bos and eos around every turn, which no message can write."""
+
+LossOn = Literal["assistant", "all"]
+
+
+class Chat:
+    """The chat template of a tokenizer.
+
+    Raises UserError for a tokenizer that has no eos, or whose template is missing or broken.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.eos_id is None:
+            raise UserError("tokenizer: it names no eos_token, so that no turn could end")
+        self.tokenizer, self._eos_id, self._marks = tokenizer, tokenizer.eos_id, Marks(tokenizer)
+        self._template = Template(tokenizer, self._marks)
+
+    def prompt(self, messages: Sequence[Message], where: str = "prompt") -> list[int]:
+        """The ids of a conversation and of the beginning of the assistant's next turn; UserError as for `texts`."""
+        [encoded] = self._marks.encode([self._template.render(messages, where, prompt=True).text])
+        return encoded.ids
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end the assistant's turn: eos, and the tokens by which the template ends one."""
+        probe = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "a"}]
+        text = self._template.render(probe, "chat_template").text
+        closing = {start for start, _ in self._marks.closing(text, 0)}
+        [marked] = self._marks.encode([text])
+        ids = {id for id, start in zip(marked.ids, marked.starts, strict=True) if start in closing}
+        return frozenset({self._eos_id, *ids})
+
+    def texts(self, messages: Sequence[Message], where: str, loss_on: LossOn = "assistant") -> list[Rendered]:
+        """The texts that a conversation is learned from, with marks, and what is learned of each; none without answer.
+
+        where: what messages of errors begin with. Raises UserError for a conversation that the template refuses, and
+        for a template of which it cannot be said what the assistant's turn is.
+        """
+        if loss_on == "all" or self._template.names_answers:
+            text, answers = self._template.render(messages, where)
+            answers = [(0, len(text))] if loss_on == "all" else answers
+            return [Rendered(text, answers)] if answers else []
+        answers = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
+        return _shared([self._turn(messages, place, where) for place in answers])
+
+    def encode(self, texts: Sequence[Rendered]) -> list[Encoded]:
+        """The ids of texts, and which of them are learned: those that begin within the answers."""
+        pairs = zip(texts, self._marks.encode([one.text for one in texts]), strict=True)
+        return [self._encoded(rendered, marked) for rendered, marked in pairs]
+
+    def _turn(self, messages: Sequence[Message], place: int, where: str) -> _Turn:
+        prompt = self._template.render(messages[:place], where, prompt=True).text
+        text = self._template.render(messages[: place + 1], where).text
+        remedy = "enclose what is learned in {% generation %} and {% endgeneration %} in the template"
+        begins = text.startswith(prompt)
+        require(begins, f"{where}: the chat template does not begin an answer as it prompts for one; {remedy}")
+        ends = [end for _, end in self._marks.closing(text, len(prompt))]
+        require(bool(ends), f"{where}: the chat template ends an answer with no token of its own; {remedy}")
+        return _Turn(text, len(prompt), ends)
+
+    def _encoded(self, rendered: Rendered, marked: Marked) -> Encoded:
+        text, answers = rendered
+        spans = [(bisect_left(marked.starts, start), bisect_left(marked.starts, end)) for start, end in answers]
+        said = self._marks.unmark("".join(text[start:end] for start, end in answers))
+        return Encoded(marked.ids, [span for span in spans if span[0] < span[1]], len(said.encode()))
+
+
+class _Turn(NamedTuple):
+    """The conversation up to the end of one answer, where in it the answer starts, and where it may be said to end."""
+
+    text: str
+    start: int
+    ends: list[int]
+
+    def within(self, text: str) -> Span | None:
+        """The answer in a text that begins like this one until beyond the answer's end."""
+        ends = (end for end in reversed(self.ends) if text.startswith(self.text[:end]))
+        return next(((self.start, end) for end in ends), None)
+
+
+def _shared(turns: list[_Turn]) -> list[Rendered]:
+    """As few texts as hold every answer where it stood when it was given."""
+    texts = list[Rendered]()
+    while turns:
+        text = turns[-1].text
+        spans = [turn.within(text) for turn in turns]
+        texts.append(Rendered(text, [span for span in spans if span]))
+        turns = [turn for turn, span in zip(turns, spans, strict=True) if not span]
+    return texts
+
+
+class ChatEncoder:
+    """Encodes conversations; one without an answer becomes nothing, unless the loss is on all tokens.
+
+    A tokenizer without a chat template takes `DEFAULT_TEMPLATE`, which is saved with it. Raises UserError like `Chat`.
+    """
+
+    kind: ClassVar[Kind] = "chat"
+
+    def __init__(self, tokenizer: Tokenizer, loss_on: LossOn) -> None:
+        given = tokenizer.chat_template is not None
+        self._chat = Chat(tokenizer if given else tokenizer.with_chat_template(DEFAULT_TEMPLATE))
+        self._loss_on: LossOn = loss_on
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, with a chat template."""
+        return self._chat.tokenizer
+
+    @property
+    def by_answer(self) -> bool:
+        """Whether only what the assistant says is learned."""
+        return self._loss_on == "assistant"
+
+    def encode(self, documents: Sequence[Conversation]) -> list[list[Encoded]]:
+        """A document per conversation, more where the template shows earlier answers otherwise, none without answer."""
+        texts = [self._chat.texts(one.messages, one.name, self._loss_on) for one in documents]
+        encoded = iter(self._chat.encode([text for some in texts for text in some]))
+        return [[self._learned(next(encoded)) for _ in some] for some in texts]
+
+    def _learned(self, encoded: Encoded) -> Encoded:
+        return encoded if self.by_answer else replace(encoded, learned=None)

@@ -1,0 +1,143 @@
+"""Chat templates in the form of Hugging Face: Jinja, sandboxed, with the names and helpers that they expect."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from longwave.data.conversations import Message
+from longwave.data.marks import Marks, Span
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+
+_DRAW = secrets.randbits(64)
+_OPENING, _CLOSING = f"\ue002{_DRAW}\ue001", f"\ue003{_DRAW}\ue001"
+
+
+class Rendered(NamedTuple):
+    """A text with marks for special tokens, and the spans of characters that the template says are the assistant's."""
+
+    text: str
+    answers: list[Span]
+
+
+class Template:
+    """A tokenizer's chat template, which writes marks where it means special tokens.
+
+    names_answers: whether it says by `{% generation %}` which text is the assistant's.
+    Raises UserError for a template that is missing or no template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, marks: Marks) -> None:
+        source = tokenizer.chat_template
+        if source is None:
+            raise UserError("chat_template: this tokenizer has none; put a chat_template.jinja beside its files")
+        environment = _environment()
+        try:
+            tree = environment.parse(source)
+            self.names_answers = any(data.data == _OPENING for data in tree.find_all(nodes.TemplateData))
+            self._template = environment.from_string(_marking(tree, marks))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat_template, line {error.lineno}: {error.message}") from None
+        self._names = {name: marks.mark(token) for name, token in tokenizer.named_tokens.items()}
+        self._marks = marks
+
+    def render(self, messages: Sequence[Message], where: str, *, prompt: bool = False) -> Rendered:
+        """The conversation as the template writes it.
+
+        where: what messages of errors begin with. prompt: whether the beginning of the assistant's turn follows.
+        Raises UserError for whatever the template makes of a conversation that it cannot take.
+        """
+        given = {**self._names, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt}
+        try:
+            text = self._template.render(tools=None, documents=None, **given)
+        except Exception as error:  # a template is a program, and fails as it likes
+            raise UserError(f"{where}: the chat template refuses the conversation: {error}") from None
+        self._check(text, messages, where)
+        return _rendered(text)
+
+    def _check(self, text: str, messages: Sequence[Message], where: str) -> None:
+        """Special tokens without a mark are what the messages say, or the template is not one that can be trusted."""
+        for token in self._marks.unmarked(text):
+            if not _says(messages, token):
+                made = f"the chat template puts {token} together out of parts"
+                raise UserError(f"{where}: {made}; write it in the template as one string")
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: text of the assistant, enclosed for `_rendered` to find."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        parts = [_data(_OPENING), nodes.Scope(body), _data(_CLOSING)]
+        return [part.set_lineno(line) for part in parts]
+
+
+def _data(text: str) -> nodes.Node:
+    return nodes.Output([nodes.TemplateData(text)])
+
+
+def _environment() -> jinja2.Environment:
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    return environment
+
+
+def _marking(tree: nodes.Template, marks: Marks) -> nodes.Template:
+    """The template with marks in all that it writes."""
+    for constant in tree.find_all(nodes.Const):
+        if isinstance(constant.value, str):
+            constant.value = marks.mark(constant.value)
+    for data in tree.find_all(nodes.TemplateData):
+        data.data = marks.mark(data.data)
+    return tree
+
+
+def _rendered(text: str) -> Rendered:
+    clean, answers, begun = "", list[Span](), 0
+    for piece in re.split(f"({_OPENING}|{_CLOSING})", text):
+        if piece == _OPENING:
+            begun = len(clean)
+        elif piece == _CLOSING:
+            answers.append((begun, len(clean)))
+        else:
+            clean += piece
+    return Rendered(clean, answers)
+
+
+def _says(value: Any, token: str) -> bool:
+    """Whether a string anywhere in plain values holds the token."""
+    if isinstance(value, str):
+        return token in value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return any(_says(part, token) for part in parts)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike Jinja's own it escapes nothing for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(format: str) -> str:
+    return datetime.now().strftime(format)

@@ -1,0 +1,54 @@
+"""JSON files that somebody else wrote, read strictly: one object, finite numbers, no key twice."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from longwave.errors import UserError
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError naming the file if it cannot be read or holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=_object)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not readable as JSON: {brief(error)}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not readable as JSON: nested too deeply") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return content
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut to a length that people read."""
+    return _SHORT.repr(value)
+
+
+def plain(name: str) -> str:
+    """A name as it is, or quoted and cut if it is none that anybody would give."""
+    return name if name.isprintable() and len(name) < 120 else shown(name)
+
+
+def brief(error: Exception) -> str:
+    """What somebody else's error says, in one line that people read."""
+    return " ".join(str(error).split())[:300]
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number in JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for at, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:at]))
+        raise ValueError(f"the key {shown(twice)} stands there twice")
+    return content
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120

@@ -1,0 +1,80 @@
+"""What an op says of its own benchmark: what it is given, its forms, the reference, and the work that it takes.
+
+An op's `benchmark.py` has a function `cases(shape)`, which `longwave.benchmarks.ops.OPS` names; `longwave bench ops`
+checks and times every form of every case.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longwave.costs import Work
+from longwave.ops import compiled
+
+WHOLE = 128  # tokens at which a case is checked whole, where of a longer one only some rows are
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that ops are timed at: `batch` sequences of `context` tokens in a model with these heads and widths.
+
+    window: tokens that a sliding window sees, or None where no layer has one.
+    """
+
+    context: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+
+    def normal(self, name: str, *size: int, scale: float = 1.0) -> Tensor:
+        """Normal draws that the seed, the name and the size decide."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {size}".encode()))
+        return (scale * torch.randn(*size, generator=generator)).to(self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of an op at one shape.
+
+    quantity: the op and its use, such as `attention prefill`. tokens: new ones that it is for. context: tokens of each
+        sequence that it looks at; one where it makes no difference how many there are.
+    inputs: what every form takes; where there is a `backward`, the floating ones get gradients.
+    forms: from the inputs to an output of one tensor. default: the form that models run, the others' yardstick.
+    reference: the same in double precision, for inputs in double precision; it can be differentiated. Where all of it
+        would take too long, it gives those of the output's rows that `rows` names.
+    forward, backward: what the two passes take at least.
+    """
+
+    quantity: str
+    context: int
+    tokens: int
+    inputs: tuple[Tensor, ...]
+    forms: Mapping[str, Callable[..., Tensor]]
+    default: str
+    reference: Callable[..., Tensor]
+    forward: Work
+    backward: Work | None = None
+    rows: Tensor | None = None
+
+    @property
+    def checked(self) -> str:
+        """What of the output is compared with the reference, in words."""
+        return "all" if self.rows is None else f"{len(self.rows)} rows, all of {WHOLE} tokens"
+
+
+def forms_here(forms: Iterable[str]) -> list[str]:
+    """Of an op's forms those that can be timed: not the reference, and compiled ones only where there are any."""
+    absent = {"reference", *(["compiled"] if compiled.why_not() else [])}
+    return [name for name in forms if name not in absent]

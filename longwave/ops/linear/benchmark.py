@@ -1,0 +1,36 @@
+"""How a product of few rows is timed: one token of each sequence, as in decoding, through two layers of a model."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from longwave.costs import Work
+from longwave.ops.benchmark import Case, Shape, forms_here
+from longwave.ops.linear import FORMS, Form, choose, reference
+
+
+def cases(shape: Shape) -> list[Case]:
+    """A projection of the hidden state, and the head; the context makes no difference."""
+    return [_product(shape, outputs) for outputs in (shape.hidden_size, shape.vocab_size)]
+
+
+def _product(shape: Shape, outputs: int) -> Case:
+    width = shape.hidden_size
+    hidden = shape.normal("hidden", shape.batch, width)
+    weight = shape.normal("weight", outputs, width, scale=width**-0.5)
+    return Case(
+        f"linear {width} to {outputs}",
+        1,
+        shape.batch,
+        (hidden, weight),
+        {name: partial(_run, form=FORMS[name]) for name in forms_here(FORMS)},
+        choose()[0],
+        partial(_run, form=reference),
+        Work(2 * shape.batch * width * outputs, hidden.nbytes + weight.nbytes),
+    )
+
+
+def _run(hidden: Tensor, weight: Tensor, form: Form) -> Tensor:
+    return form(hidden, weight, None)
