@@ -29,6 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "toml", "console", "text"}
 SMALL = {  # what makes a command of the documentation a matter of seconds; added to its end, where it counts
     "prepare": ["--vocab-size", "300", "--held-out", "0.3", "--seed", "1"],
+    "inspect": ["--first", "64"],
     "train": [
         *("training.steps=2", "training.window=32", "training.batch_windows=2", "training.evaluate_windows=2"),
         *("model.hidden_size=48", "model.mlp.size=64", "schedule.warmup_steps=1"),

@@ -32,7 +32,7 @@ from longwave.training.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the pages name: what a quickstart leaves, a Llama, some text, the recipes."""
+    """A folder with everything that the pages name: what a quickstart leaves, a Llama, some texts, the recipes."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(runs.corpus(), folder / "my-text")
     shutil.copytree(runs.prepared(), folder / "quickstart/data")
@@ -43,6 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "llama":
             save(model, folder / "my-llama", tokenizer=tokenizer, layout="llama")
     shutil.copytree(ROOT / "longwave/recipes", folder / "longwave/recipes")
+    shutil.copy(ROOT / "README.md", folder)
     return folder
 
 
@@ -139,10 +140,11 @@ def test_the_links_of_the_readme_lead_somewhere():
 
 
 def test_every_section_of_the_report_is_explained():
-    sections = re.findall(r"<h2>(.*?)</h2>", (ROOT / "longwave/reports/report.html").read_text())
-    page = (ROOT / "docs/how-to/report.md").read_text()
-    assert sections
-    assert re.findall(r"^## (.*)$", page, re.MULTILINE) == sections
+    templates = [path for path in (ROOT / "longwave/reports").glob("*.html") if path.stem in ("report", "page")]
+    sections = [name for path in templates for name in re.findall(r"<h2>(.*?)</h2>", path.read_text())]
+    explained = re.findall(r"^## (.*)$", (ROOT / "docs/how-to/report.md").read_text(), re.MULTILINE)
+    assert len(sections) > 5
+    assert sorted(explained) == sorted(sections)
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------
