@@ -22,7 +22,7 @@ import secrets
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,28 +110,51 @@ def folder(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Pat
     Raises UserError if `path` is a file, holds something longwave did not write, or exists and `overwrite` is false;
     MachineError if the machine fails (disk full, read-only, no permission, input/output error).
     """
+    with _staging(
+        path, lambda target: _check_target(target, overwrite), lambda one: _publish(one, overwrite)
+    ) as staging:
+        yield staging
+
+
+@contextmanager
+def files(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a staging folder for plain files that then stand in `path`, a folder in which everything else stays.
+
+    A new or empty folder appears whole, as with `folder`. Any other is changed file by file, first its manifest, which
+    then lists the new files alone: until the last of them stands, `verify` refuses the folder. Raises as `folder` does.
+    """
+    target = Path(path)
+    if target.is_dir() and not _is_empty_folder(target):
+        with _staging(path, lambda target: None, _merge) as staging:
+            yield staging
+    else:
+        with folder(path) as staging:
+            yield staging
+
+
+@contextmanager
+def _staging(
+    path: str | os.PathLike[str], check: Callable[[Path], None], publish: "Callable[[_Hidden], None]"
+) -> Iterator[Path]:
+    """Give a hidden sibling of `path`; on a normal exit it is sealed and published, on any exception removed."""
     target = Path(path).resolve()
     staging = _Hidden(target, "partial", os.getpid(), secrets.token_hex(6))
     _ACTIVE.add(staging.token)
     try:
         with _faults(f"saving {target}", "nothing was changed"):
-            _make_ready(target, overwrite)
+            _make_folder(target.parent)
+            _sweep(target.parent, target.name)
+            check(target)
             disk.mkdir(staging.path)
             yield staging.path
             _seal(staging.path)
-            _publish(staging, overwrite)
+            publish(staging)
         with _faults(f"saving {target}", "the new folder is in place, but the disk has not confirmed it"):
             disk.sync(target.parent)
     finally:
         _ACTIVE.discard(staging.token)
         with suppress(OSError):  # what cannot be removed now is swept later
             _sweep(target.parent, target.name)
-
-
-def _make_ready(target: Path, overwrite: bool) -> None:
-    _make_folder(target.parent)
-    _sweep(target.parent, target.name)
-    _check_target(target, overwrite)
 
 
 def _make_folder(path: Path) -> None:
@@ -184,6 +207,17 @@ def _publish(staging: "_Hidden", overwrite: bool) -> None:
     elif not disk.exchange(staging.path, staging.target):
         disk.rename(staging.target, staging._replace(kind="old").path)
         disk.rename(staging.path, staging.target)
+
+
+def _merge(staging: "_Hidden") -> None:
+    """Move every file of the staging folder over its namesake in the target, the manifest before all others."""
+    outcome = f"{staging.target} holds some of the new files and is refused until it is saved again"
+    with _faults(f"saving {staging.target}", outcome):
+        for name in sorted(_file_names(staging.path), key=lambda name: name != MANIFEST):
+            disk.rename(staging.path / name, staging.target / name)
+            if name == MANIFEST:
+                disk.sync(staging.target)
+        disk.sync(staging.target)
 
 
 @contextmanager
@@ -356,9 +390,10 @@ def _check_sizes(folder: Path, files: dict[str, _File]) -> None:
         size = (folder / name).stat().st_size
         if size != file.bytes:
             raise UserError(f"{folder / name} has {size} bytes; {file.bytes} were saved")
-    for extra in sorted(folder.rglob("*.safetensors")):
-        if extra.relative_to(folder).as_posix() not in files:
-            raise UserError(f"{extra} was not saved with this folder; remove it")
+    for home in sorted({(folder / name).parent for name in files}):
+        for extra in sorted(home.glob("*.safetensors")):
+            if extra.relative_to(folder).as_posix() not in files:
+                raise UserError(f"{extra} was not saved with this folder; remove it")
 
 
 def _check_content(folder: Path, files: dict[str, _File]) -> None:

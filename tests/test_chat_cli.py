@@ -202,7 +202,7 @@ def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: 
     recipe, output = tuned / "chat.toml", ["--output", tmp_path / "run"]
     says = ["window=3: every answer in", "begins beyond it"]
     refuses("train", recipe, "training.window=3", *output, says=says)
-    refuses("train", recipe, "training.start_from=nowhere", *output, says=["nowhere: no config.json"])
+    refuses("train", recipe, "training.start_from=nowhere", *output, says=["nowhere: no such folder"])
     refuses("train", recipe, "training.start_from=3", *output, says=["training.start_from = 3", "string"])
     start = f"training.start_from={tuned / 'run' / 'model'}"
     says = ["model.hidden_size = 32", "has 64", "leave it out"]

@@ -120,6 +120,28 @@ def test_an_extra_weight_file_is_refused_and_another_extra_file_is_not(saved: Pa
         durable.verify(saved, full=False)
 
 
+def test_weights_in_a_subfolder_of_somebody_else_are_none_of_ours(saved: Path):
+    (saved / "checkpoint-5").mkdir()
+    (saved / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    assert durable.verify(saved)
+
+
+def test_files_join_a_folder_that_holds_others(saved: Path, tmp_path: Path):
+    (saved / "notes.txt").write_text("mine")
+    for path in (saved, tmp_path / "new"):
+        with durable.files(path) as staging:
+            durable.disk.write(staging / "config.json", b"other")
+        assert (path / "config.json").read_bytes() == b"other"
+        assert hidden(tmp_path) == []
+    assert os.listdir(tmp_path / "new") in (["config.json", "manifest.json"], ["manifest.json", "config.json"])
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / "optimizer/part-0").read_bytes() == content("optimizer/part-0", 0)
+    with pytest.raises(UserError, match=r"model\.safetensors was not saved with this folder"):
+        durable.verify(saved)  # the files before were nobody's to keep track of
+    (saved / "model.safetensors").unlink()
+    assert durable.verify(saved)
+
+
 def test_sizes_alone_do_not_read_content(saved: Path):
     (saved / "config.json").write_bytes(content("config.json", 0).swapcase())
     assert durable.verify(saved, full=False)

@@ -8,12 +8,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import durable_child as child
 import pytest
 from durable_disk import Crash, CrashingDisk, InterruptedDisk
-from durable_folders import hidden, save, version_of
+from durable_folders import content, hidden, save, version_of
 
 from longwave import durable
 from longwave.errors import UserError
@@ -161,6 +162,53 @@ def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(power_cut, 
 def test_the_power_cut_test_notices_a_missing_sync(scenario: str, forgets, tmp_path: Path):
     with pytest.raises((AssertionError, UserError, KeyError)):
         crash_everywhere(SCENARIOS[scenario], tmp_path, power_cut=True, forgets=forgets)
+
+
+FEW = ("model.safetensors", "config.json")
+
+
+def save_few(path: Path, version: int) -> None:
+    with durable.files(path) as staging:
+        for name in FEW:
+            durable.disk.write(staging / name, content(name, version))
+
+
+@pytest.mark.parametrize("power_cut", [False, True], ids=["process dies", "power cut"])
+@pytest.mark.parametrize("ours", [False, True], ids=["files of others", "files of ours"])
+def test_a_crash_while_files_are_changed_leaves_all_old_or_all_new_or_a_folder_that_is_refused(
+    ours, power_cut, tmp_path: Path
+):
+    outcomes: list[str] = []
+    for operation in range(1000):
+        path = tmp_path / str(operation) / "model"
+        durable.disk = disk = CrashingDisk()
+        save(path)
+        if not ours:
+            (path / durable.MANIFEST).unlink()
+        disk.crash_at = disk.count + operation
+        with suppress(Crash):
+            save_few(path, 1)
+        if power_cut:
+            disk.cut_power(path.parent)
+        durable.disk = durable.Disk()
+        outcomes.append(outcome_of_few(path))
+        assert (path / "optimizer/part-0").read_bytes() == content("optimizer/part-0", 0)
+        save_few(path, 2)
+        assert {(path / name).read_bytes() for name in FEW} == {content(name, 2) for name in FEW}
+        if not disk.dead:
+            break
+    assert outcomes[-1] == "new"
+    assert set(outcomes) == {"old", "refused", "new"}
+
+
+def outcome_of_few(path: Path) -> str:
+    try:
+        durable.verify(path)
+    except UserError:
+        return "refused"
+    found = [next(v for v in (0, 1) if (path / name).read_bytes() == content(name, v)) for name in FEW]
+    assert len(set(found)) == 1
+    return ("old", "new")[found[0]]
 
 
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])

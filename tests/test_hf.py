@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import LAYOUTS, LENGTHS, ROWS, alone, decoder, greedy, in_class, near, padded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,68 +19,23 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.durable import MANIFEST
 from longwave.errors import UserError
 from longwave.hf import LongwaveCache, LongwaveConfig, LongwaveForCausalLM
+from longwave.hf.cache import NAME
 from longwave.model import Decoder
 from longwave.stream import Stream
 
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "llama": {"layout": "3F", "attention": {"heads": 4, "kv_heads": 2}, "tie_embeddings": True},
-    "subllm": {"layout": "F subllm(0.64: F subllm(0.5: F) F) F", "scales": {"logits": 0.5}},
-    "window": {"layout": "F 2W", "attention": {"heads": 2, "window": 5}},
-}
-ROWS = torch.randint(0, 31, (4, 12), generator=torch.Generator().manual_seed(0))
-LENGTHS = (12, 5, 1, 8)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 Model = Callable[[str], LongwaveForCausalLM]
 
 
-def decoder(layout: str) -> Decoder:
-    """A small random model; large scores, so that every level keeps some tokens and drops some."""
-    shape = {"vocab_size": 31, "hidden_size": 16, "attention": {"heads": 2}, "mlp": {"size": 24}, **LAYOUTS[layout]}
-    model = Decoder(build(ModelConfig, shape, "test")).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            scale = 2.0 if "score" in name else 0.4
-            weight.copy_(scale * torch.randn(weight.shape, generator=generator) + ("norm" in name))
-    return model
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Model:
     """Models through a folder and AutoModelForCausalLM, by the name of their layout."""
-
-    def made(layout: str) -> LongwaveForCausalLM:
-        save(decoder(layout), tmp_path / layout)
-        return AutoModelForCausalLM.from_pretrained(tmp_path / layout)
-
-    return made
+    return lambda layout: in_class(decoder(layout), tmp_path / layout)
 
 
-def alone(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Longwave's logits of one sequence."""
-    with torch.no_grad():
-        return decoder(tokens, Stream.of([len(tokens)]))
-
-
-def near(found: Tensor, expected: Tensor) -> None:
+def near_in_fp32(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def greedy(decoder: Decoder, tokens: Tensor, count: int) -> list[int]:
-    """Longwave's own greedy loop, without any cache."""
-    for _ in range(count):
-        tokens = torch.cat([tokens, alone(decoder, tokens)[-1:].argmax(-1)])
-    return tokens[-count:].tolist()
-
-
-def padded(side: str) -> tuple[Tensor, Tensor]:
-    """ROWS cut to LENGTHS, with pads of a token that occurs as a real one too, and the mask of what is real."""
-    ids, mask = torch.full_like(ROWS, 7), torch.zeros_like(ROWS)
-    for row, length in enumerate(LENGTHS):
-        real = slice(ROWS.shape[1] - length, None) if side == "left" else slice(0, length)
-        ids[row, real], mask[row, real] = ROWS[row, :length], 1
-    return ids, mask
 
 
 def test_auto_classes_find_longwave(model: Model, tmp_path: Path):
@@ -95,7 +51,7 @@ def test_auto_classes_find_longwave(model: Model, tmp_path: Path):
 
 def test_model_from_a_config_is_drawn_by_longwave(model: Model):
     config = model("subllm").config
-    drawn = AutoModelForCausalLM.from_config(config)
+    drawn = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for (name, weight), other in zip(
         drawn.decoder.state_dict().items(), Decoder(config.decoder_config()).state_dict().values(), strict=True
     ):
@@ -125,7 +81,7 @@ def test_padded_rows_are_what_each_is_alone(model: Model, layout: str, side: str
         expected = alone(decoder(layout), ROWS[row, :length])
         near(logits[row, mask[row].bool()], expected)
         pads = logits[row, ~mask[row].bool()]
-        before = expected[-1:] if side == "right" else torch.zeros(1, 31)
+        before = expected[-1:] if side == "right" else torch.zeros(1, 31, dtype=torch.float64)
         near(pads, before.expand_as(pads))
 
 
@@ -174,9 +130,9 @@ def test_any_chunking_through_the_cache_is_one_forward(model: Model, layout: str
             for cut in cuts:
                 piece, done = ids[:, done : done + cut], done + cut
                 output = ours(piece, attention_mask=mask[:, :done], past_key_values=cache)
-                cache = output.past_key_values
+                cache = output[NAME]
                 pieces.append(output.logits)
-        assert expected.past_key_values is None
+        assert expected.get(NAME) is None
         assert isinstance(cache, LongwaveCache)
         assert (cache.get_seq_length(), cache.state.seen) == (12, list(LENGTHS))
         near(torch.cat(pieces, 1), expected.logits)
@@ -187,16 +143,16 @@ def test_generation_goes_on_from_a_returned_cache(model: Model, layout: str):
     ours = model(layout)
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = ours.generate(ROWS, max_new_tokens=4, **options)
-    second = ours.generate(first.sequences, max_new_tokens=4, past_key_values=first.past_key_values, **options)
+    second = ours.generate(first.sequences, max_new_tokens=4, **{NAME: first[NAME]}, **options)
     assert torch.equal(second.sequences, ours.generate(ROWS, max_new_tokens=8, do_sample=False))
-    assert second.past_key_values.get_seq_length() == 12 + 8 - 1
+    assert second[NAME].get_seq_length() == 12 + 8 - 1
 
 
 @every_layout
 def test_cropped_and_selected_cache_is_that_of_a_fresh_run(model: Model, layout: str):
     ours = model(layout)
     with torch.no_grad():
-        cache = ours(ROWS[:, :6]).past_key_values
+        cache = ours(ROWS[:, :6])[NAME]
         cache.batch_select_indices(torch.tensor([3, 1]))
         cache.batch_repeat_interleave(2)
         ours(ROWS[:, 6:8], past_key_values=cache)
@@ -215,8 +171,8 @@ def test_pads_after_a_reordered_cache_repeat_the_right_rows(model: Model):
     ours, pads = model("subllm"), torch.zeros(4, 1, dtype=torch.int64)
     with torch.no_grad():
         output = ours(ROWS)
-        output.past_key_values.reorder_cache(torch.tensor([2, 2, 0, 1]))
-        found = ours(pads, attention_mask=pads, past_key_values=output.past_key_values).logits
+        output[NAME].reorder_cache(torch.tensor([2, 2, 0, 1]))
+        found = ours(pads, attention_mask=pads, past_key_values=output[NAME]).logits
     near(found, output.logits[[2, 2, 0, 1], -1:])
 
 
@@ -258,7 +214,7 @@ def test_loss_is_that_of_transformers_llama(tmp_path: Path):
     labels = ids.masked_fill(mask == 0, -100)
     with torch.no_grad():
         expected = theirs(ids, attention_mask=mask, labels=labels).loss
-        near(ours(ids, attention_mask=mask, labels=labels).loss, expected)
+        near_in_fp32(ours(ids, attention_mask=mask, labels=labels).loss, expected)
 
 
 def test_loss_without_any_label_is_zero(model: Model):
@@ -274,7 +230,7 @@ def test_training_makes_no_logits_and_no_cache_and_every_gradient(model: Model, 
     ours.decoder.set_step(0)
     output = ours(ROWS, labels=ROWS)
     assert output.logits is None
-    assert output.past_key_values is None
+    assert output.get(NAME) is None
     output.loss.backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in ours.parameters())
     twin = decoder(layout).train()
@@ -332,7 +288,7 @@ def test_dtype_is_asked_for(model: Model, tmp_path: Path, dtype: torch.dtype | s
     assert loaded.dtype == loaded.config.dtype == torch.bfloat16
     assert loaded.generate(ROWS, max_new_tokens=3, do_sample=False).shape == (4, 15)
     as_saved = AutoModelForCausalLM.from_pretrained(tmp_path / "subllm", dtype="auto", device_map={"": "cpu"})
-    assert as_saved.dtype == torch.float32
+    assert as_saved.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -382,7 +338,7 @@ def test_config_of_another_model_is_refused(model: Model, tmp_path: Path):
 @pytest.mark.parametrize(
     ("inputs", "named"),
     [
-        ({"past_key_values": DynamicCache()}, "past_key_values is a DynamicCache"),
+        ({"past_key_values": DynamicCache()}, "is a DynamicCache; longwave models use LongwaveCache"),
         ({"attention_mask": torch.ones(4, 11)}, r"attention_mask has shape \[4, 11\]; expected \[4, 12 or more\]"),
         ({"attention_mask": torch.ones(4, 1, 12, 12)}, r"attention_mask has shape \[4, 1, 12, 12\]"),
     ],

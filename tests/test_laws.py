@@ -426,12 +426,13 @@ def entries(first: int, count: int) -> Tensor:
 @given(
     window=st.none() | st.integers(1, 9),
     operations=st.lists(
-        st.tuples(st.sampled_from(["append"] * 6 + ["truncate", "copy", "reserve"]), st.integers(0, 90)), max_size=30
+        st.tuples(st.sampled_from(["append"] * 6 + ["truncate", "copy", "reserve", "hold"]), st.integers(0, 90)),
+        max_size=30,
     ),
 )
 def test_extents_are_a_list_whose_oldest_entries_a_window_forgets(window: int | None, operations):
     extents = Extents(StateSpec({"key": PerToken(2, 3)}, window), torch.float32, torch.device("cpu"))
-    plain = 0  # entries are their own numbers, so the length says all
+    plain, held = 0, None  # entries are their own numbers, so the length says all
     for operation, size in operations:
         if operation == "append":
             seen = extents.append(key=entries(plain, size))[0]
@@ -446,8 +447,12 @@ def test_extents_are_a_list_whose_oldest_entries_a_window_forgets(window: int | 
             except ValueError:
                 assert window is not None
                 assert extents.start > length - window + 1
+                assert held is None or length < held, "whatever comes after a hold can be returned to"
         elif operation == "copy":
             extents = extents.copy()
+        elif operation == "hold":
+            extents.hold()
+            held = plain
         else:
             extents.reserve(size)
         assert extents.length == plain

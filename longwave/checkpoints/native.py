@@ -20,21 +20,36 @@ from longwave.version import __version__
 
 MODEL_TYPE = "longwave"
 FORMAT = 1
+STUB = "modeling_longwave.py"
+_STUB_TEXT = '''"""By this file `trust_remote_code=True` finds longwave, which must be installed."""
+
+from longwave.hf import LongwaveConfig, LongwaveForCausalLM
+
+__all__ = ["LongwaveConfig", "LongwaveForCausalLM"]
+'''
+_AUTO_CLASSES = {"AutoConfig": "LongwaveConfig", "AutoModelForCausalLM": "LongwaveForCausalLM"}
 
 
 def write_model(model: Decoder, folder: Path) -> None:
-    """Writes `config.json` and the weights into an existing folder."""
+    """Writes a model into an existing folder."""
     names = flat_names(model)
     tensors: dict[str, Tensor] = {names[name]: tensor for name, tensor in model.state_dict().items()}
     write(tensors, folder / WEIGHTS)
+    write_description(model, folder)
+
+
+def write_description(model: Decoder, folder: Path) -> None:
+    """Writes all but the weights: `config.json`, and the module that it names to `transformers`."""
     (folder / "config.json").write_text(json.dumps(config_json(model), indent=2) + "\n")
+    (folder / STUB).write_text(_STUB_TEXT)
 
 
 def config_json(model: Decoder) -> dict[str, Any]:
     """The content of `config.json`."""
     return {
         "model_type": MODEL_TYPE,
-        "architectures": ["LongwaveForCausalLM"],
+        "architectures": [_AUTO_CLASSES["AutoModelForCausalLM"]],
+        "auto_map": {auto: f"{Path(STUB).stem}.{name}" for auto, name in _AUTO_CLASSES.items()},
         "longwave_format": FORMAT,
         "longwave_version": __version__,
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),

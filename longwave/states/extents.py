@@ -14,11 +14,13 @@ class Extents:
     """The per-token arrays of one part for one sequence, each (heads, capacity, size).
 
     `length` tokens were ever appended, of which those from `start` on are still held (all of them without a window).
+    After `hold` at some length, a window forgets nothing that a return to that length, or to a later one, would need.
     """
 
     def __init__(self, spec: StateSpec, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
         self.length = self.start = self.capacity = 0
+        self._held_length: int | None = None
         self._arrays: dict[str, Tensor] = {}
         self.reserve(0)
 
@@ -57,6 +59,10 @@ class Extents:
         self.check_truncation(length)
         self.length = length
 
+    def hold(self) -> None:
+        """From now on `truncate` can return to any length that is not below the present one."""
+        self._held_length = self.length
+
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` held tokens in all, so that appending does not copy."""
         if tokens > self.capacity or not self._arrays:
@@ -76,7 +82,7 @@ class Extents:
         other.reserve(self.held)
         for name, array in other._arrays.items():
             array.copy_(self.view(name))
-        other.length, other.start = self.length, self.start
+        other.length, other.start, other._held_length = self.length, self.start, self._held_length
         return other
 
     @property
@@ -90,16 +96,24 @@ class Extents:
         return sum(array.numel() * array.element_size() for array in self._arrays.values())
 
     def _make_room(self, count: int) -> None:
-        window = self.spec.window or 0
-        if window and self.capacity > 4 * max(_SMALLEST, window + count):  # a long prefill has left it too large
-            self._forget(max(0, self.held - window))
+        window, idle = self.spec.window or 0, self._forgettable()
+        needed = max(window, self.held - idle) + count
+        if window and self.capacity > 4 * max(_SMALLEST, needed):  # a long prefill has left it too large
+            self._forget(idle)
             self._allocate(max(_SMALLEST, self.held + count + window))
         if self.held + count <= self.capacity:
             return
         if window:
-            self._forget(max(0, self.held - window))
+            self._forget(self._forgettable())
         if self.held + count + window // 2 > self.capacity:  # slack, so that a window moves once in window/2 tokens
             self.reserve(max(_SMALLEST, self.held + count + window, self.capacity + self.capacity // 2))
+
+    def _forgettable(self) -> int:
+        """How many of the oldest tokens no later query can see, nor one after a return to the length that is held."""
+        if self.spec.window is None:
+            return 0
+        length = self.length if self._held_length is None else min(self.length, self._held_length)
+        return max(0, length - self.spec.window - self.start)
 
     def _forget(self, count: int) -> None:
         """Drops the oldest `count` tokens by moving the rest to the front."""

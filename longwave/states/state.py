@@ -114,6 +114,14 @@ class State:
         sequence.seen = snapshot.seen
         sequence.cuts.append(snapshot.seen)
 
+    def hold(self, slot: int) -> None:
+        """From now on `truncate` can return to any place that does not lie before the present one of a slot.
+
+        Until the next call, parts with a window forget nothing that this needs; it costs no copy, unlike `snapshot`.
+        """
+        for part in self._sequences[slot].parts.values():
+            part.hold()
+
     def truncate(self, slot: int, length: int) -> None:
         """Forgets the tokens of a slot from place `length` on, at every level.
 

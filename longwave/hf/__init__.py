@@ -1,0 +1,29 @@
+"""longwave folders inside Hugging Face's `transformers`: the only package that touches its model classes.
+
+After `import longwave.hf`, `AutoModelForCausalLM.from_pretrained(DIR)` loads what `longwave.checkpoints.save` wrote,
+with `generate`, a cache, a loss, and what `Trainer`, PEFT, TRL and lm-eval need. Without the import,
+`trust_remote_code=True` finds it through a small module that every longwave folder carries.
+
+- `model.py`: the model with the face of a `transformers` model; `door.py` makes streams of padded batches.
+- `cache.py`: longwave's state as a `transformers` cache.
+- `folder.py`: loading and saving, always through `longwave.checkpoints`.
+- `config.py`: the content of `config.json`. `training.py`: the callback that tells schedules the step.
+- `yardstick.py`: `transformers`' own model over a decoder's weights, which the benchmarks measure against.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from longwave.checkpoints import native
+from longwave.hf.cache import LongwaveCache
+from longwave.hf.config import LongwaveConfig
+from longwave.hf.model import LongwaveForCausalLM
+from longwave.hf.training import StepCallback
+from longwave.hf.yardstick import transformers_from
+
+AutoConfig.register(native.MODEL_TYPE, LongwaveConfig)
+AutoModelForCausalLM.register(LongwaveConfig, LongwaveForCausalLM)
+# Trainer shifts labels for label smoothing only where this table names the class; registering does not enter it.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[native.MODEL_TYPE] = LongwaveForCausalLM.__name__
+
+__all__ = ["LongwaveCache", "LongwaveConfig", "LongwaveForCausalLM", "StepCallback", "transformers_from"]

@@ -1,0 +1,116 @@
+"""Folders of the class: read and written through `longwave.checkpoints`, so that what does not fit is an error.
+
+Whatever option would change what is loaded or saved, and cannot, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor, nn
+
+from longwave import durable
+from longwave.checkpoints import load, native
+from longwave.checkpoints.names import flat_names
+from longwave.checkpoints.weights import INDEX, check, write
+from longwave.errors import UserError
+from longwave.hf.config import LongwaveConfig
+from longwave.model import Decoder
+
+_OF_THE_HUB = {  # what Auto classes hand down for folders on the hub
+    *("_from_auto", "adapter_kwargs", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage"),
+    *("proxies", "revision", "token", "trust_remote_code", "use_safetensors"),
+}
+_LOAD_DEFAULTS = {"attn_implementation": "sdpa"}
+SAVE_DEFAULTS = {"safe_serialization": True, "save_peft_format": True, "save_original_format": True}
+_TREE = "model.decoder."  # where the decoder stands in the class
+
+
+def load_decoder(source: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> Decoder:
+    """The model of a folder."""
+    return load(Path(source), dtype=dtype, device=device)
+
+
+def config_of(
+    decoder: Decoder, source: str | Path, given: LongwaveConfig | None, options: dict[str, Any]
+) -> LongwaveConfig:
+    """The config of what was loaded; `options` that are none of its values are refused."""
+    options = {name: value for name, value in options.items() if name not in _OF_THE_HUB}
+    if given is None:
+        values = native.config_json(decoder) | {"name_or_path": str(source)}
+        given, options = cast(Any, LongwaveConfig).from_dict(values, return_unused_kwargs=True, **options)
+    assert given is not None
+    check_options("from_pretrained", options, _LOAD_DEFAULTS)
+    if given.decoder_config() != decoder.config:
+        raise UserError(f"{source}: the given config describes another model than the folder's config.json")
+    given.dtype = decoder.embed.weight.dtype
+    return given
+
+
+def save_decoder(
+    decoder: Decoder, target: str | Path, weights: Mapping[str, Tensor] | None, max_shard_size: int | str | None
+) -> None:
+    """Saves a longwave folder; in one that holds anything, other files stay.
+
+    weights: those of the class, by their names in it; the decoder's own by default.
+    """
+    names, own = flat_names(decoder), decoder.state_dict()
+    if weights is not None:
+        check({f"{_TREE}{name}": own[name].shape for name in own}, weights, "save_pretrained: state_dict")
+        own = {name: weights[f"{_TREE}{name}"] for name in own}
+    tensors = {names[name]: tensor for name, tensor in own.items()}
+    with durable.files(target) as staging:
+        native.write_description(decoder, staging)
+        _write_shards(tensors, staging, max_shard_size or sum(tensor.nbytes for tensor in tensors.values()))
+        written = {path.name for path in staging.iterdir()}
+    for stale in Path(target).glob("model*.safetensors*"):
+        if stale.name not in written:  # weights of a save that was cut into other files
+            stale.unlink()
+
+
+def _write_shards(tensors: dict[str, Tensor], staging: Path, size: int | str) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=size)
+    for file, names in split.filename_to_tensors.items():
+        write({name: tensors[name] for name in names}, staging / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def accept_saved_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Renames the tensors of a saved folder to those of the class before loading, since Trainer reads files itself."""
+    for name, saved in flat_names(cast(Any, module).decoder).items():
+        if f"{prefix}{saved}" in state_dict:
+            state_dict[f"{prefix}{_TREE}{name}"] = state_dict.pop(f"{prefix}{saved}")
+
+
+def check_options(caller: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """UserError for the first option that asks for something; of one with a default, its default asks for nothing."""
+    for name, value in options.items():
+        if value is not None and (value != defaults[name] if name in defaults else value):
+            raise UserError(f"{caller}: {name} = {value!r} is not supported by longwave models; leave it out")
+
+
+def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name; None, for weights as they were saved, of None and "auto"."""
+    found = None if name in (None, "auto") else getattr(torch, name, name) if isinstance(name, str) else name
+    if found is not None and not isinstance(found, torch.dtype):
+        raise UserError(f"dtype = {name!r}; use 'auto' or a floating type such as 'bfloat16'")
+    return found
+
+
+def device_of(device_map: torch.device | str | int | dict[str, Any] | None) -> torch.device | str:
+    """The one device of a `device_map`."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return "cpu"
+    try:
+        return torch.device(cast(Any, device_map))
+    except (RuntimeError, TypeError):
+        raise UserError(f"device_map = {device_map!r}; give one device, such as 'cpu' or 'cuda'") from None
