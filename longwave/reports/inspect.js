@@ -246,10 +246,11 @@ function drawMap(block, { head, cells }) {
 
 function cellWords(block, row, column, value) {
   const from = cellTokens(block, row), to = cellTokens(block, column);
-  if (column > row) return [element("b", {}, "not yet written"), element("div", {}, `${from.name} cannot see ${to.name}`)];
+  const spread = even(block, row, column);
+  if (!spread) return [element("b", {}, column > row ? "later" : "out of the window"), element("div", {}, `${from.name} cannot see ${to.name}`)];
   return [element("b", {}, percent(value, value < 0.01 ? 3 : 1)),
     element("div", {}, `of the attention of ${from.name} `, element("code", {}, from.text), ` goes to ${to.name} `, element("code", {}, to.text)),
-    element("small", {}, `${times(value / even(block, row, column))} an even spread, which would be ${percent(even(block, row, column), 2)}`)];
+    element("small", {}, `${times(value / spread)} an even spread, which would be ${percent(spread, 2)}`)];
 }
 
 function cellTokens({ edges, places }, cell) {
