@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from longwave import api, plan
+from longwave import api, checkpoints, plan
 from longwave.benchmarks.checks import check_forms, check_logits, check_loss
 from longwave.benchmarks.profile import Watch
 from longwave.benchmarks.results import Model, Options, Results, Row, against, hardware
@@ -192,7 +192,7 @@ def _subjects(model: str | Path, other: str | Path | None, read: Callable[[str |
 
 
 def _model(path: str | Path, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
-    if Path(path).is_dir():
+    if Path(path).is_dir() or checkpoints.is_hub_id(path):
         return api.load(path, dtype=dtype, device=device)
     return Decoder(plan.model_config(path), seed).to(device, dtype)
 
