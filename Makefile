@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart setup test test-slow test-gpu check clean
+.PHONY: quickstart setup test test-slow test-gpu check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
@@ -29,6 +29,10 @@ test-gpu: setup
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+# The site, strictly: a broken link or anchor stops it (as does the test that builds it).
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build *.egg-info

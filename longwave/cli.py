@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _eval(verbs)
     _generate(verbs)
     _plan(verbs)
+    _inspect(verbs)
     _bench(verbs)
     return parser
 
@@ -230,6 +231,25 @@ def _run_plan(options: argparse.Namespace) -> dict[str, Any]:
     for context in contexts:
         plan.show(plan.costs_at(config, context, dtype), context, dtype)
     return plan.to_json(config, contexts, dtype)
+
+
+def _inspect(verbs: Any) -> None:
+    parser = _verb(verbs, "inspect", _run_inspect, "a page of one text: what is kept, where attention goes, the cost")
+    parser.add_argument("model", help="a model folder")
+    parser.add_argument("text", nargs="?", help="a text file, or - for stdin")
+    parser.add_argument("--text", dest="literal", metavar="TEXT", help="the text itself, in place of a file")
+    parser.add_argument("--against", metavar="DIR", help="a model with the same tokenizer, to compare attention with")
+    parser.add_argument("--layers", help="blocks whose attention to draw, such as 0,5 (a few)")
+    parser.add_argument("--heads", help="heads to draw beside the mean of all, such as 0,3 (the first two)")
+    parser.add_argument("--first", type=int, metavar="N", help="the first N tokens of the text alone")
+    parser.add_argument("--output", default="inspect.html", help="the page to write (inspect.html)")
+    parser.add_argument("--device", default="auto")
+
+
+def _run_inspect(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.inspection.command import inspect_command
+
+    return inspect_command(options)
 
 
 def _bench(verbs: Any) -> None:

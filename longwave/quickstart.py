@@ -34,9 +34,10 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.device import dtype_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
-from longwave.evaluation.trace import trace_selection
+from longwave.evaluation.trace import by_token, trace_levels
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
+from longwave.inspection.source import pieces
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.reports import report as page
@@ -264,9 +265,8 @@ def _retention(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluatio
 def _passage(model: Decoder, recipe: Recipe) -> page.Passage:
     tokenizer = Tokenizer.load(recipe.data.folder)
     ids = _held_out(recipe, 1)[0][: min(_PASSAGE_TOKENS, model.config.context_window)].tolist()
-    traced = trace_selection(model, ids)
-    texts = [tokenizer.decode([id]) for id in ids]
-    tokens = [page.PassageToken(text, one.kept, one.scores) for text, one in zip(texts, traced, strict=True)]
+    shown = zip(pieces(tokenizer, ids), by_token(trace_levels(model, ids), len(ids)), strict=True)
+    tokens = [page.PassageToken(piece.text, token.kept, token.scores, piece.label) for piece, token in shown]
     return page.Passage("held-out text", tokens, code=True)
 
 

@@ -223,6 +223,17 @@ def test_peak_memory_is_counted_to_the_byte():
     assert peak_memory(task, torch.device("cpu")) == 4 * ((1 << 20) + (1 << 18))
 
 
+def test_memory_of_an_earlier_run_is_not_counted_when_it_is_released():
+    kept: list[Tensor] = []
+
+    def task() -> None:
+        kept.append(torch.empty(1000))
+        del kept[:-1]  # what the run before has left
+        torch.empty(500)
+
+    assert [peak_memory(task, torch.device("cpu")) for _ in range(3)] == [6000] * 3
+
+
 def test_sizes_come_from_a_model_and_options_go_before_them(tmp_path):
     path = tmp_path / "model.toml"
     text = '[model]\nvocab_size = 61\nhidden_size = 32\nlayout = "2W"\n[model.mlp]\nsize = 48\n'

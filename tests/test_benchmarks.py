@@ -89,6 +89,19 @@ def test_decoding_repeats_and_agrees_with_one_pass(layout: str, dtype: torch.dty
             assert 0 < decoding.used <= decoding.reserved
 
 
+def test_a_sliding_window_is_decoded_beyond_what_it_holds():
+    model = decoder("2W", attention={"heads": 4, "kv_heads": 2, "window": 8})
+    tokens = sample_tokens(model, 36, 1)
+    context, following = tokens[:24], tokens[24:].view(3, 4)
+    theirs = Transformers(model).after(context)(following)
+    assert list(theirs) == ["transformers, dynamic cache"]
+    (decoding,) = theirs.values()
+    for found in (decoding.run(), decoding.run()):
+        for row in range(3):
+            check_logits("theirs", found[row], one_pass(model, torch.cat([context, following[row]]), 4))
+    assert decoding.used == decoding.reserved == 2 * 2 * 3 * 2 * 7 * 8 * 4  # of 8 tokens the next one is still to come
+
+
 def test_a_state_is_as_large_as_the_formulas_say():
     model = decoder("3F")
     tokens = sample_tokens(model, 36, 1)

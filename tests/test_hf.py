@@ -111,13 +111,6 @@ def test_generation_is_that_of_transformers_llama(tmp_path: Path):
         assert torch.equal(ours.generate(ids, **options, **extra), theirs.generate(ids, **options, **extra))
 
 
-@every_layout
-def test_beam_search_reorders_the_cache(model: Model, layout: str):
-    ours, (ids, mask) = model(layout), padded("left")
-    options = {"attention_mask": mask, "max_new_tokens": 8, "num_beams": 3, "do_sample": False}
-    assert torch.equal(ours.generate(ids, **options), ours.generate(ids, use_cache=False, **options))
-
-
 @pytest.mark.parametrize("cuts", [(12,), (4, 8), (1,) * 12, (3, 1, 8)])
 @every_layout
 def test_any_chunking_through_the_cache_is_one_forward(model: Model, layout: str, cuts: tuple[int, ...]):

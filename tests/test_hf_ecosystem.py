@@ -147,7 +147,7 @@ def check(results: dict[str, Any], folder: Path) -> None:
     assert results["tiny_greedy"]["exact_match,none"] == 1.0
 
 
-@pytest.mark.parametrize("layout", ["llama"])
+@both
 def test_lm_eval_measures_what_longwave_measures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -158,6 +158,7 @@ def test_lm_eval_measures_what_longwave_measures(folder: Path, tmp_path: Path, m
     check(simple_evaluate(**asked, device="cpu", batch_size=2, task_manager=manager)["results"], folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["subllm"])
 def test_the_command_line_of_lm_eval_takes_a_folder(folder: Path, tmp_path: Path):
     """A process that only knows `trust_remote_code`."""

@@ -514,6 +514,16 @@ def test_a_window_model_goes_on_exactly_over_a_long_decode():
     assert state.reserved_bytes() <= 3 * 2 * 64 * 2 * 8 * 8
 
 
+FORGETFUL = [name for name in CASES if any(spec.window for spec in model_of(name).state().specs.values())]
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_what_later_tokens_see_is_never_forgotten(name: str):
+    """Over a decode so long that memory is moved several times; a window that is declared too small shows here."""
+    model, tokens = model_of(name), tokens_from(9, 150)
+    assert distance(in_pieces(model, tokens, range(1, 150)), alone(model, tokens)) <= CLOSE
+
+
 def ran(name: str, count: int) -> tuple[Decoder, State]:
     model = model_of(name)
     state = model.state(2)

@@ -194,8 +194,8 @@ def _fake_tokens(count: int, draw: random.Random) -> list[PassageToken]:
     tokens = []
     for index in range(count):
         first, second = draw.gauss(0.3, 0.8), draw.gauss(0.25, 0.7)
-        kept = 0 if first <= 0 else 1 if second <= 0 else 2
-        tokens.append(PassageToken(pieces[index % len(pieces)], kept, (first, second) if kept else (first,)))
+        kept = [] if first <= 0 else [0] if second <= 0 else [0, 1]
+        tokens.append(PassageToken(pieces[index % len(pieces)], kept, (first, second if kept else None)))
     return tokens
 
 
@@ -214,7 +214,7 @@ def hostile_report() -> Report:
             for model in data.models
         ],
         speed=[dataclasses.replace(data.speed[0], label=HOSTILE, transformers=Missing(HOSTILE))],
-        passage=Passage(HOSTILE, [PassageToken(HOSTILE, 1, None), PassageToken("\n\n", 0, (-0.5,))], code=True),
+        passage=Passage(HOSTILE, [PassageToken(HOSTILE, [0], None), PassageToken("\n\n", [], (-0.5,))], code=True),
         notes=[HOSTILE],
         command=HOSTILE,
     )
@@ -393,17 +393,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 def drawn(data: Report, folder: Path, then: str = "") -> str:
-    """The page's elements after its script has run, and after it a script of the test's own if there is one."""
+    """A report's elements after its script has run, and after it a script of the test's own if there is one."""
+    write_report(data, folder / "report.html")
+    return drawn_file(folder / "report.html", then)
+
+
+def drawn_file(path: Path, then: str = "") -> str:
+    """The same for a page that has been written."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine: the page was not drawn in a browser")
-    path = folder / "report.html"
-    write_report(data, path)
     if then:  # the page's policy forbids any script but its own
         page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text("utf-8"))
         path.write_text(page.replace("</body>", f"<script>{then}</script></body>"), "utf-8")
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --window-size=1280,2000 --virtual-time-budget=2000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", path.as_uri()]
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
 
 
@@ -463,7 +467,7 @@ def test_every_button_and_every_token_answers_without_an_error(tmp_path):
     data = fake_report(steps=20, tokens=50)
     page = drawn(data, tmp_path, poke)
     assert is_ready(page)
-    shown = sum(token.kept_level == 2 for token in data.passage.tokens)
+    shown = sum(len(token.kept) == 2 for token in data.passage.tokens)
     assert f'data-poked="{50 - shown}"' in page
 
 

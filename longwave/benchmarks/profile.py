@@ -95,8 +95,8 @@ class Watch:
 def peak_memory(task: Task, device: torch.device) -> int:
     """The most bytes that torch held at a time during one run, beyond what it held before.
 
-    On a CPU every allocation and release of the run is counted, not sampled. What is released without having been
-    allocated in the run is not seen there, so the task should leave things as they were.
+    On a CPU every allocation of the run is counted, and every release of one of these. The release of older memory is
+    not, so the task should leave things as they were.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -107,10 +107,24 @@ def peak_memory(task: Task, device: torch.device) -> int:
         task()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None
-    events: list[Any] = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    held = accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    return max(held, default=0)
+    roots: list[Any] = profiler.profiler.kineto_results.experimental_event_tree()
+    changes = sorted((event for event in _within(roots) if event.name == "[memory]"), key=lambda one: one.start_time_ns)
+    held: dict[int, int] = {}
+    return max(accumulate(_change(held, event.extra_fields) for event in changes), default=0)
+
+
+def _within(events: Sequence[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _within(event.children)
+
+
+def _change(held: dict[int, int], event: Any) -> int:
+    """By how much an allocation or release changes what is held of this run, by address."""
+    if event.alloc_size > 0:
+        held[event.ptr] = event.alloc_size
+        return event.alloc_size
+    return -held.pop(event.ptr, 0)
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class Row:
     @property
     def place(self) -> str:
         """What rows that are compared share, in words."""
-        return f"{self.quantity}, {self.context:,} tokens, batch {self.batch}"
+        tokens = f"{self.context:,} token{'s' if self.context > 1 else ''}"
+        return f"{self.quantity}, {tokens}, batch {self.batch}"
 
     @property
     def mfu(self) -> float:

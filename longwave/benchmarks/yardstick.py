@@ -39,10 +39,11 @@ class Transformers:
 
     def after(self, context: Int64[Tensor, " N"]) -> Callable[[Int64[Tensor, "B S"]], dict[str, Decoding]]:
         filled, _ = self._filled(context)
-        tokens = len(context)
+        kinds = {"dynamic": self._dynamic}
+        if not any(cast(Any, layer).is_sliding for layer in filled.layers):  # of which a static one forgets no step
+            kinds["static"] = self._static
         return lambda following: {
-            f"{self.name}, dynamic cache": self._dynamic(filled, tokens, following),
-            f"{self.name}, static cache": self._static(filled, tokens, following),
+            f"{self.name}, {kind} cache": decoding(filled, len(context), following) for kind, decoding in kinds.items()
         }
 
     def loss(self, tokens: Int64[Tensor, "B N"], precision: str) -> float:
@@ -79,7 +80,13 @@ class Transformers:
     def _dynamic(self, filled: DynamicCache, context: int, following: Tensor) -> Decoding:
         cache = copy.deepcopy(filled)
         cache.batch_repeat_interleave(len(following))
-        return self._decoding(cache, context, following, lambda: cache.crop(-following.shape[1]))
+        before = [dict(vars(layer)) for layer in cache.layers]
+
+        def forget() -> None:
+            for layer, attributes in zip(cache.layers, before, strict=True):
+                vars(layer).update(attributes)  # a step makes new tensors and leaves the old ones as they are
+
+        return self._decoding(cache, context, following, forget)
 
     @torch.inference_mode()
     def _static(self, filled: DynamicCache, context: int, following: Tensor) -> Decoding:
@@ -105,9 +112,9 @@ class Transformers:
             forget()
             return torch.stack(logits, dim=1)
 
-        arrays = _arrays(cache)
-        reserved = sum(key.numel() * key.element_size() + value.numel() * value.element_size() for key, value in arrays)
-        used = reserved * context // arrays[0][0].shape[-2]
+        arrays = [one for pair in _arrays(cache) for one in pair]
+        used = sum(one.nbytes * min(context, one.shape[-2]) // one.shape[-2] for one in arrays)
+        reserved = sum(one.nbytes for one in arrays)
         return Decoding(run, Load({-1: Level.whole(context, batch, steps)}), used, reserved)
 
 

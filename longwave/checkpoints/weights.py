@@ -31,7 +31,7 @@ from longwave.jsonfile import brief, plain, read_object, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_BLOCK = 1 << 20  # bytes read at a time: what was read is summed while it lies in the cache
+_BLOCK = 1 << 22  # bytes read at a time: what was read is summed while it lies in a cache
 _LARGE = 1 << 22  # bytes from which memory is asked for in huge pages: filling it is then several times as fast
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = {
@@ -162,7 +162,7 @@ class _Reader:
     def _take(self, descriptor: int, piece: _Piece, dtypes: Mapping[str, torch.dtype]) -> tuple[Tensor | None, int]:
         """The tensor in a piece, or None of one that nobody wants, and the piece's checksum."""
         if piece.name not in dtypes or piece.name is None:
-            return None, self._sum(descriptor, piece, memoryview(bytearray(_BLOCK)), moving=True)
+            return None, self._sum(descriptor, piece, memoryview(bytearray(min(_BLOCK, piece.bytes))), moving=True)
         stored, memory = self.tensors[piece.name], _memory(piece.bytes)
         checksum = self._sum(descriptor, piece, memory.numpy().data, moving=False)
         return memory.view(stored.dtype).view(stored.shape).to(dtypes[piece.name]), checksum

@@ -71,11 +71,12 @@ class LongwaveCache(Cache):
         self._recording = True
         self._hold()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forgets the newest `-tokens_to_remove` columns at every level; they must hold no pads.
 
         ValueError, with nothing changed, where a window has forgotten what would be visible again.
         """
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise UserError(f"crop: tokens_to_remove = {tokens_to_remove}; give minus the number of tokens to forget")
         for slot, seen in enumerate(self.state.seen):

@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from longwave import durable
-from longwave.checkpoints import load, native
+from longwave.checkpoints import native
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import INDEX, check, write
 from longwave.errors import UserError
@@ -29,11 +29,6 @@ _OF_THE_HUB = {  # what Auto classes hand down for folders on the hub
 _LOAD_DEFAULTS = {"attn_implementation": "sdpa"}
 SAVE_DEFAULTS = {"safe_serialization": True, "save_peft_format": True, "save_original_format": True}
 _TREE = "model.decoder."  # where the decoder stands in the class
-
-
-def load_decoder(source: str | Path, dtype: torch.dtype | None, device: torch.device | str) -> Decoder:
-    """The model of a folder."""
-    return load(Path(source), dtype=dtype, device=device)
 
 
 def config_of(

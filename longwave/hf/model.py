@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from longwave.checkpoints import load
 from longwave.errors import UserError
 from longwave.hf import cache as caches
 from longwave.hf import folder
@@ -152,8 +153,8 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         dtype: of the weights; as they were saved by default. device_map: one device. kwargs: values of the config. A
         UserError for anything else that would change what is loaded, and for every tensor that does not fit.
         """
-        source, device = pretrained_model_name_or_path, folder.device_of(device_map)
-        decoder = folder.load_decoder(source, folder.dtype_of(dtype or torch_dtype), device)
+        source = pretrained_model_name_or_path
+        decoder = load(source, dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map))
         model = cls(folder.config_of(decoder, source, config, kwargs), decoder)
         if decoder.generation:
             model.generation_config = GenerationConfig.from_dict(decoder.generation)

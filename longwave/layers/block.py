@@ -60,6 +60,10 @@ class Block(nn.Module):
     def _add(self, hidden: Tensor, branch: Tensor) -> Tensor:
         return hidden + (branch if self.scale == 1 else self.scale * branch)
 
+    def decode_flops(self, context: int) -> int:
+        """FLOPs of a token that reaches the block after `context` others."""
+        return self.mixer.decode_flops(context) + self.mlp.flops()
+
     def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
         """What the block costs at `tokens` tokens, of which a new one gets here with `chance`."""
         parameters, state = count(self), self.mixer.state_spec().bytes(tokens, dtype)
@@ -68,7 +72,7 @@ class Block(nn.Module):
                 f"{self.letter} in level {self.site.level + 1}" if self.site.level >= 0 else self.letter,
                 parameters,
                 self.mixer.prefill_flops(tokens) + tokens * self.mlp.flops(),
-                chance * (self.mixer.decode_flops(tokens) + self.mlp.flops()),
+                chance * self.decode_flops(tokens),
                 chance * (weight_bytes(parameters, dtype) + state),
                 state,
             )

@@ -31,20 +31,26 @@ class FullAttention(Mixer):
         self.o_proj = Linear(self.heads * self.head_size, width, bias=shape.output_bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
+        self.scale = self.head_size**-0.5
         self.form, _ = choose()
 
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
+        query, key = self.queries_and_keys(hidden, stream)
+        value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
+        keys, values = (key, value) if state is None else self._remember(key, value, stream, state)
+        mixed = attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
+        return self.o_proj(mixed.flatten(1))
+
+    def queries_and_keys(
+        self, hidden: Float[Tensor, "T D"], stream: Stream
+    ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T G K"]]:
+        """The queries and keys of new tokens as attention compares them: normalised if the shape says so, rotated."""
         cos, sin = stream.passengers["cos"], stream.passengers["sin"]
         query = self.q_proj(hidden).unflatten(-1, (self.heads, self.head_size))
         key = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
-        value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        keys, values = (key, value) if state is None else self._remember(key, value, stream, state)
-        scale = self.head_size**-0.5
-        mixed = attention(query, keys, values, stream.lengths, window=self.window, scale=scale, form=self.form)
-        return self.o_proj(mixed.flatten(1))
+        return rotate(query, cos, sin), rotate(key, cos, sin)
 
     def _remember(self, key: Tensor, value: Tensor, stream: Stream, state: State) -> tuple[list[Tensor], list[Tensor]]:
         """Appends the new keys and values (T, G, K) to the state; returns all of each run, head-major (G, N, K)."""

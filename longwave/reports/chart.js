@@ -25,6 +25,9 @@ function dress(node, attributes, children) {
   return node;
 }
 
+// In the next frame: what an observer of sizes changes at once can change sizes again, which browsers report as an error.
+const later = act => () => requestAnimationFrame(act);
+
 const count = value => value.toLocaleString("en");
 
 // The one floating read-out of the page ----------------------------------------------------------------------------------------
@@ -87,9 +90,9 @@ function withRoom([low, high], log) {
 // A reduce, not a spread of arguments: thousands of those are too many for some engines.
 const ends = values => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
-// A chart: {title, note, unit, series, tick, format, lines, domain, switches, flat} ---------------------------------------------
+// A chart: {title, note, unit, series, tick, format, lines, domain, switches, flat, pick} ---------------------------------------
 // A series is {name, color, points: [[step, value or null], ...] in step order, faint, dash, marked}.
-// A switch is one of: log x, log y, late (the second half of the steps alone).
+// pick(step): what a click, or Enter, does at a step. A switch is one of: log x, log y, late (the second half of the steps alone).
 
 class Chart {
   constructor(host, spec) {
@@ -103,7 +106,8 @@ class Chart {
     this.canvas.addEventListener("pointerleave", () => this.leave());
     this.canvas.addEventListener("keydown", event => this.walk(event));
     this.canvas.addEventListener("focusout", () => this.leave());
-    new ResizeObserver(() => this.canvas.clientWidth !== this.width && this.draw()).observe(this.canvas);
+    if (spec.pick) this.canvas.addEventListener("click", () => this.pick());
+    new ResizeObserver(later(() => this.canvas.clientWidth !== this.width && this.draw())).observe(this.canvas);
     this.draw();
   }
 
@@ -213,7 +217,12 @@ class Chart {
     this.read(nearest(this.stops, step => this.x.place(step), at), event.clientX, event.clientY);
   }
 
+  pick() {
+    if (this.stop !== undefined) this.spec.pick(this.stops[this.stop]);
+  }
+
   walk(event) {
+    if (event.key === "Enter" && this.spec.pick) return this.pick();
     const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!move || !this.stops.length) return;
     event.preventDefault();

@@ -1,28 +1,6 @@
-// The page's sections, each drawn from the one block of data. Text reaches the page as text nodes only, never as markup.
+// The sections of the training comparison.
 
-const { report, headline, gaps, cells } = JSON.parse(document.getElementById("data").textContent);
-const find = id => document.getElementById(id);
-const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
-const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
-const signed = digits => share => `${share < 0 ? "−" : share > 0 ? "+" : ""}${percent(Math.abs(share), digits)}`;
-const modelColor = index => `var(--model-${Math.min(index, 2)})`;
-
-function drawHeader() {
-  document.title = report.title;
-  find("title").textContent = report.title;
-  find("subtitle").textContent = report.subtitle;
-  find("created").textContent = report.created;
-}
-
-function drawHeadline() {
-  find("headline").append(...headline.map(({ label, value, sentence, verdict }) =>
-    element("article", { class: verdict }, element("h2", {}, label), element("p", { class: "value" }, value), element("p", {}, sentence))));
-}
-
-function drawNotes() {
-  find("notes").querySelector("ul").append(...report.notes.map(note => element("li", {}, note)));
-  return report.notes.length;
-}
+const { gaps, cells } = data;
 
 // Quality ----------------------------------------------------------------------------------------------------------------------
 
@@ -75,13 +53,6 @@ function drawGap() {
 function gapWords(index) {
   if (!index) return "yardstick";
   return gaps[index] === null ? "—" : signed(2)(gaps[index]);
-}
-
-// Cells carry their column's name, which narrow screens show in place of the head.
-function fillTable(table, head, rows) {
-  const body = rows.map(([first, ...rest]) => element("tr", {}, element("th", { scope: "row" }, first),
-    ...rest.map((content, column) => element("td", { "data-column": head[column + 1] }, content))));
-  table.append(element("thead", {}, element("tr", {}, ...head.map(name => element("th", { scope: "col" }, name)))), element("tbody", {}, ...body));
 }
 
 // Retention --------------------------------------------------------------------------------------------------------------------
@@ -162,65 +133,16 @@ function boundBar({ bound, kind, basis, share }) {
 
 // Passage ----------------------------------------------------------------------------------------------------------------------
 
-const { tokens } = report.passage;
-const depth = tokens.reduce((most, [, kept, scores]) => Math.max(most, kept, scores?.length ?? 0), report.retention.levels.length);
-
-function groupName(kept) {
-  if (kept === 0) return "kept by no level";
-  if (kept === 1) return depth === 1 ? "kept" : "level 1 only";
-  return kept === 2 ? "levels 1 and 2" : `levels 1 to ${kept}`;
-}
-
 function drawPassage() {
-  const host = find("passage-text");
-  host.classList.toggle("code", report.passage.code);
-  host.style.setProperty("--levels", depth || 1);
-  host.append(...tokens.map(tokenSpan));
-  host.addEventListener("pointerover", readToken);
-  host.addEventListener("pointerleave", tip.hide);
-  find("passage-legend").append(...passageButtons());
-  find("passage-source").textContent = report.passage.source;
+  const { tokens, code, source } = report.passage;
+  find("passage-text").classList.toggle("code", code);
+  const levels = tokens.reduce((most, [, kept, scores]) => Math.max(most, 1 + (kept.at(-1) ?? -1), scores?.length ?? 0), report.retention.levels.length);
+  new Passage(find("passage-text"), tokens, levels).groups(find("passage-legend"));
+  find("passage-source").textContent = source;
   return tokens.length;
 }
 
-function tokenSpan([text, kept], index) {
-  const span = element("span", { "data-index": index, class: (kept ? "kept" : "dropped") + (/^\n+$/.test(text) ? " newline" : "") }, text);
-  span.style.setProperty("--kept", kept);
-  return span;
-}
-
-function readToken(event) {
-  const index = event.target.dataset.index;
-  if (index === undefined) return tip.hide();
-  const [text, kept, scores] = tokens[index];
-  const rows = (scores ?? []).map((score, level) => element("tr", {}, element("th", {}, `level ${level + 1}`),
-    element("td", {}, score === null ? "—" : score.toFixed(3), element("small", {}, kept > level ? " kept" : " dropped"))));
-  const name = element("code", {}, text.replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "(no text)");
-  const words = element("small", {}, `token ${count(+index + 1)}, ${groupName(kept)}${rows.length ? "" : "; scores not recorded"}`);
-  tip.show(event.clientX, event.clientY, name, element("div", {}, words), element("table", {}, ...rows));
-}
-
-function passageButtons() {
-  const sizes = Array.from({ length: depth + 1 }, (_, kept) => tokens.filter(token => token[1] === kept).length);
-  const groups = sizes.map((size, kept) => passageButton(kept, groupName(kept), `${percent(size / tokens.length)}`));
-  return [passageButton(null, "all tokens", count(tokens.length)), ...groups];
-}
-
-function passageButton(kept, name, amount) {
-  const patch = kept === null ? null : element("i", { class: `patch ${kept ? "kept" : "dropped"}` }, "ab");
-  patch?.style.setProperty("--kept", kept);
-  patch?.style.setProperty("--levels", depth || 1);
-  const button = element("button", { type: "button", "aria-pressed": kept === null }, patch, name, element("small", {}, amount));
-  button.addEventListener("click", () => showGroup(kept, button));
-  return button;
-}
-
-function showGroup(kept, pressed) {
-  for (const button of find("passage-legend").children) button.setAttribute("aria-pressed", button === pressed);
-  for (const span of find("passage-text").children) span.classList.toggle("muted", kept !== null && tokens[span.dataset.index][1] !== kept);
-}
-
-// Samples, facts, command ------------------------------------------------------------------------------------------------------
+// Samples ---------------------------------------------------------------------------------------------------------------
 
 function drawSamples() {
   const prompts = [...new Set(report.models.flatMap(model => model.generations.map(([prompt]) => prompt)))];
@@ -234,45 +156,5 @@ function samplesOf(model, index, prompt) {
     element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, element("span", { class: "quiet" }, prompt), continuation)));
 }
 
-function drawFacts() {
-  for (const [id, facts] of [["run-facts", report.run], ["machine-facts", report.machine]])
-    find(id).append(...facts.map(([label, value]) => element("div", {}, element("dt", {}, label), element("dd", {}, value))));
-  return report.run.length + report.machine.length;
-}
-
-function drawCommand() {
-  find("command").textContent = report.command;
-  return report.command.length;
-}
-
-// A section without data leaves the page, and the contents.
-function drawSections() {
-  const sections = { notes: drawNotes, quality: drawQuality, retention: drawRetention, speed: drawSpeed, passage: drawPassage,
-    samples: drawSamples, facts: drawFacts, reproduce: drawCommand };
-  for (const [id, draw] of Object.entries(sections)) {
-    const section = find(id);
-    if (draw()) find("contents").append(element("a", { href: `#${id}` }, section.dataset.name));
-    else section.hidden = true;
-  }
-}
-
-// Anything with data-tip tells it on hover and on focus.
-function listenForTips() {
-  const tell = event => {
-    const host = event.target.closest?.("[data-tip]");
-    if (!host) return;
-    const box = host.getBoundingClientRect();
-    tip.show(box.left, box.bottom - 8, element("div", { class: "words" }, host.dataset.tip));
-  };
-  document.addEventListener("pointerover", tell);
-  document.addEventListener("focusin", tell);
-  document.addEventListener("pointerout", event => event.target.closest?.("[data-tip]") && tip.hide());
-  document.addEventListener("focusout", event => event.target.closest?.("[data-tip]") && tip.hide());
-  document.addEventListener("keydown", event => event.key === "Escape" && tip.hide());
-}
-
-drawHeader();
-drawHeadline();
-drawSections();
-listenForTips();
-if (!document.documentElement.dataset.error) document.documentElement.dataset.ready = "true";
+drawPage({ notes: drawNotes, quality: drawQuality, retention: drawRetention, speed: drawSpeed, passage: drawPassage, samples: drawSamples,
+  facts: drawFacts, reproduce: drawCommand });

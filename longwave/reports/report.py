@@ -1,35 +1,20 @@
 """The page a training comparison ends in: typed data in, one self-contained `report.html` out.
 
-What is notable about it:
-
-- the data travel in one JSON block, escaped so that no text in them can end it or start markup; the page's script
-  makes text nodes of them, so that what a corpus or a model says is never read as HTML;
-- a content security policy in the page forbids every network access and every script but the one hashed here;
-- the wording of the headline is written here, beside the arithmetic it rests on, and says "slower" when it is slower.
+The wording of the headline is written here, beside the arithmetic it rests on, and says "slower" when it is slower.
 """
 
 # ruff: noqa: RUF001 (× is the sign people read)
 
-import base64
 import dataclasses
-import hashlib
-import html
-import json
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite, write
 
-class Fact(NamedTuple):
-    """A line of the machine's or the run's description."""
-
-    label: str
-    value: str
+_PAGE = Kind("report", ("passage",))
 
 
 class LossPoint(NamedTuple):
@@ -145,14 +130,6 @@ class SpeedRow:
     subllm: Figure | Missing
 
 
-class PassageToken(NamedTuple):
-    """A token's text, the deepest level that kept it (0: none did), and its score at each level it reached."""
-
-    text: str
-    kept_level: int
-    scores: Sequence[float] | None = None
-
-
 @dataclass(frozen=True)
 class Passage:
     """A run of held-out text as the model read it; `code` sets it in a monospaced face."""
@@ -181,23 +158,10 @@ class Report:
 
 def write_report(data: Report, path: Path) -> None:
     """Write the page of `data` to `path` in one step: whoever opens it sees the old page or the whole new one."""
-    page = _render(data).encode()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(page)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write(_PAGE.render(data.title, _payload(data)), path)
 
 
 # The headline: four figures in words ----------------------------------------------------------------------------------
-
-
-class Headline(NamedTuple):
-    label: str
-    value: str
-    sentence: str
-    verdict: Literal["better", "worse", "same", "unknown"]
 
 
 def headline(data: Report) -> tuple[Headline, ...]:
@@ -327,40 +291,8 @@ def _digits(value: float) -> str:
 
 def _payload(data: Report) -> dict[str, Any]:
     return {
-        "report": _finite(dataclasses.asdict(data)),
+        "report": finite(dataclasses.asdict(data)),
         "headline": [figure._asdict() for figure in headline(data)],
         "gaps": [relative_gap(model, data.models[0]) for model in data.models],
         "cells": [[_cell(figure, row) for figure in (row.transformers, row.llama, row.subllm)] for row in data.speed],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a loss that diverged becomes null, which the charts draw as a gap."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _embed(payload: dict[str, Any]) -> str:
-    """JSON that is safe inside a script element: ASCII only, and no character that HTML gives a meaning to."""
-    text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _render(data: Report) -> str:
-    folder = resources.files("longwave.reports")
-    style, chart, script, page = (
-        (folder / name).read_text("utf-8") for name in ("report.css", "chart.js", "report.js", "report.html")
-    )
-    script = f"{chart}\n{script}"
-    values = {
-        "title": html.escape(data.title).encode("ascii", "xmlcharrefreplace").decode(),
-        "policy": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "style": style,
-        "data": _embed(_payload(data)),
-        "script": script,
-    }
-    # One pass, so that a placeholder inside the data stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], page)

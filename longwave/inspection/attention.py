@@ -1,0 +1,137 @@
+"""Where attention goes in chosen blocks while a text runs through a model.
+
+Forward hooks hand the inputs of a mixer to its own projections, so nothing on the model's path knows of this, and a
+block's weights exist a chunk of queries at a time.
+
+Legend: `N` tokens that reach the block, `H` heads, `C` cells of a map along either side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+
+from longwave.mixers import FullAttention, Site
+from longwave.model import Decoder
+from longwave.ops.attention.weights import attention_weights
+
+CELLS = 256  # the most cells along either side of a map
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """One head, or the mean of all (None): the share of its attention that a cell of queries gives a cell of keys."""
+
+    head: int | None
+    cells: Float[Tensor, "C C"]
+
+
+@dataclass(frozen=True)
+class BlockAttention:
+    """Where attention goes in one block.
+
+    depth, level, window: of the block. places: where its tokens stand in the text. received: the weight that each token
+    gets, as a multiple of what tokens get on average that are seen from the same distances. viewers: queries that can
+    see it. first_share: what the first token gets of all attention. edges: the first token of each cell, and N.
+
+    Causality lets fewer queries see a later token, and most attention goes to what is near: a sum over queries would
+    favour early tokens, and a mean over those that can see it the last ones.
+    """
+
+    depth: int
+    level: int
+    window: int | None
+    places: Int64[Tensor, " N"]
+    received: Float[Tensor, " N"]
+    viewers: Int64[Tensor, " N"]
+    first_share: float
+    edges: tuple[int, ...]
+    maps: tuple[AttentionMap, ...]
+
+
+@contextmanager
+def watching_attention(
+    model: Decoder, depths: Collection[int], heads: Sequence[int | None] = ()
+) -> Iterator[dict[int, BlockAttention]]:
+    """Watches blocks while one text runs through the model; what is found stands under their depth.
+
+    heads: those to draw maps of, None for the mean of all. Blocks without softmax attention are passed over, and one
+    that no token reaches finds nothing.
+    """
+    found: dict[int, BlockAttention] = {}
+    hooks = []
+    for block in model.blocks:
+        if block.site.depth in depths and isinstance(block.mixer, FullAttention):
+            hooks.append(block.mixer.register_forward_pre_hook(_Watch(heads, found)))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass
+class _Watch:
+    heads: Sequence[int | None]
+    found: dict[int, BlockAttention]
+
+    @torch.no_grad()
+    def __call__(self, mixer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        hidden, stream = inputs[:2]
+        assert isinstance(mixer, FullAttention)
+        query, key = mixer.queries_and_keys(hidden, stream)
+        tally = _Tally(query.shape[0], self.heads, mixer.window)
+        for start, first, weights in attention_weights(query, key, window=mixer.window, scale=mixer.scale):
+            tally.add(start, first, weights.cpu())
+        self.found[mixer.site.depth] = tally.result(mixer.site, stream.order.cpu())
+
+
+class _Tally:
+    """Adds weights up by key, by distance and by cell."""
+
+    def __init__(self, tokens: int, heads: Sequence[int | None], window: int | None) -> None:
+        self.heads, self.cells, self.window = heads, min(tokens, CELLS), window
+        self.cell_of = torch.arange(tokens) * self.cells // tokens
+        self.sums, self.by_distance = torch.zeros(2, tokens, dtype=torch.float64)
+        self.maps = torch.zeros(len(heads), self.cells, self.cells, dtype=torch.float64)
+
+    def add(self, start: int, first: int, weights: Float[Tensor, "H Q K"]) -> None:
+        mean = weights.mean(0)
+        rows, columns = slice(start, start + mean.shape[0]), slice(first, first + mean.shape[1])
+        self.sums[columns] += mean.sum(0)
+        self.by_distance[: mean.shape[1]] += _along_diagonals(mean if first else mean.index_fill(1, torch.tensor(0), 0))
+        for place, head in enumerate(self.heads):
+            chosen = mean if head is None else weights[head]
+            by_key = chosen.new_zeros(chosen.shape[0], self.cells).index_add_(1, self.cell_of[columns], chosen)
+            self.maps[place].index_add_(0, self.cell_of[rows], by_key.double())
+
+    def result(self, site: Site, places: Tensor) -> BlockAttention:
+        tokens = self.sums.numel()
+        viewers = (tokens - torch.arange(tokens)).clamp(max=self.window or tokens)
+        received, first_share = self.sums / self._expected(), float(self.sums[0] / tokens)
+        edges, maps = self._maps()
+        return BlockAttention(site.depth, site.level, self.window, places, received, viewers, first_share, edges, maps)
+
+    def _expected(self) -> Tensor:
+        """What each key would get if queries gave a distance what they give it on average, the first key apart."""
+        tokens = self.sums.numel()
+        typical = self.by_distance / (tokens - 1 - torch.arange(tokens)).clamp(min=1)
+        return typical.cumsum(0).flip(0).clamp(min=1e-12)
+
+    def _maps(self) -> tuple[tuple[int, ...], tuple[AttentionMap, ...]]:
+        sizes = torch.bincount(self.cell_of, minlength=self.cells)
+        shares = zip(self.heads, self.maps / sizes.unsqueeze(1), strict=True)
+        return (0, *sizes.cumsum(0).tolist()), tuple(AttentionMap(head, cells) for head, cells in shares)
+
+
+def _along_diagonals(weights: Float[Tensor, "Q K"]) -> Float64[Tensor, " K"]:
+    """Sums by the distance of key and query, the last query being at the last key."""
+    queries, keys = weights.shape
+    padded = torch.nn.functional.pad(weights.flip(1), (0, queries - 1))
+    return padded.as_strided((queries, keys), (keys + queries - 2, 1), queries - 1).sum(0, dtype=torch.float64)

@@ -1,0 +1,73 @@
+"""The text that is looked at: from a file, stdin or the command line, as tokens and as the pieces of text they show."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from longwave.config import ModelConfig, require
+from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.errors import UserError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a token shows: its text, or what stands for it (`label`) where it completes no character."""
+
+    text: str
+    label: str = ""
+
+
+def read_text(path: str | None, literal: str | None) -> tuple[str, str]:
+    """The name of a text and the text, to the letter: line ends stay as they are.
+
+    path: a file, or `-` for stdin; literal: the text itself, in place of a path.
+    """
+    require((path is None) != (literal is None), "give one text: a file, - for stdin, or --text 'the text itself'")
+    if literal is not None:
+        return "text of the command line", literal
+    try:
+        raw = sys.stdin.buffer.read() if path == "-" else Path(str(path)).read_bytes()
+        return ("stdin" if path == "-" else str(path)), raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; give a text file, or --text") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{'stdin' if path == '-' else path}: not UTF-8 text") from None
+
+
+def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, first: int | None) -> list[int]:
+    """The ids of a text behind the tokenizer's bos, if it has one; of the `first` tokens alone where that is given.
+
+    UserError for no text, for more tokens than the model is meant for, and for ids that it does not have.
+    """
+    require(bool(text), f"{name}: holds no text")
+    require(first is None or first > 0, f"--first {first}: 1 or more tokens")
+    ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    chosen, window = ids[:first], config.context_window
+    fits = f"--first {window} takes the beginning"
+    require(len(chosen) <= window, f"{name}: {len(chosen):,} tokens; the model's context window is {window:,}: {fits}")
+    highest = max(chosen)
+    known = highest < config.vocab_size
+    require(known, f"the tokenizer gives id {highest}; the model's vocabulary has {config.vocab_size} entries")
+    return chosen
+
+
+def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
+    """What each token shows; the texts joined are the decoding of all. A character stands with its last token."""
+    decoder = StreamDecoder(tokenizer)
+    texts = [decoder.push(id) for id in ids]
+    texts[-1] += decoder.finish()
+    found: list[Piece] = []
+    whole = ""  # the next text that a token completes
+    for id, text in zip(reversed(ids), reversed(texts), strict=True):
+        whole = text or whole
+        found.append(Piece(text, "" if text else _label(id, whole, tokenizer)))
+    return found[::-1]
+
+
+def _label(id: int, whole: str, tokenizer: Tokenizer) -> str:
+    if id in tokenizer.special_ids:
+        return "start of the text" if id == tokenizer.bos_id else "special token"
+    return f"part of “{whole[:1]}”" if whole else "no text"

@@ -1,0 +1,91 @@
+// What every page shares: its data, its header, tables, facts, tips and the switch between dark and light. Text reaches the page as text
+// nodes only, never as markup.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const { report, headline } = data;
+const find = id => document.getElementById(id);
+const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
+const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
+const signed = digits => share => `${share < 0 ? "−" : share > 0 ? "+" : ""}${percent(Math.abs(share), digits)}`;
+const modelColor = index => `var(--model-${Math.min(index, 2)})`;
+
+function drawHeader() {
+  document.title = report.title;
+  find("title").textContent = report.title;
+  find("subtitle").textContent = report.subtitle;
+  find("created").textContent = report.created;
+}
+
+function drawHeadline() {
+  find("headline").append(...headline.map(({ label, value, sentence, verdict }) =>
+    element("article", { class: verdict }, element("h2", {}, label), element("p", { class: "value" }, value), element("p", {}, sentence))));
+}
+
+function drawNotes() {
+  find("notes").querySelector("ul").append(...report.notes.map(note => element("li", {}, note)));
+  return report.notes.length;
+}
+
+// Cells carry their column's name, which narrow screens show in place of the head.
+function fillTable(table, head, rows) {
+  const body = rows.map(([first, ...rest]) => element("tr", {}, element("th", { scope: "row" }, first),
+    ...rest.map((content, column) => element("td", { "data-column": head[column + 1] }, content))));
+  table.append(element("thead", {}, element("tr", {}, ...head.map(name => element("th", { scope: "col" }, name)))), element("tbody", {}, ...body));
+}
+
+function fillFacts(list, facts) {
+  list.append(...facts.map(([label, value]) => element("div", {}, element("dt", {}, label), element("dd", {}, value))));
+  return facts.length;
+}
+
+function drawFacts() {
+  return fillFacts(find("run-facts"), report.run) + fillFacts(find("machine-facts"), report.machine);
+}
+
+function drawCommand() {
+  find("command").textContent = report.command;
+  return report.command.length;
+}
+
+// A section without data leaves the page, and the contents.
+function drawSections(sections) {
+  for (const [id, draw] of Object.entries(sections)) {
+    const section = find(id);
+    if (draw()) find("contents").append(element("a", { href: `#${id}` }, section.dataset.name));
+    else section.hidden = true;
+  }
+}
+
+// Anything with data-tip tells it on hover and on focus.
+function listenForTips() {
+  const tell = event => {
+    const host = event.target.closest?.("[data-tip]");
+    if (!host) return;
+    const box = host.getBoundingClientRect();
+    tip.show(box.left, box.bottom - 8, element("div", { class: "words" }, host.dataset.tip));
+  };
+  document.addEventListener("pointerover", tell);
+  document.addEventListener("focusin", tell);
+  document.addEventListener("pointerout", event => event.target.closest?.("[data-tip]") && tip.hide());
+  document.addEventListener("focusout", event => event.target.closest?.("[data-tip]") && tip.hide());
+  document.addEventListener("keydown", event => event.key === "Escape" && tip.hide());
+  addEventListener("scroll", tip.hide, { passive: true });
+}
+
+function listenForTheme() {
+  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)");
+  const other = () => (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark" ? "light" : "dark";
+  const name = () => { find("theme").textContent = other(); };
+  find("theme").addEventListener("click", () => { root.dataset.theme = other(); name(); });
+  system.addEventListener("change", name);
+  name();
+}
+
+function drawPage(sections) {
+  drawHeader();
+  drawHeadline();
+  drawSections(sections);
+  listenForTips();
+  listenForTheme();
+  if (!document.documentElement.dataset.error) document.documentElement.dataset.ready = "true";
+}

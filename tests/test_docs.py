@@ -1,0 +1,224 @@
+"""The documentation: its code runs, its site builds without a warning, and its lists are those of the package."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, run
+
+import longwave
+from longwave import cli
+from longwave.checkpoints import save
+from longwave.data.tokenizer import Tokenizer
+from longwave.layers.block import BLOCKS
+from longwave.mixers import MIXERS
+from longwave.model import Decoder
+from longwave.training.recipe import Recipe
+
+# --- the code ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that the pages name: what a quickstart leaves, a Llama, some texts, the recipes."""
+    folder = tmp_path_factory.mktemp("home")
+    shutil.copytree(runs.corpus(), folder / "my-text")
+    shutil.copytree(runs.prepared(), folder / "quickstart/data")
+    tokenizer = Tokenizer.load(runs.prepared())
+    for name, kind in {"llama": "llama", "subllm": "causal"}.items():
+        model = Decoder(dataclasses.replace(runs.recipe(kind).model, context_window=256))
+        save(model, folder / "quickstart" / name / "model", tokenizer=tokenizer)
+        if name == "llama":
+            save(model, folder / "my-llama", tokenizer=tokenizer, layout="llama")
+    shutil.copytree(ROOT / "longwave/recipes", folder / "longwave/recipes")
+    shutil.copy(ROOT / "README.md", folder)
+    return folder
+
+
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """What a page adds to the tables of parts is taken out again."""
+    kept = [(table, dict(table)) for table in (MIXERS, BLOCKS)]
+    yield
+    for table, content in kept:
+        table.clear()
+        table.update(content)
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{block.place}: language {block.language!r} is not among {LANGUAGES}"
+        run(block, names)
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("python", "assert 1 + 1 == 3"),
+        ("python", "import longwave as lw\nlw.load('nothing')"),
+        ("sh", "longwave plan nothing.toml"),
+        ("sh", "longwave bench inference --no-such-option x"),
+        ("sh", "make nothing"),
+        ("sh", "pip install 'longwave[nothing]'"),
+        ("sh", "python -m pytest tests/nothing.py"),
+        ("sh", "rm -rf something"),
+        ("toml", "[training]\nsteps = 2"),
+    ],
+)
+def test_a_block_that_is_wrong_is_found(language: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, longwave.UserError)):
+        run(Block(ROOT / "README.md", 1, language, None, text + "\n"), {})
+
+
+def test_the_mixer_of_the_how_to_keeps_the_contract(tmp_path: Path):
+    """The contract tests, started with the page's mixer in the tables, over the cases that hold its letter."""
+    code = [block.text for block in blocks(ROOT / "docs/how-to/mixer.md") if block.language == "python"]
+    (tmp_path / "added.py").write_text("\n".join(code[:2]))
+    (tmp_path / "adding.py").write_text(
+        "def pytest_configure():\n    import added\n\n"  # once conftest.py has set up the checking of shapes
+        "def pytest_collection_modifyitems(items):\n"
+        "    names = [str(item.callspec.params.get('name')) if hasattr(item, 'callspec') else '' for item in items]\n"
+        "    items[:] = [item for item, name in zip(items, names) if 'C' in name.split()]\n"
+    )
+    tests = ["-p", "adding", "-p", "no:cacheprovider", "tests/test_laws.py", "tests/test_costs.py"]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", *tests],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout  # 5 where no test was left
+
+
+# --- the lists --------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_names_every_module_of_the_package():
+    tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("longwave/\n"))
+    lines = [line for line in tree.splitlines() if line.startswith("  ")]
+    named = [name for line in lines for name in re.findall(r"[\w.]+(?:\.py|/)(?=,|\s|$)", line.split("  ", 2)[1])]
+    there = [path.name + "/" * path.is_dir() for path in (ROOT / "longwave").iterdir() if path.name[0] not in "_."]
+    assert sorted(named) == sorted(there)
+
+
+def test_the_readme_names_every_verb():
+    usage = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("longwave quickstart"))
+    assert sorted(set(re.findall(r"^longwave (\w+)", usage, re.MULTILINE))) == sorted(verbs(cli._parser()))
+
+
+def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers right below a parser, by name."""
+    found = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(next(found, {}))
+
+
+def test_the_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_section_of_the_report_is_explained():
+    templates = [path for path in (ROOT / "longwave/reports").glob("*.html") if path.stem in ("report", "page")]
+    sections = [name for path in templates for name in re.findall(r"<h2>(.*?)</h2>", path.read_text())]
+    explained = re.findall(r"^## (.*)$", (ROOT / "docs/how-to/report.md").read_text(), re.MULTILINE)
+    assert len(sections) > 5
+    assert sorted(explained) == sorted(sections)
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; a broken link, anchor or docstring reference, or any other warning, fails here."""
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    return folder
+
+
+def test_the_site_needs_nothing_from_the_network(site: Path):
+    """No page, stylesheet or script of ours or the theme's names another host as the place of something it loads."""
+    loads = re.compile(r"""<(?:script|img|iframe|source|link)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//""")
+    imports = re.compile(r"""@import|url\(["']?(?:https?:)?//""")
+    assert [page.name for page in site.rglob("*.html") if loads.search(page.read_text())] == []
+    assert [style.name for style in site.rglob("*.css") if imports.search(style.read_text())] == []
+    assert (site / "search/search_index.json").exists()
+
+
+def test_the_site_tells_every_verb_and_option(site: Path):
+    page = (site / "reference/command-line.html").read_text()
+
+    def check(parser: argparse.ArgumentParser) -> None:
+        for below in verbs(parser).values():
+            check(below)
+        if not verbs(parser):
+            section = page.split(f'<h2 id="{parser.prog.replace(" ", "-")}">')[1].split("<h2 ")[0]
+            for action in parser._actions:
+                names = action.option_strings or [action.metavar or action.dest]
+                missing = [name for name in names if f"<code>{name}" not in section]
+                assert missing == [] or set(names) <= {"-h", "--help", "--json"}, parser.prog
+
+    check(cli._parser())
+    assert "<code>--json</code>" in page
+
+
+def test_the_site_describes_every_public_name(site: Path):
+    page = (site / "reference/python.html").read_text() + (site / "reference/parts.html").read_text()
+    page += (site / "reference/recipes.html").read_text()
+    homes = {name: f"longwave.{longwave._HOMES[name]}.{name}" for name in longwave._HOMES}
+    named = [name for name in homes if f'id="longwave.{name}"' in page or f'id="{homes[name]}"' in page]
+    assert sorted(named) == sorted(homes)
+
+
+def test_the_site_describes_every_table_of_a_recipe(site: Path):
+    page = (site / "reference/recipes.html").read_text()
+    assert [one for one in tables_of(Recipe) if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
+
+
+def tables_of(kind: Any) -> set[type]:
+    """The dataclasses that the fields of a dataclass hold, at any depth."""
+    if not dataclasses.is_dataclass(kind):
+        return {one for part in typing.get_args(kind) for one in tables_of(part)}
+    below = typing.get_type_hints(kind, include_extras=False).values() if isinstance(kind, type) else ()
+    found = {one for hint in below for one in tables_of(hint)}
+    return found if kind is Recipe else found | {typing.cast(type, kind)}
+
+
+def test_drawings_stand_in_the_pages_and_follow_the_theme(site: Path):
+    drawn = {page: page.read_text().count("drawings/") for page in PAGES if page.name != "README.md"}
+    for page, count in drawn.items():
+        built = (site / page.relative_to(ROOT / "docs")).with_suffix(".html")
+        if count:
+            assert built.read_text().count('class="drawing"') == count
+            assert "<img" not in built.read_text()
