@@ -21,6 +21,7 @@ import torch
 
 from longwave import durable
 from longwave.checkpoints import find, load, native
+from longwave.checkpoints.generation import completed, write_generation
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo
@@ -177,6 +178,7 @@ class Trainer:
     def _write_folder(self, staging: Path) -> None:
         native.write_model(self.model, staging)
         self.tokenizer.save(staging)
+        write_generation(completed(self.model.generation, self.tokenizer), staging)
 
     def _resumed_model(self) -> Decoder | None:
         newest = _newest_checkpoint(self.output / "checkpoints")
@@ -202,6 +204,7 @@ class Trainer:
         with torch.device("meta"):
             model = Decoder(config)
         model.load_state_dict(start.state_dict(), assign=True)
+        model.generation = start.generation
         return model
 
     def _resume_optimizer(self) -> None:
