@@ -385,7 +385,7 @@ def test_eval_refuses_data_of_another_tokenizer_and_windows_without_sense(refuse
     refuses("eval", model, tmp_path / "data", says=["tokenizer=", "the data was written with"])
     refuses("eval", model, runs.prepared(), "--window", "0", says=["window=0"])
     refuses("eval", model, tmp_path, says=["not a prepared folder"])
-    refuses("eval", tmp_path / "missing", runs.prepared(), says=["missing", "no config.json"])
+    refuses("eval", tmp_path / "missing", runs.prepared(), says=["missing", "give a model folder"])
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

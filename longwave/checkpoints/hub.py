@@ -30,7 +30,7 @@ def find(path: str | Path, files: tuple[str, ...] = WHOLE) -> Path:
     if folder.exists():
         raise UserError(f"{path}: a file; give a model folder, or a hub id such as org/name")
     if not is_hub_id(path):
-        raise UserError(f"{path}: no such folder, and no hub id either (those read org/name)")
+        raise UserError(f"{path}: no such folder, and no hub id (those read org/name); give a model folder")
     return _fetched(str(path), files)
 
 
