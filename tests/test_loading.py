@@ -251,7 +251,7 @@ def test_offline_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 )
 def test_what_is_neither_a_folder_nor_a_hub_id_is_one_line(path: str):
     for reader in (longwave.load, load_config):
-        with pytest.raises(UserError, match=re.escape("no such folder, and no hub id either (those read org/name)")):
+        with pytest.raises(UserError, match=re.escape("no such folder, and no hub id (those read org/name)")):
             reader(path)
 
 
