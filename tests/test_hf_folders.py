@@ -81,6 +81,18 @@ def test_a_saved_config_copies_no_code(tmp_path: Path):
     assert os.listdir(tmp_path) == ["config.json"]
 
 
+def test_a_hub_id_is_fetched_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(decoder("llama"), tmp_path / "fetched")
+    asked: dict[str, Any] = {}
+    fetch = lambda name, **options: (asked.update(options, name=name), str(tmp_path / "fetched"))[1]  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    ours = LongwaveForCausalLM.from_pretrained("somebody/model", revision="v2", token="t", local_files_only=True)
+    expected = {"name": "somebody/model", "revision": "v2", "token": "t", "local_files_only": True}
+    assert asked.items() >= expected.items()
+    assert ours.config.name_or_path == "somebody/model"
+    LongwaveForCausalLM.from_pretrained(tmp_path / "fetched", revision="v2")  # a folder has none
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 

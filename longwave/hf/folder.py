@@ -22,9 +22,8 @@ from longwave.errors import UserError
 from longwave.hf.config import LongwaveConfig
 from longwave.model import Decoder
 
-_OF_THE_HUB = {  # what Auto classes hand down for folders on the hub
-    *("_from_auto", "adapter_kwargs", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage"),
-    *("proxies", "revision", "token", "trust_remote_code", "use_safetensors"),
+_OF_AUTO_CLASSES = {  # what they hand down that changes nothing here
+    *("_from_auto", "adapter_kwargs", "low_cpu_mem_usage", "proxies", "trust_remote_code", "use_safetensors"),
 }
 _LOAD_DEFAULTS = {"attn_implementation": "sdpa"}
 SAVE_DEFAULTS = {"safe_serialization": True, "save_peft_format": True, "save_original_format": True}
@@ -35,7 +34,7 @@ def config_of(
     decoder: Decoder, source: str | Path, given: LongwaveConfig | None, options: dict[str, Any]
 ) -> LongwaveConfig:
     """The config of what was loaded; `options` that are none of its values are refused."""
-    options = {name: value for name, value in options.items() if name not in _OF_THE_HUB}
+    options = {name: value for name, value in options.items() if name not in _OF_AUTO_CLASSES}
     if given is None:
         values = native.config_json(decoder) | {"name_or_path": str(source)}
         given, options = cast(Any, LongwaveConfig).from_dict(values, return_unused_kwargs=True, **options)

@@ -22,6 +22,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedMod
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from longwave.checkpoints import load
+from longwave.checkpoints.hub import FETCHING, find
 from longwave.errors import UserError
 from longwave.hf import cache as caches
 from longwave.hf import folder
@@ -150,11 +151,15 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LongwaveForCausalLM:
         """Loads a model folder of any family that longwave reads.
 
-        dtype: of the weights; as they were saved by default. device_map: one device. kwargs: values of the config. A
-        UserError for anything else that would change what is loaded, and for every tensor that does not fit.
+        dtype: of the weights; as they were saved by default. device_map: one device. kwargs: values of the config, and
+        for a hub id how it is fetched, such as `revision`. UserError for anything else that would change what is
+        loaded, and for every tensor that does not fit.
         """
         source = pretrained_model_name_or_path
-        decoder = load(source, dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map))
+        fetching = {name: kwargs.pop(name) for name in FETCHING if name in kwargs}
+        decoder = load(
+            find(source, **fetching), dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map)
+        )
         model = cls(folder.config_of(decoder, source, config, kwargs), decoder)
         if decoder.generation:
             model.generation_config = GenerationConfig.from_dict(decoder.generation)
