@@ -1,8 +1,8 @@
 """Checks 21 to 23 of `docs/subllm.md`: what a small SUBLLM learns to keep, in minutes of training.
 
 The regime of the published form is the published one, scaled down: ScaledAdam, weights of std 0.006, on prose (the
-docstrings of the standard library). Its outer level then comes to its retention; the inner one does in one seed of three.
-docs/log.md has the figures, and what it does elsewhere. Causal selection is held to the same with AdamW on source code.
+docstrings of the standard library). Its outer level then comes to its retention; the inner one does in one seed of
+three. docs/log.md has the figures, and what it does elsewhere. Causal selection is held to the same with AdamW on code.
 """
 
 from __future__ import annotations
