@@ -136,14 +136,16 @@ static void merge(float *splits, int64_t count, int64_t stride, int64_t size, vo
 int longwave_one_query(const void *query, const void *const *keys, const void *const *values, const int64_t *lengths,
                        const int64_t *strides, void *out, int is_bf16, float scale, int64_t sequences, int64_t groups,
                        int64_t group, int64_t size, int threads) {
-    int64_t most = 0, heads = groups * group, stride = size + LEFT;
-    for (int64_t s = 0; s < sequences; s++)
+    int64_t most = 0, all = 0, heads = groups * group, stride = size + LEFT;
+    for (int64_t s = 0; s < sequences; s++) {
         most = lengths[s] > most ? lengths[s] : most;
+        all += lengths[s];
+    }
     int64_t splits = (most + SPLIT - 1) / SPLIT;
     float *parts = malloc(sequences * heads * splits * stride * sizeof *parts);
     if (!parts)
         return 1;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) if (all * heads * size >= WORTH_THREADS)
     {
 #pragma omp for collapse(3) schedule(dynamic)
         for (int64_t s = 0; s < sequences; s++)

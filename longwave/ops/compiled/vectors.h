@@ -8,6 +8,7 @@
 #endif
 
 #define LANES 16
+#define WORTH_THREADS 65536 /* products below which waking other threads takes longer than they save */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(64)));

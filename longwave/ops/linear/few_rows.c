@@ -46,7 +46,7 @@ INLINE void block_of(array x, array weight, int64_t rows, int64_t output, int64_
 /* x (T, D), weight (E, D), bias (E) or null and y (T, E), all of bf16 or all of fp32. */
 void longwave_linear(const void *x, const void *weight, const void *bias, void *y, int is_bf16, int64_t rows,
                      int64_t inputs, int64_t outputs, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * inputs * outputs >= WORTH_THREADS)
     for (int64_t output = 0; output < outputs; output += OUTPUTS)
         for (int64_t row = 0; row < rows; row += TOGETHER) {
             int64_t count = rows - row < TOGETHER ? rows - row : TOGETHER;
