@@ -558,6 +558,21 @@ def test_hovering_and_the_keyboard_read_tokens_and_cells(folders, text: Path, tm
     assert 'data-switched="true"' in root
 
 
+def test_a_map_knows_what_a_window_hides(folders, text: Path, tmp_path: Path):
+    poke = """
+      const words = (row, column) => cellWords(blocks.at(-1), row, column, 0.5).map(node => node.textContent).join(" ");
+      document.documentElement.dataset.cells = [words(20, 3), words(3, 20), words(20, 18)].join("|");
+    """
+    page = page_of(folders["siblings"], text, tmp_path, "--first", 120, "--layers", "3")
+    drawn = drawn_file(page, poke)
+    assert is_ready(drawn)
+    hidden, later, seen = drawn[drawn.index('data-cells="') :].split('"')[1].split("|")
+    assert hidden.startswith("out of the window")
+    assert later.startswith("later")
+    assert seen.startswith("50.0%")
+    assert "×2.50 an even spread, which would be 20.00%" in seen  # noqa: RUF001
+
+
 @pytest.mark.slow
 def test_ten_thousand_tokens_are_drawn_at_once(tokenizer: Tokenizer, tmp_path: Path):
     model = model_of(NESTED, context_window=10_000)
