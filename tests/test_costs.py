@@ -124,6 +124,12 @@ def test_state_bytes_are_the_counted_ones(name: str, tokens: int, dtype: torch.d
         for array in part.spec.per_token
         if part.held
     )
+    elements += sum(
+        part.recall(array).nbytes
+        for part in state._sequences[0].parts.values()
+        for array in part.spec.per_sequence
+        if part.length
+    )
     assert elements == state.used_bytes(0)
     assert state.reserved_bytes(0) >= state.used_bytes(0)
 

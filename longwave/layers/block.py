@@ -27,7 +27,7 @@ class BlockKind:
     mixer: str
 
 
-BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window")}
+BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window"), "L": BlockKind("lightning")}
 
 
 @runtime_checkable

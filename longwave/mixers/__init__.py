@@ -2,8 +2,13 @@
 
 from longwave.mixers.base import Mixer, Site
 from longwave.mixers.full import FullAttention
+from longwave.mixers.lightning import LightningAttention
 from longwave.mixers.window import WindowAttention
 
-MIXERS: dict[str, type[Mixer]] = {"full": FullAttention, "window": WindowAttention}
+MIXERS: dict[str, type[Mixer]] = {
+    "full": FullAttention,
+    "window": WindowAttention,
+    "lightning": LightningAttention,
+}
 
-__all__ = ["MIXERS", "FullAttention", "Mixer", "Site", "WindowAttention"]
+__all__ = ["MIXERS", "FullAttention", "LightningAttention", "Mixer", "Site", "WindowAttention"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longwave.config import ModelConfig
 from longwave.laws import Laws
+from longwave.layers.rotary import Rotation
 from longwave.states import State, StateSpec
 from longwave.stream import Stream
 
@@ -33,6 +34,7 @@ class Mixer(nn.Module, ABC):
 
     laws: ClassVar[Laws] = Laws()
     form: str = "torch"
+    rotation: Rotation | None = None
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ class Mixer(nn.Module, ABC):
         """Mixes the tokens of each run, after the past that `state` holds of its sequence."""
 
     def use_form(self, form: str) -> None:
-        """Runs softmax attention in the given form; a mixer without any passes over it."""
+        """Runs the mixer's op in the given form; one whose op has no such form passes over it."""
         return
 
     @abstractmethod

@@ -18,9 +18,7 @@ from torch import Tensor
 from longwave.errors import UserError
 from longwave.ops.decay_linear import chunked, reference
 
-Form: TypeAlias = Callable[
-    [Tensor, Tensor, Tensor, Tensor, "tuple[int, ...]", float, Tensor], "tuple[Tensor, Tensor]"
-]
+Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, "tuple[int, ...]", float, Tensor], "tuple[Tensor, Tensor]"]
 
 FORMS: dict[str, Form] = {"reference": reference.decay_linear_attention, "torch": chunked.decay_linear_attention}
 

@@ -30,12 +30,14 @@ def decay_linear_attention(
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Spans of the stream in turn, each through the memory that the former one left."""
-    if max(lengths, default=0) <= 1 and not torch.is_grad_enabled():
+    if not any(lengths):
+        return value + (query.sum() + key.sum()), states  # of nothing, but every projection gets its gradient
+    if max(lengths) == 1 and not torch.is_grad_enabled():
         return _one_token(query, key, value, log_decay, lengths, scale, states)
     spans, current = list(_spans(lengths)), list(states)
     sizes = [sum(pieces) for _, pieces in spans]
     decays = [log_decay] * len(spans) if log_decay.shape[0] == 1 else log_decay.split(sizes)
-    outputs = [value + (query.sum() + key.sum())] if not spans else []  # of nothing, but projections get gradients
+    outputs = []
     for (runs, pieces), decay, *inputs in zip(
         spans, decays, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True
     ):
@@ -44,7 +46,7 @@ def decay_linear_attention(
         outputs.append(output)
         for run, state in zip(runs, after, strict=True):
             current[run] = state
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), torch.stack(current) if spans else states
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), torch.stack(current)
 
 
 def _spans(lengths: tuple[int, ...]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
@@ -79,9 +81,11 @@ def _one_token(
     before = states if len(runs) == len(lengths) else states[runs]
     wide = states.dtype
     decay = log_decay.exp().to(wide)[:, :, None, None]
-    after = torch.addcmul(before * decay, key.to(wide).unsqueeze(3), value.to(wide).unsqueeze(2))
+    after = before * decay + torch.matmul(key.to(wide).unsqueeze(3), value.to(wide).unsqueeze(2))
     output = scale * torch.matmul(query.to(wide).unsqueeze(2), after).squeeze(2)
-    finals = after if len(runs) == len(lengths) else states.index_copy(0, torch.tensor(runs, device=states.device), after)
+    finals = (
+        after if len(runs) == len(lengths) else states.index_copy(0, torch.tensor(runs, device=states.device), after)
+    )
     return output.to(value.dtype), finals
 
 
@@ -193,8 +197,10 @@ class _Span:
         all that is handed on.
         """
         wide = after.dtype
-        of_total = ((self.query.to(wide) * query.to(wide)).sum(3) - (self.key.to(wide) * key.to(wide)).sum(3))
-        handed_on = self.before * self.whole + torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(wide)
+        of_total = (self.query.to(wide) * query.to(wide)).sum(3) - (self.key.to(wide) * key.to(wide)).sum(3)
+        handed_on = self.before * self.whole + torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(
+            wide
+        )
         of_total[..., -1] += (handed_on * after).sum((2, 3))
         gradient = self.chunks.join(of_total.flip(2).cumsum(2).flip(2).transpose(1, 2))
         return gradient.sum(0, keepdim=True) if self.constant else gradient

@@ -21,7 +21,7 @@ def decay_linear_attention(
     outputs, finals = [value.to(states.dtype)[:0]], []
     for q, k, v, decay, state in zip(*pieces, decays, states, strict=True):
         for t in range(q.shape[0]):
-            state = decay[t, :, None, None] * state + k[t, :, :, None] * v[t, :, None, :]
+            state = decay[t, :, None, None] * state + torch.matmul(k[t].unsqueeze(2), v[t].unsqueeze(1))
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[t], state).unsqueeze(0))
         finals.append(state)
     return torch.cat(outputs).to(value.dtype), torch.stack(finals) if finals else states
