@@ -61,6 +61,7 @@ class Decoder(nn.Module):
         used = {
             f"attention.window = {config.attention.window}": (config.attention.window, "W"),
             "lightning": (config.lightning, "L"),
+            "infllm": (config.infllm, "S"),
         }
         for name, (value, letter) in used.items():
             idle = value is not None and all(block.letter != letter for block in self.blocks)
@@ -154,7 +155,8 @@ class Decoder(nn.Module):
 
     def training_flops(self, tokens: int) -> int:
         """FLOPs of forward and backward over one sequence, logits at every row."""
-        return 3 * (self.prefill_flops(tokens) + (tokens - 1) * self.head_flops())
+        costs = total(self.costs(tokens))
+        return 3 * (costs.prefill_flops + (tokens - 1) * self.head_flops()) - 2 * costs.unlearned_flops
 
     def decode_flops(self, context: int) -> float:
         """Expected FLOPs of the token that follows `context` others."""

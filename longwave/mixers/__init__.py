@@ -2,6 +2,7 @@
 
 from longwave.mixers.base import Mixer, Site
 from longwave.mixers.full import FullAttention
+from longwave.mixers.infllm import InfllmAttention
 from longwave.mixers.lightning import LightningAttention
 from longwave.mixers.window import WindowAttention
 
@@ -9,6 +10,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "full": FullAttention,
     "window": WindowAttention,
     "lightning": LightningAttention,
+    "infllm": InfllmAttention,
 }
 
-__all__ = ["MIXERS", "FullAttention", "LightningAttention", "Mixer", "Site", "WindowAttention"]
+__all__ = ["MIXERS", "FullAttention", "InfllmAttention", "LightningAttention", "Mixer", "Site", "WindowAttention"]

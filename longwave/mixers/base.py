@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class Site:
 class Mixer(nn.Module, ABC):
     """Moves information between the tokens of each run."""
 
-    laws: ClassVar[Laws] = Laws()
+    laws: Laws = Laws()
     form: str = "torch"
     rotation: Rotation | None = None
 
@@ -52,9 +52,17 @@ class Mixer(nn.Module, ABC):
     def state_spec(self) -> StateSpec:
         """What the mixer remembers of a sequence."""
 
+    def read_bytes(self, context: int, dtype: torch.dtype) -> int:
+        """Bytes of its state that the token after `context` others reads."""
+        return self.state_spec().bytes(context, dtype)
+
     @abstractmethod
     def prefill_flops(self, tokens: int) -> int:
         """FLOPs of matrix products and attention for a whole sequence of `tokens`."""
+
+    def unlearned_flops(self, tokens: int) -> int:
+        """Those of them through which no gradient flows."""
+        return 0
 
     @abstractmethod
     def decode_flops(self, context: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,11 +17,14 @@ from longwave.ops.attention import attention, choose
 from longwave.states import PerToken, State, StateSpec
 from longwave.stream import Stream
 
+Keys: TypeAlias = "Tensor | list[Tensor]"  # in the layout of the stream, or head-major per run where a state holds more
+
 
 class FullAttention(Mixer):
     """Every token sees its whole past (Vaswani et al. 2017; GQA: Ainslie et al. 2023)."""
 
     window: int | None = None
+    sees_all = True  # within the window, if there is one
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -39,8 +44,14 @@ class FullAttention(Mixer):
         query, key = self.queries_and_keys(hidden, stream)
         value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         keys, values = (key, value) if state is None else self._remember(key, value, stream, state)
-        mixed = attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
-        return self.o_proj(mixed.flatten(1))
+        mixed = self._mix(query, keys, values, stream, state)
+        return self.o_proj(self._gated(mixed.flatten(1), hidden))
+
+    def _mix(self, query: Tensor, keys: Keys, values: Keys, stream: Stream, state: State | None) -> Tensor:
+        return attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
+
+    def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
+        return mixed
 
     def queries_and_keys(
         self, hidden: Float[Tensor, "T D"], stream: Stream

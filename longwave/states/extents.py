@@ -20,12 +20,12 @@ class Extents:
     """
 
     def __init__(self, spec: StateSpec, dtype: torch.dtype, device: torch.device) -> None:
-        assert spec.window is None or all(entry.every == 1 for entry in spec.per_token.values())
+        assert spec.window is None or not any(entry.sums_up for entry in spec.per_token.values())
         self.spec, self.dtype, self.device = spec, dtype, device
         self.length = self.start = self.capacity = 0
         self._held_length: int | None = None
         self._arrays: dict[str, Tensor] = {}
-        self._summed_up = {name: 0 for name, entry in spec.per_token.items() if entry.every > 1}
+        self._summed_up = {name: 0 for name, entry in spec.per_token.items() if entry.sums_up}
         self._current: dict[str, Tensor] = {}  # never changed in place, so that copies can share it
         self.reserve(0)
 

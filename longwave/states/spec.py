@@ -23,6 +23,11 @@ class PerToken:
     width: int = 1
     every: int = 1
 
+    @property
+    def sums_up(self) -> bool:
+        """Whether entries are made of several tokens, or not of all."""
+        return (self.width, self.every) != (1, 1)
+
     def count(self, tokens: int) -> int:
         """Entries of `tokens` tokens."""
         return max(0, (tokens - self.width) // self.every + 1)

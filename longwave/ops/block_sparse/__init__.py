@@ -99,7 +99,7 @@ def block_sparse_attention(
     *,
     scale: float,
     compressed: list[Compressed] | None = None,
-    dense_below: int = 0,
+    dense_below: int | tuple[int, ...] = 0,
     denominator: Denominator = "coarse",
     form: str = "torch",
 ) -> Float[Tensor, "T H K"]:
@@ -108,17 +108,18 @@ def block_sparse_attention(
     keys, values: in the layout of the stream, or head-major (G, N, K) per run where a state holds the past as well; the
     queries of run `r` are then the last `lengths[r]` of its keys. compressed: per run the fine and the coarse windows
     of its keys, made here by default. dense_below: a query sees everything while its context, itself included, is
-    shorter than this, and in any case while that is at most `topk` blocks.
+    shorter than this (or this of its run), and in any case while that is at most `topk` blocks.
     """
-    dense = max(geometry.topk * geometry.block_size, dense_below - 1)  # places of a run before this one
+    below = (dense_below,) * len(lengths) if isinstance(dense_below, int) else dense_below
+    dense = [max(geometry.topk * geometry.block_size, one - 1) for one in below]  # places of a run before this one
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
-        if max(lengths, default=0) <= dense:
+        if all(length <= bound for length, bound in zip(lengths, dense, strict=True)):
             return attention(query, keys, values, lengths, scale=scale, form=form)
         keys, values = by_run(keys, lengths), by_run(values, lengths)
     assert isinstance(keys, list)
     assert isinstance(values, list)
     firsts = [key.shape[1] - length for key, length in zip(keys, lengths, strict=True)]
-    heads = tuple(min(max(dense - first, 0), n) for first, n in zip(firsts, lengths, strict=True))
+    heads = tuple(min(max(end - first, 0), n) for end, first, n in zip(dense, firsts, lengths, strict=True))
     pieces = query.split([n for head, length in zip(heads, lengths, strict=True) for n in (head, length - head)])
     early = _early(pieces[::2], keys, values, firsts, heads, scale, form)
     late = [

@@ -37,12 +37,10 @@ def decay_linear_attention(
     spans, current = list(_spans(lengths)), list(states)
     sizes = [sum(pieces) for _, pieces in spans]
     decays = [log_decay] * len(spans) if log_decay.shape[0] == 1 else log_decay.split(sizes)
-    outputs = []
-    for (runs, pieces), decay, *inputs in zip(
-        spans, decays, *(tensor.split(sizes) for tensor in (query, key, value)), strict=True
-    ):
+    outputs, parts = [], zip(query.split(sizes), key.split(sizes), value.split(sizes), decays, strict=True)
+    for (runs, pieces), (q, k, v, decay) in zip(spans, parts, strict=True):
         before = torch.stack([current[run] for run in runs])
-        output, after = _Chunked.apply(*inputs, decay, before, pieces, scale)  # pyright: ignore[reportGeneralTypeIssues]
+        output, after = _Chunked.apply(q, k, v, decay, before, pieces, scale)
         outputs.append(output)
         for run, state in zip(runs, after, strict=True):
             current[run] = state
