@@ -108,7 +108,8 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        span = _Span(*ctx.saved_tensors, ctx.lengths, ctx.scale)
+        query, key, value, log_decay, states = ctx.saved_tensors
+        span = _Span(query, key, value, log_decay, states, ctx.lengths, ctx.scale)
         learned = ctx.needs_input_grad[3]
         return *span.backward(gradients[0], gradients[1], learned), None, None
 
