@@ -147,12 +147,12 @@ class Longwave:
             return logits
 
         advance()
-        load = _load(self.model, state, context, steps)
+        load = met(self.model, state, context, steps)
         forget()
         return Decoding(run, load, used, reserved)
 
 
-def _load(model: Decoder, state: State, context: int, steps: int) -> Load:
+def met(model: Decoder, state: State, context: int, steps: int) -> Load:
     """What decoding has met at each level, from a state that holds the context and the steps after it."""
     levels = {-1: Level.whole(context, state.slots, steps)}
     for resampler in model.resamplers:
