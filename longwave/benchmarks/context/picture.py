@@ -8,7 +8,6 @@ from typing import Any
 from longwave.benchmarks.context.growth import Curve, Growth, curves
 from longwave.benchmarks.context.run import ContextResults
 from longwave.benchmarks.picture import INK, LINE, QUIET, colours_of, drawing, plain_axes
-from longwave.benchmarks.table import duration
 from longwave.plan import short_bytes
 
 _SIZE = (11.0, 7.2)
@@ -39,17 +38,30 @@ def _line(axes: Any, curve: Curve, growth: Growth | None, colour: str, stopped: 
 
 def _dress(axes: Any, figure: str, results: ContextResults) -> None:
     contexts = results.options.contexts
-    axes.set_xscale("log", base=2)
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    of_bytes = figure in _BYTES
+    axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(contexts[0] / 1.3, 1.3 * contexts[-1])
     axes.set_xticks(contexts, [_short(context) for context in contexts])
-    axes.yaxis.set_major_formatter(lambda value, _: short_bytes(value) if figure in _BYTES else duration(value))
+    axes.yaxis.set_major_locator(LogLocator(2) if of_bytes else LogLocator(10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: short_bytes(value) if of_bytes else _short_time(value))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
     plain_axes(axes, figure, "tokens")
     axes.grid(color=LINE, linewidth=0.6)
-    axes.tick_params(which="minor", length=0)
     axes.tick_params(labelsize=8, colors=QUIET)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def _short_time(seconds: float) -> str:
+    """20 ms, where `duration` would give more figures than a round number has."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= 0.999 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1e6 * seconds:.3g} us"
 
 
 def _short(tokens: int) -> str:

@@ -233,7 +233,8 @@ def _tokenizer(model: str | Path) -> Tokenizer | None:
 def _notes(sources: Sources, longest: int) -> Iterator[str]:
     """What the figures of the models do not say."""
     for name, source in sources.items():
-        if isinstance(source, ModelConfig):
-            yield f"{name}: random weights"
+        facts = ["random weights"] if isinstance(source, ModelConfig) else []
         if longest > (window := _config(source).context_window):
-            yield f"{name}: is meant for {window:,} tokens; what it would say beyond is not, what it costs is as shown"
+            facts.append(f"meant for {window:,} tokens: beyond, what it costs is as shown, what it would say is not")
+        if facts:
+            yield f"{name}: {'; '.join(facts)}"

@@ -11,11 +11,11 @@ from longwave.benchmarks.table import heading, table, tables
 
 
 def context_views(results: ContextResults) -> list[RenderableType]:
-    """What it ran on and what to know of it, the tables, and the bars."""
-    _, *quantities, bars = tables(results)
+    """What it ran on and what to know of it, and the tables."""
+    _, *quantities, _bars = tables(results)
+    growth = [growth_table(results.growth)] if results.growth else []
     stopped = [f"{name} stopped: {reason}" for name, reason in results.stopped.items()]
-    views = ["\n".join([heading(results), *results.notes]), *quantities, growth_table(results.growth), bars]
-    return [*views, "\n".join(stopped)] if stopped else views
+    return ["\n".join([heading(results), *results.notes]), *quantities, *growth, *stopped]
 
 
 def growth_table(growths: list[Growth]) -> Table:
