@@ -125,7 +125,8 @@ def compare(before: Kept, after: Kept, threshold: float) -> Comparison:
     """Every row of both, with a verdict.
 
     `slower`: each median lies beyond the other run's spread, and the ratio is more than `threshold` above 1; `faster`
-    likewise; `unjudged`: a run has too few rounds of it to tell a spread; else `same`. UserError for runs that measured different things.
+    likewise; `unjudged`: a run has too few rounds of it to tell a spread; else `same`. UserError for runs that measured
+    different things.
     """
     require(0 <= threshold < 1, f"threshold = {threshold}: a share, at least 0 and below 1, such as 0.05")
     _check_comparable(before, after)

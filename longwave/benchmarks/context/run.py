@@ -117,7 +117,7 @@ class Run:
 
     def _worker(self, name: str, number: int) -> Worker:
         limit = inf if number else self.options.limit  # later passes go as far as the first did
-        facts = (self._text.ids, self.options, torch.get_num_threads(), limit, number > 0)
+        facts = (self._text.ids, self.options, torch.get_num_threads(), limit)
         return Worker(Job(name, self._sources[name], *facts), _Progress(name))
 
     def _load(self, worker: Worker) -> None:
@@ -126,7 +126,8 @@ class Run:
 
     def _grow(self, worker: Worker, context: int) -> None:
         say(f"{worker.name}: up to {context:,} tokens")
-        self._readings.setdefault((context, worker.name), []).append(worker.grow(context))
+        reading = worker.grow(context)
+        self._readings.setdefault((context, worker.name), []).append(reading)
 
     def _found(self, peaks: Peaks) -> ContextResults:
         rows = [row for context in self.options.contexts for row in self._rows(context, peaks)]

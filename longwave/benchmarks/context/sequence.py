@@ -21,7 +21,7 @@ from longwave.benchmarks.context.options import ContextOptions
 from longwave.benchmarks.profile import Spent, Traced, Watch
 from longwave.benchmarks.roofline import decode_work, prefill_work
 from longwave.benchmarks.subjects import Longwave, force_retention, met, one_pass
-from longwave.benchmarks.timing import seconds_of
+from longwave.benchmarks.timing import seconds_of, swift_collections
 from longwave.costs import Work, total
 from longwave.model import Decoder
 from longwave.plan import short_bytes
@@ -57,7 +57,7 @@ class Reading:
 
 
 class Growing:
-    """A sequence that a model has read so far.
+    """A sequence that a model has read so far; `hidden` (1, D) is what the head makes the next token of.
 
     ids (N): the text. limit: seconds after which it stops. report: is told the tokens read, after every chunk.
     """
@@ -72,11 +72,11 @@ class Growing:
     ) -> None:
         self.model, self.ids, self.options, self.limit, self._report = model.eval(), ids, options, limit, report
         self.device = model.embed.weight.device
-        self.seconds = self._prefill = 0.0
         self.start()
 
     def start(self) -> None:
-        """Begins with nothing read; memory counts from here."""
+        """Begins with nothing read; time and memory count from here."""
+        self.seconds = self._prefill = 0.0
         self.state = self.model.state(1)
         self._meter = Meter(self.device)
 
@@ -93,19 +93,23 @@ class Growing:
             force_retention(self.model, tokens)
         check_forms(self.model, tokens)
         right = one_pass(self.model, tokens, steps + 1)
-        self._extend(context, min(self.options.chunk, ceil(context / _PIECES)))
-        check_logits("prefill in chunks", self.model.logits(self._hidden), right[:1])
+        for stop in self._stops(context, min(self.options.chunk, ceil(context / _PIECES))):
+            self._chunk(stop)
+        check_logits("prefill in chunks", self.model.logits(self.hidden), right[:1])
         check_logits("decoding", torch.cat([self._step() for _ in range(steps)]), right[1:])
-        self.seconds = self._prefill = 0.0
         self.start()
 
     @torch.no_grad()
     def grow(self, context: int) -> Reading:
         """Reads on up to so many tokens, decodes from there and forgets that again; Stopped if it cannot."""
+        with swift_collections():
+            return self._found(context)
+
+    def _found(self, context: int) -> Reading:
         steps = self.options.decode_steps
         self._make_room(context + 1 + steps)
-        self._extend(context, self.options.chunk)
-        peak, head = self._meter.peak(), self._timed(lambda: self.model.logits(self._hidden))
+        self._read(context)
+        peak, head = self._meter.peak(), self._timed(lambda: self.model.logits(self.hidden))
         used, reserved, retention = self.state.used_bytes(), self.state.reserved_bytes(), self._retention()
         snapshot = self.state.snapshot(0)
         seconds = tuple(self._timed(self._step) for _ in range(1 + steps))
@@ -146,19 +150,24 @@ class Growing:
             watch.kept[label, name] = Traced(f"{label}: {name}", after(run), parts)
         return watch.write(path)
 
-    def _extend(self, context: int, chunk: int) -> None:
+    def _read(self, context: int) -> None:
         """Runs all tokens up to the context, adding up their time; looks at the limits before and after each chunk."""
-        while (seen := self.state.seen[0]) < context:
+        for stop in self._stops(context, self.options.chunk):
             if self.seconds > self.limit:
-                raise Stopped(f"{self.seconds:,.0f} s had passed at {seen:,} tokens; --limit is {self.limit:g}")
-            self._prefill += self._timed(partial(self._chunk, min(seen + chunk, context)))
-            self._report(self.state.seen[0])
-            self._check_memory(self._meter.peak(), "took")
+                passed = f"{self.seconds:,.1f} s had passed at {self.state.seen[0]:,} tokens"
+                raise Stopped(f"{passed}; --limit is {self.limit:g}")
+            self._prefill += self._timed(partial(self._chunk, stop))
+            self._report(stop)
+            self._check_memory(self._meter.peak(), f"{stop:,} tokens took")
+
+    def _stops(self, context: int, chunk: int) -> list[int]:
+        """Where chunks end that lead from here to the context."""
+        return [*range(self.state.seen[0] + chunk, context, chunk), context]
 
     @torch.no_grad()
     def _chunk(self, stop: int) -> None:
         tokens = self._tokens(self.state.seen[0], stop)
-        self._hidden = self.model.hidden(tokens, self.state.stream([len(tokens)]).last_rows(), self.state)
+        self.hidden = self.model.hidden(tokens, self.state.stream([len(tokens)]).last_rows(), self.state)
 
     @torch.no_grad()
     def _step(self) -> Float[Tensor, "1 V"]:

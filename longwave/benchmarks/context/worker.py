@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from longwave import api, checkpoints
+from longwave import checkpoints
 from longwave.benchmarks.context.options import ContextOptions
 from longwave.benchmarks.context.sequence import Growing, Reading, Stopped
 from longwave.benchmarks.profile import Spent
 from longwave.benchmarks.results import Model
-from longwave.benchmarks.timing import swift_collections
 from longwave.config import ModelConfig
 from longwave.costs import count
 from longwave.device import device_of, dtype_of
@@ -32,7 +31,7 @@ from longwave.model import Decoder
 class Job:
     """What a process is to run. source: a folder or hub id, or a config that is given random weights.
 
-    limit: seconds after which the model is stopped. checked: its logits have been found right by an earlier pass.
+    limit: seconds after which the model is stopped.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Job:
     options: ContextOptions
     threads: int
     limit: float
-    checked: bool = False
 
 
 class Worker:
@@ -103,14 +101,14 @@ class Worker:
 def _serve(pipe: Connection, job: Job) -> None:
     """Answers questions until the other end closes."""
     torch.set_num_threads(job.threads)
-    served = _Served(pipe, job)
-    with suppress(EOFError, BrokenPipeError), swift_collections():
+    served = Served(job, pipe.send)
+    with suppress(EOFError, BrokenPipeError):
         while True:
             name, *arguments = pipe.recv()
-            pipe.send(_answer(getattr(served, name), arguments))
+            pipe.send(answer(getattr(served, name), arguments))
 
 
-def _answer(ask: Callable[..., object], arguments: list[Any]) -> object:
+def answer(ask: Callable[..., object], arguments: list[Any]) -> object:
     """What is found, or what went wrong where that is no fault of ours."""
     try:
         return ask(*arguments)
@@ -124,21 +122,20 @@ def _answer(ask: Callable[..., object], arguments: list[Any]) -> object:
         raise
 
 
-class _Served:
+class Served:
     """The model behind the questions of `Worker`."""
 
-    def __init__(self, pipe: Connection, job: Job) -> None:
-        self._pipe, self._job = pipe, job
+    def __init__(self, job: Job, report: Callable[[int], object]) -> None:
+        self._job, self._report = job, report
 
     def load(self) -> Model:
         job, device, dtype = self._job, device_of(self._job.options.device), dtype_of(self._job.options.dtype)
         if isinstance(job.source, ModelConfig):
             model = Decoder(job.source, job.options.seed).to(device, dtype)
         else:
-            model = api.load(checkpoints.find(job.source), dtype=dtype, device=device)
-        self._growing = Growing(model, torch.from_numpy(job.ids), job.options, job.limit, self._pipe.send)
-        if not job.checked:
-            self._growing.check()
+            model = checkpoints.load(checkpoints.find(job.source), dtype=dtype, device=device)
+        self._growing = Growing(model, torch.from_numpy(job.ids), job.options, job.limit, self._report)
+        self._growing.check()
         return Model(model.config.layout, count(model))
 
     def grow(self, context: int) -> Reading:
