@@ -43,6 +43,7 @@ def _dress(axes: Any, figure: str, results: ContextResults) -> None:
     of_bytes = figure in _BYTES
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.margins(y=0.12)
     axes.set_xlim(contexts[0] / 1.3, 1.3 * contexts[-1])
     axes.set_xticks(contexts, [_short(context) for context in contexts])
     axes.yaxis.set_major_locator(LogLocator(2) if of_bytes else LogLocator(10, subs=(1, 2, 5)))
