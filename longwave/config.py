@@ -297,6 +297,91 @@ class SubllmConfig(Strict):
 
 
 @dataclass(frozen=True)
+class LightningConfig(Strict):
+    """Linear attention with a constant decay per head, for `L` blocks; the defaults are MiniCPM-SALA's and HypeNet's.
+
+    heads, kv_heads, head_size: attention.heads, as many KV heads as heads, and the head size of attention by default.
+    slopes: how fast head h of H forgets in layer l of N: `alibi` 2 ** (-8 h / H) in every layer, `minimax` times
+        (1 - l / (N - 1) + 1e-5), `transnormer` 8 (h - 1) / H * (1 - l / N).
+    silu: which of queries, keys and values go through SiLU: `none`, `qk` (TransNormer), `qkv` (MiniMax-01).
+    qk_norm, rotary: whether queries and keys are normed per head, and then rotated. scale: of what is read.
+    output_norm: RMSNorm over the channels of all heads. output_gate: times sigmoid of a projection of the input.
+    distance: what a head forgets by inside a resampler: tokens `kept` there, or tokens of the `original` sequence.
+    state_dtype: of the recurrent matrices, in models whose activations are no wider.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_size: int | None = None
+    slopes: Literal["alibi", "minimax", "transnormer"] = "alibi"
+    silu: Literal["none", "qk", "qkv"] = "none"
+    qk_norm: bool = True
+    rotary: bool = True
+    scale: Literal["1/sqrt(d)", "1/d", "1"] = "1/sqrt(d)"
+    output_norm: bool = True
+    output_gate: bool = True
+    distance: Literal["kept", "original"] = "kept"
+    state_dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_size"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= MOST, f"lightning.{name} = {value}: 1 or more, at most {MOST}")
+        odd = self.rotary and self.head_size is not None and self.head_size % 2
+        require(not odd, f"lightning.head_size = {self.head_size}: an even number, for rotation")
+
+
+@dataclass(frozen=True)
+class InfllmConfig(Strict):
+    """Block-sparse attention (InfLLM-V2, arXiv 2509.24663), for `S` blocks; the defaults are MiniCPM-SALA's.
+
+    kernel_size, kernel_stride: tokens of the windows whose mean keys are scored, and their distance; the windows of the
+        coarse denominator are four times as long and as far apart.
+    block_size: tokens of a block of keys, of which each query chooses topk + window_size / block_size; among these are
+        the init_blocks first ones, its own, and the window_size / block_size before that.
+    dense_len: with regime `auto`, a query whose context, itself included, is shorter attends to all of it.
+    regime: `auto` decides by query, and so keeps every law; `auto_published` by the sequence's length in each call, as
+        the published code does, which breaks chunking; `sparse` and `dense` always are.
+    denominator: of the scores: the sum over `coarse` windows (published), or the `exact` softmax.
+    rotary, output_gate: whether queries and keys are rotated, and the output is gated by the input.
+    logit_scaling: base a of HypeNet's log_a(position + a), by which queries are multiplied (arXiv 2601.22156).
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    window_size: int = 2048
+    topk: int = 64
+    init_blocks: int = 1
+    dense_len: int = 8192
+    regime: Literal["auto", "sparse", "dense", "auto_published"] = "auto"
+    denominator: Literal["coarse", "exact"] = "coarse"
+    rotary: bool = False
+    output_gate: bool = True
+    logit_scaling: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_stride", "block_size", "topk"):
+            require(0 < getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 1 or more")
+        for name in ("window_size", "init_blocks", "dense_len"):
+            require(0 <= getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 0 or more")
+        kernel, stride, block, window = self.kernel_size, self.kernel_stride, self.block_size, self.window_size
+        require(kernel == 2 * stride, f"infllm.kernel_size = {kernel}: twice kernel_stride, {2 * stride}")
+        require(block % stride == 0, f"infllm.block_size = {block}: a multiple of kernel_stride = {stride}")
+        require(window % block == 0, f"infllm.window_size = {window}: a multiple of block_size = {block}")
+        enough, forced = self.topk + self.local_blocks, self.init_blocks + self.local_blocks + 1
+        problem = f"infllm.topk = {self.topk}: with window_size / block_size it makes {enough} blocks"
+        require(enough >= forced, f"{problem}, fewer than the {forced} forced ones; {self.init_blocks + 1} or more")
+        base = self.logit_scaling
+        require(base is None or 1 < base < math.inf, f"infllm.logit_scaling = {base}: more than 1, or left out")
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks before its own that a query always sees."""
+        return self.window_size // self.block_size
+
+
+@dataclass(frozen=True)
 class ModelConfig(Strict):
     """One decoder: vocabulary, width, layout, and the config of each component.
 
@@ -314,6 +399,8 @@ class ModelConfig(Strict):
     scales: ScalesConfig = field(default_factory=ScalesConfig)
     init: InitConfig = field(default_factory=InitConfig)
     subllm: SubllmConfig | None = None
+    lightning: LightningConfig | None = None
+    infllm: InfllmConfig | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
 

@@ -19,7 +19,8 @@ class Cost:
 
     kind: what the part is. parameters: its weights. prefill_flops: FLOPs of a sequence of n tokens. decode_flops:
     expected FLOPs of the token after n others. decode_bytes: expected bytes it reads, weights and state.
-    state_bytes: bytes remembered of n tokens. parts: how many were added up.
+    state_bytes: bytes remembered of n tokens. unlearned_flops: those of prefill_flops that have no backward pass.
+    parts: how many were added up.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Cost:
     decode_flops: float = 0
     decode_bytes: float = 0
     state_bytes: int = 0
+    unlearned_flops: int = 0
     parts: int = 1
 
     def __add__(self, other: Cost) -> Cost:
@@ -38,6 +40,7 @@ class Cost:
             self.decode_flops + other.decode_flops,
             self.decode_bytes + other.decode_bytes,
             self.state_bytes + other.state_bytes,
+            self.unlearned_flops + other.unlearned_flops,
             self.parts + other.parts,
         )
 

@@ -26,7 +26,6 @@ from longwave.costs import Cost, count, total, weight_bytes
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
 from longwave.layers.norm import RMSNorm
-from longwave.layers.rotary import turns
 from longwave.layout import Blocks, Layout, check_names, parse
 from longwave.mixers import Site
 from longwave.ops.attention import choose
@@ -59,8 +58,14 @@ class Decoder(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         unused = config.subllm is not None and not self.resamplers
         require(not unused, "subllm has no effect: the layout has no subllm(...)")
-        idle = config.attention.window is not None and all(block.letter != "W" for block in self.blocks)
-        require(not idle, f"attention.window = {config.attention.window} has no effect: the layout has no W block")
+        used = {
+            f"attention.window = {config.attention.window}": (config.attention.window, "W"),
+            "lightning": (config.lightning, "L"),
+            "infllm": (config.infllm, "S"),
+        }
+        for name, (value, letter) in used.items():
+            idle = value is not None and all(block.letter != letter for block in self.blocks)
+            require(not idle, f"{name} has no effect: the layout has no {letter} block")
         if not self.embed.weight.is_meta:
             initialise(self, seed)
 
@@ -76,9 +81,7 @@ class Decoder(nn.Module):
         hidden = self.embed(tokens)
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
-        cos, sin = turns(self.config, stream.positions)
-        dtype = self._activation_dtype()
-        hidden = self.stack(hidden, stream.carrying(cos=cos.to(dtype), sin=sin.to(dtype)), state)
+        hidden = self.stack(hidden, stream.carrying(**self._turns(stream)), state)
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
@@ -156,7 +159,8 @@ class Decoder(nn.Module):
 
     def training_flops(self, tokens: int) -> int:
         """FLOPs of forward and backward over one sequence, logits at every row."""
-        return 3 * (self.prefill_flops(tokens) + (tokens - 1) * self.head_flops())
+        costs = total(self.costs(tokens))
+        return 3 * (costs.prefill_flops + (tokens - 1) * self.head_flops()) - 2 * costs.unlearned_flops
 
     def decode_flops(self, context: int) -> float:
         """Expected FLOPs of the token that follows `context` others."""
@@ -165,6 +169,14 @@ class Decoder(nn.Module):
     def head_flops(self) -> int:
         """FLOPs of one row of logits."""
         return 2 * self.config.hidden_size * self.config.vocab_size
+
+    def _turns(self, stream: Stream) -> dict[str, Tensor]:
+        """The cosines and sines that the mixers will turn heads by."""
+        rotations = {block.mixer.rotation for block in self.blocks if block.mixer.rotation is not None}
+        dtype, carried = self._activation_dtype(), dict[str, Tensor]()
+        for rotation in rotations:
+            carried |= rotation.passengers(self.config, stream.positions, dtype)
+        return carried
 
     def _activation_dtype(self) -> torch.dtype:
         weight = self.embed.weight

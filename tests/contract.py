@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longwave.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, ScalesConfig, SubllmConfig
+from longwave.config import (
+    AttentionConfig,
+    InfllmConfig,
+    InitConfig,
+    LightningConfig,
+    MLPConfig,
+    ModelConfig,
+    ScalesConfig,
+    SubllmConfig,
+)
 from longwave.laws import ALL, Law
 from longwave.layers.block import BLOCKS
 from longwave.model import Decoder
@@ -26,7 +35,9 @@ from longwave.states import State
 from longwave.stream import Stream, Windows
 
 VOCABULARY, WIDTH, WINDOW = 61, 32, 5
-NEEDS: dict[str, dict[str, Any]] = {}
+SPARSE = InfllmConfig(kernel_size=2, kernel_stride=1, block_size=2, window_size=2, topk=2, dense_len=9)
+NEEDS: dict[str, dict[str, Any]] = {"S": {"infllm": SPARSE}}
+MINIMAX = LightningConfig(slopes="minimax", silu="qkv", qk_norm=False, rotary=False, scale="1")
 ARGUMENTS = {"subllm": "0.6"}
 
 
@@ -63,6 +74,16 @@ def _cases() -> dict[str, Case]:
         **inside,
         "biases, norms and scales": Case("2F", {"attention": rich, "scales": scales, "tie_embeddings": True}),
         "subllm on the embeddings, and beside another": Case("subllm(0.5: F) F subllm(0.5: W)"),
+        "sparse without a threshold": Case("2S", {"infllm": replace(SPARSE, regime="sparse")}),
+        "dense, scaled by the position": Case("2S", {"infllm": InfllmConfig(regime="dense", logit_scaling=3.0)}),
+        "linear layers by distance in the sequence": Case(
+            "L subllm(0.6: L subllm(0.6: S L) L) L",
+            {"lightning": LightningConfig(distance="original"), "infllm": SPARSE},
+        ),
+        "linear layers of MiniMax": Case("3L", {"lightning": MINIMAX}),
+        "linear layers of TransNormer, fewer KV heads": Case(
+            "3L", {"lightning": LightningConfig(kv_heads=2, slopes="transnormer", silu="qk", rotary=False, scale="1")}
+        ),
         "subllm causal": Case(nested, {"subllm": causal}),
         "subllm ranked draws": Case(nested, {"subllm": SubllmConfig(discard_sampling="ranked")}),
         "subllm by document": Case(nested, {"subllm": document}),

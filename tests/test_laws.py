@@ -285,7 +285,7 @@ def test_a_snapshot_is_returned_to(name: str, tokens: list[int], junk: list[int]
 @FEWER
 @given(tokens=sequences(), junk=sequences(20), data=st.data())
 def test_truncation_is_a_fresh_run_or_is_refused(name: str, tokens: list[int], junk: list[int], data: st.DataObject):
-    """Only what a window has forgotten may be refused, and a refusal changes nothing."""
+    """Only what a window or a recurrence has forgotten may be refused, and a refusal changes nothing."""
     model, state = model_of(name), model_of(name).state()
     place = data.draw(st.integers(0, len(tokens)))
     ran = tokens[:place] + junk
@@ -293,7 +293,7 @@ def test_truncation_is_a_fresh_run_or_is_refused(name: str, tokens: list[int], j
     used = state.used_bytes()
     if refusal := refusal_of(state, place):
         assert "has forgotten" in refusal
-        assert any(spec.window for spec in state.specs.values())
+        assert any(spec.forgets for spec in state.specs.values())
         assert (state.seen, state.used_bytes()) == ([len(ran)], used)
         assert distance(in_pieces(model, tokens, [], state), alone(model, ran + tokens)[len(ran) :]) <= CLOSE
         return
@@ -361,7 +361,13 @@ def test_used_bytes_are_the_kept_tokens_times_the_declared_sizes(name: str, dtyp
         for part, spec in state.specs.items():
             held = min(len(places[spec.level]), spec.window or 10**9)
             assert state.of(part, slot).length == len(places[spec.level])
-            expected += held * sum(e.heads * e.size * (e.dtype or dtype).itemsize for e in spec.per_token.values())
+            counts = {name: max(0, (held - e.width) // e.every + 1) for name, e in spec.per_token.items()}
+            expected += sum(
+                counts[n] * e.heads * e.size * (e.dtype or dtype).itemsize for n, e in spec.per_token.items()
+            )
+            arrays = [state.of(part, slot).recall(name) for name in spec.per_sequence]
+            assert all(array.dtype.itemsize >= 4 for array in arrays), "a recurrent state is never in low precision"
+            expected += sum(array.nbytes for array in arrays) if held else 0
         assert state.used_bytes(slot) == expected
         assert state.reserved_bytes(slot) >= expected
     assert state.used_bytes() == sum(state.used_bytes(slot) for slot in range(3))
@@ -403,7 +409,7 @@ def test_outputs_never_read_reserved_memory(name: str):
     for part, spec in state.specs.items():
         extents = state.of(part, 0)
         for array, entry in spec.per_token.items():
-            beyond = extents._arrays[array][:, extents.held :]
+            beyond = extents._arrays[array][:, entry.count(extents.held) :]
             assert beyond.numel()
             assert entry.dtype is not None or spec.window is not None or beyond.isnan().all()
     assert distance(logits, alone(model, tokens)) <= CLOSE

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from longwave.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, SubllmConfig, retention_of
 from longwave.keyed import uniform
-from longwave.layers.rotary import angles
+from longwave.layers.rotary import Rotation, angles
 from longwave.model import Decoder
 from longwave.resamplers import Clock, Subllm
 from longwave.resamplers.regulators import Limits, balance, limit, limits, nudge
@@ -882,7 +882,7 @@ def test_check_18_positions_at_every_level_are_those_of_the_sequence(seed: int):
         assert torch.equal(stream.positions, places.long())
         assert hidden.shape[0] == places.numel()
         turns = angles(model.config.rotary, places.long(), 8)
-        assert torch.equal(stream.passengers["cos"], turns.cos().double())
+        assert torch.equal(stream.passengers["cos 8"], turns.cos().double())
     outer, inner = (set(stream.positions.tolist()) for _, stream in given)
     assert inner < outer < set(range(40))
 
@@ -897,10 +897,10 @@ def test_check_18_regression_b2_decoding_after_prefill_keeps_the_distances(seed:
     with torch.no_grad():  # the same tokens with positions counted within the level differ by far more
         body, stream = model.resamplers[0].body, Stream.of([14])
         kept = torch.tensor([i for i, t in enumerate(tokens) if t % 2])
-        turns = angles(model.config.rotary, stream.positions, 8)
+        turns = Rotation(8).passengers(model.config, stream.positions, torch.float64)
         hidden = random(14, 32, seed=seed)[kept]
-        right = stream.carrying(cos=turns.cos().double(), sin=turns.sin().double()).gather(kept, [len(kept)])
-        wrong = right.carrying(cos=turns.cos().double()[: len(kept)], sin=turns.sin().double()[: len(kept)])
+        right = stream.carrying(**turns).gather(kept, [len(kept)])
+        wrong = right.carrying(**{name: turn[: len(kept)] for name, turn in turns.items()})
         assert distance(body(hidden, right, None), body(hidden, wrong, None)) > 1e-3
 
 

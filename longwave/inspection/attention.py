@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from longwave.layers.block import Block
 from longwave.mixers import FullAttention, Site
 from longwave.model import Decoder
 from longwave.ops.attention.weights import attention_weights
@@ -55,19 +56,24 @@ class BlockAttention:
     maps: tuple[AttentionMap, ...]
 
 
+def has_weights(block: Block) -> bool:
+    """Whether every query of a block weighs all that it could see, by softmax."""
+    return isinstance(block.mixer, FullAttention) and block.mixer.sees_all
+
+
 @contextmanager
 def watching_attention(
     model: Decoder, depths: Collection[int], heads: Sequence[int | None] = ()
 ) -> Iterator[dict[int, BlockAttention]]:
     """Watches blocks while one text runs through the model; what is found stands under their depth.
 
-    heads: those to draw maps of, None for the mean of all. Blocks without softmax attention are passed over, and one
-    that no token reaches finds nothing.
+    heads: those to draw maps of, None for the mean of all. Blocks of other kinds (see `has_weights`) are passed over,
+    and one that no token reaches finds nothing.
     """
     found: dict[int, BlockAttention] = {}
     hooks = []
     for block in model.blocks:
-        if block.site.depth in depths and isinstance(block.mixer, FullAttention):
+        if block.site.depth in depths and has_weights(block):
             hooks.append(block.mixer.register_forward_pre_hook(_Watch(heads, found)))
     try:
         yield found

@@ -13,11 +13,10 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.evaluation.trace import LevelTrace, TracedToken, by_token, watching_levels
 from longwave.inspection.agreement import Agreement, agreement
-from longwave.inspection.attention import BlockAttention, watching_attention
+from longwave.inspection.attention import BlockAttention, has_weights, watching_attention
 from longwave.inspection.source import Piece, encode, pieces
 from longwave.inspection.spending import Passage, Spending, extremes, spending
 from longwave.layers.block import Block
-from longwave.mixers import FullAttention
 from longwave.model import Decoder
 from longwave.progress import say
 from longwave.resamplers import Subllm
@@ -119,7 +118,7 @@ def block_before(model: Decoder, level: Subllm) -> Block | None:
     while around[-1] >= 0:
         around.append(model.resamplers[around[-1]].site.level)
     earlier = [block for block in model.blocks if block.site.depth < level.site.depth and block.site.level in around]
-    return next((block for block in reversed(earlier) if isinstance(block.mixer, FullAttention)), None)
+    return next((block for block in reversed(earlier) if has_weights(block)), None)
 
 
 def _load(path: str, device: torch.device) -> tuple[Decoder, Tokenizer]:
@@ -174,7 +173,7 @@ def _compared(trace: LevelTrace, block: Block | None, blocks: dict[int, BlockAtt
 
 def _layers(model: Decoder, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     """The blocks asked for; by default those before the levels, the first, one in the middle and the last."""
-    shown = {block.site.depth for block in model.blocks if isinstance(block.mixer, FullAttention)}
+    shown = {block.site.depth for block in model.blocks if has_weights(block)}
     if asked is None:
         before = [block.site.depth for level in model.resamplers if (block := block_before(model, level))]
         wanted = [*before, len(model.blocks) // 2, len(model.blocks) - 1, 0]

@@ -27,7 +27,12 @@ class BlockKind:
     mixer: str
 
 
-BLOCKS: dict[str, BlockKind] = {"F": BlockKind("full"), "W": BlockKind("window")}
+BLOCKS: dict[str, BlockKind] = {
+    "F": BlockKind("full"),
+    "W": BlockKind("window"),
+    "L": BlockKind("lightning"),
+    "S": BlockKind("infllm"),
+}
 
 
 @runtime_checkable
@@ -73,8 +78,9 @@ class Block(nn.Module):
                 parameters,
                 self.mixer.prefill_flops(tokens) + tokens * self.mlp.flops(),
                 chance * self.decode_flops(tokens),
-                chance * (weight_bytes(parameters, dtype) + state),
+                chance * (weight_bytes(parameters, dtype) + self.mixer.read_bytes(tokens, dtype)),
                 state,
+                self.mixer.unlearned_flops(tokens),
             )
         ]
 

@@ -6,6 +6,7 @@ An angle is a function of the position alone, whatever stretches it, so that eve
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,13 +14,40 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from longwave.config import Llama3Scaling, LongRopeScaling, ModelConfig, RotaryConfig, RotaryScaling, YarnScaling
+from longwave.stream import Stream
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How the heads of a mixer turn; mixers that turn alike share the cosines and sines that a stream carries.
+
+    size: channels of a head. precise: cosines and sines stay in fp32, and the turning is done in it.
+    """
+
+    size: int
+    precise: bool = False
+
+    def passengers(self, config: ModelConfig, positions: Int64[Tensor, " T"], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a stream has to carry for it, in a model whose activations are `dtype`."""
+        dtype = torch.promote_types(dtype, torch.float32) if self.precise else dtype
+        names = self._names()
+        return {name: turn.to(dtype) for name, turn in zip(names, turns(config, positions, self.size), strict=True)}
+
+    def __call__(self, heads: Float[Tensor, "T H K"], stream: Stream) -> Float[Tensor, "T H K"]:
+        """The heads, turned by the angles of the stream's tokens."""
+        cos, sin = (stream.passengers[name] for name in self._names())
+        return rotate(heads.to(cos.dtype), cos, sin).to(heads.dtype) if self.precise else rotate(heads, cos, sin)
+
+    def _names(self) -> tuple[str, str]:
+        kind = f"{self.size}{' precise' if self.precise else ''}"
+        return f"cos {kind}", f"sin {kind}"
 
 
 def turns(
-    config: ModelConfig, positions: Int64[Tensor, " T"]
+    config: ModelConfig, positions: Int64[Tensor, " T"], size: int
 ) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
-    """Cosines and sines of the angles at which the heads of a model turn, in fp32, times the attention factor."""
-    turned = angles(config.rotary, positions, config.head_size, config.context_window)
+    """Cosines and sines of the angles at which heads of `size` turn, in fp32, times the attention factor."""
+    turned = angles(config.rotary, positions, size, config.context_window)
     factor = attention_factor(config.rotary.scaling)
     return (turned.cos(), turned.sin()) if factor == 1 else (turned.cos() * factor, turned.sin() * factor)
 

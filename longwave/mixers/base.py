@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from longwave.config import ModelConfig
 from longwave.laws import Laws
+from longwave.layers.rotary import Rotation
 from longwave.states import State, StateSpec
 from longwave.stream import Stream
 
@@ -31,8 +32,9 @@ class Site:
 class Mixer(nn.Module, ABC):
     """Moves information between the tokens of each run."""
 
-    laws: ClassVar[Laws] = Laws()
+    laws: Laws = Laws()
     form: str = "torch"
+    rotation: Rotation | None = None
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__()
@@ -43,16 +45,24 @@ class Mixer(nn.Module, ABC):
         """Mixes the tokens of each run, after the past that `state` holds of its sequence."""
 
     def use_form(self, form: str) -> None:
-        """Runs softmax attention in the given form; a mixer without any passes over it."""
+        """Runs the mixer's op in the given form; one whose op has no such form passes over it."""
         return
 
     @abstractmethod
     def state_spec(self) -> StateSpec:
         """What the mixer remembers of a sequence."""
 
+    def read_bytes(self, context: int, dtype: torch.dtype) -> int:
+        """Bytes of its state that the token after `context` others reads."""
+        return self.state_spec().bytes(context, dtype)
+
     @abstractmethod
     def prefill_flops(self, tokens: int) -> int:
         """FLOPs of matrix products and attention for a whole sequence of `tokens`."""
+
+    def unlearned_flops(self, tokens: int) -> int:
+        """Those of them through which no gradient flows."""
+        return 0
 
     @abstractmethod
     def decode_flops(self, context: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,17 +11,20 @@ from longwave.config import ModelConfig
 from longwave.costs import visible_pairs
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
-from longwave.layers.rotary import rotate
+from longwave.layers.rotary import Rotation
 from longwave.mixers.base import Mixer, Site
 from longwave.ops.attention import attention, choose
 from longwave.states import PerToken, State, StateSpec
 from longwave.stream import Stream
+
+Keys: TypeAlias = "Tensor | list[Tensor]"  # in the layout of the stream, or head-major per run where a state holds more
 
 
 class FullAttention(Mixer):
     """Every token sees its whole past (Vaswani et al. 2017; GQA: Ainslie et al. 2023)."""
 
     window: int | None = None
+    sees_all = True  # within the window, if there is one
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -31,6 +36,7 @@ class FullAttention(Mixer):
         self.o_proj = Linear(self.heads * self.head_size, width, bias=shape.output_bias)
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
+        self.rotation = Rotation(self.head_size)
         self.scale = self.head_size**-0.5
         self.form, _ = choose()
 
@@ -38,19 +44,26 @@ class FullAttention(Mixer):
         query, key = self.queries_and_keys(hidden, stream)
         value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         keys, values = (key, value) if state is None else self._remember(key, value, stream, state)
-        mixed = attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
-        return self.o_proj(mixed.flatten(1))
+        mixed = self._mix(query, keys, values, stream, state)
+        return self.o_proj(self._gated(mixed.flatten(1), hidden))
+
+    def _mix(self, query: Tensor, keys: Keys, values: Keys, stream: Stream, state: State | None) -> Tensor:
+        return attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
+
+    def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
+        return mixed
 
     def queries_and_keys(
         self, hidden: Float[Tensor, "T D"], stream: Stream
     ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T G K"]]:
-        """The queries and keys of new tokens as attention compares them: normalised if the shape says so, rotated."""
-        cos, sin = stream.passengers["cos"], stream.passengers["sin"]
+        """The queries and keys of new tokens as attention compares them: normed and rotated if the shape says so."""
         query = self.q_proj(hidden).unflatten(-1, (self.heads, self.head_size))
         key = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        return rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.rotation is not None:
+            query, key = self.rotation(query, stream), self.rotation(key, stream)
+        return query, key
 
     def _remember(self, key: Tensor, value: Tensor, stream: Stream, state: State) -> tuple[list[Tensor], list[Tensor]]:
         """Appends the new keys and values (T, G, K) to the state; returns all of each run, head-major (G, N, K)."""

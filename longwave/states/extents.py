@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,20 @@ _SMALLEST = 64
 
 
 class Extents:
-    """The per-token arrays of one part for one sequence, each (heads, capacity, size).
+    """The per-token arrays of one part for one sequence, each (heads, capacity, size), and its per-sequence arrays.
 
     `length` tokens were ever appended, of which those from `start` on are still held (all of them without a window).
     After `hold` at some length, a window forgets nothing that a return to that length, or to a later one, would need.
     """
 
     def __init__(self, spec: StateSpec, dtype: torch.dtype, device: torch.device) -> None:
+        assert spec.window is None or not any(entry.sums_up for entry in spec.per_token.values())
         self.spec, self.dtype, self.device = spec, dtype, device
         self.length = self.start = self.capacity = 0
         self._held_length: int | None = None
         self._arrays: dict[str, Tensor] = {}
+        self._summed_up = {name: 0 for name, entry in spec.per_token.items() if entry.sums_up}
+        self._current: dict[str, Tensor] = {}  # never changed in place, so that copies can share it
         self.reserve(0)
 
     @property
@@ -42,37 +47,71 @@ class Extents:
         self.length += count
         return [self._arrays[name][:, :end] for name in entries]
 
+    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """Completes an array whose entries sum up tokens of array `of`, and returns it (heads, count, size).
+
+        make: the entries (heads, n, size) of the tokens (heads, m, size) that exactly these sum up.
+        """
+        entry, begin = self.spec.per_token[name], self._summed_up[name]
+        end = entry.count(self.length)
+        if end > begin:
+            tokens = self.view(of)[:, begin * entry.every : (end - 1) * entry.every + entry.width]
+            self._arrays[name][:, begin:end] = make(tokens)
+            self._summed_up[name] = end
+        return self._arrays[name][:, :end]
+
+    def recall(self, name: str) -> Tensor:
+        """A per-sequence array as the newest token left it, zeros before the first one; not to be changed in place."""
+        if name not in self._current:
+            entry = self.spec.per_sequence[name]
+            return torch.zeros(entry.shape, dtype=entry.of(self.dtype), device=self.device)
+        return self._current[name]
+
+    def replace(self, count: int, **arrays: Tensor) -> None:
+        """Per-sequence arrays after `count` more tokens."""
+        self._current |= arrays
+        self.length += count
+
     def view(self, name: str) -> Tensor:
-        """The held part (heads, held, size) of one array."""
-        return self._arrays[name][:, : self.held]
+        """The held part (heads, count, size) of a per-token array."""
+        entries = self._summed_up.get(name, self.held)
+        return self._arrays[name][:, :entries]
 
     def check_truncation(self, length: int) -> None:
-        """ValueError if there are fewer tokens than `length`, or a window has forgotten what would be visible."""
+        """ValueError if there are fewer tokens than `length`, or what would be visible again is forgotten."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length {length} is outside the {self.length} tokens remembered")
         window = self.spec.window
         if window is not None and self.start > max(0, length - window + 1):
             raise ValueError(f"length {length} cannot be returned to: a window of {window} has forgotten it; snapshot")
+        if self.spec.per_sequence and length not in (0, self.length):
+            raise ValueError(f"length {length} cannot be returned to: a recurrent state has forgotten it; snapshot")
 
     def truncate(self, length: int) -> None:
         """Forgets every token from `length` on."""
         self.check_truncation(length)
+        if length == 0:
+            self._current = {}
+        for name, complete in self._summed_up.items():
+            self._summed_up[name] = min(complete, self.spec.per_token[name].count(length))
         self.length = length
 
     def hold(self) -> None:
-        """From now on `truncate` can return to any length that is not below the present one."""
+        """From now on `truncate` can return to any length that is not below the present one, but for what recurs."""
         self._held_length = self.length
 
     def reserve(self, tokens: int) -> None:
         """Makes room for `tokens` held tokens in all, so that appending does not copy."""
-        if tokens > self.capacity or not self._arrays:
+        if tokens > self.capacity or (self.spec.per_token and not self._arrays):
             self._allocate(tokens)
 
     def _allocate(self, tokens: int) -> None:
         for name, entry in self.spec.per_token.items():
-            array = torch.empty(entry.heads, tokens, entry.size, dtype=entry.dtype or self.dtype, device=self.device)
+            room, dtype = entry.count(tokens), entry.dtype or self.dtype
+            array = torch.empty(entry.heads, room, entry.size, dtype=dtype, device=self.device)
             if self.held:
-                array[:, : self.held] = self.view(name)
+                kept = self.view(name)
+                array[:, : kept.shape[1]] = kept
             self._arrays[name] = array
         self.capacity = tokens
 
@@ -81,8 +120,10 @@ class Extents:
         other = Extents(self.spec, self.dtype, self.device)
         other.reserve(self.held)
         for name, array in other._arrays.items():
-            array.copy_(self.view(name))
+            kept = self.view(name)
+            array[:, : kept.shape[1]] = kept
         other.length, other.start, other._held_length = self.length, self.start, self._held_length
+        other._summed_up, other._current = dict(self._summed_up), dict(self._current)
         return other
 
     @property
@@ -93,7 +134,7 @@ class Extents:
     @property
     def reserved_bytes(self) -> int:
         """Bytes allocated."""
-        return sum(array.numel() * array.element_size() for array in self._arrays.values())
+        return sum(array.nbytes for array in [*self._arrays.values(), *self._current.values()])
 
     def _make_room(self, count: int) -> None:
         window, idle = self.spec.window or 0, self._forgettable()

@@ -26,7 +26,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A token boundary of one sequence that `State.restore` returns to; what no window can forget is not copied."""
+    """A token boundary of one sequence that `State.restore` returns to; what no part can forget is not copied."""
 
     sequence: _Sequence
     seen: int
@@ -90,9 +90,9 @@ class State:
                     part.reserve(tokens)
 
     def snapshot(self, slot: int) -> Snapshot:
-        """Remembers where slot `slot` stands: lengths, and copies of what a window may forget."""
+        """Remembers where slot `slot` stands: lengths, and copies of what a window or a recurrence forgets."""
         sequence = self._sequences[slot]
-        copies = {name: part.copy() for name, part in sequence.parts.items() if part.spec.window is not None}
+        copies = {name: part.copy() for name, part in sequence.parts.items() if part.spec.forgets}
         lengths = {name: part.length for name, part in sequence.parts.items()}
         return Snapshot(sequence, sequence.seen, len(sequence.cuts), lengths, copies)
 
@@ -118,6 +118,7 @@ class State:
         """From now on `truncate` can return to any place that does not lie before the present one of a slot.
 
         Until the next call, parts with a window forget nothing that this needs; it costs no copy, unlike `snapshot`.
+        Recurrent parts cannot: `truncate` refuses.
         """
         for part in self._sequences[slot].parts.values():
             part.hold()
@@ -125,8 +126,7 @@ class State:
     def truncate(self, slot: int, length: int) -> None:
         """Forgets the tokens of a slot from place `length` on, at every level.
 
-        ValueError if the slot has fewer tokens, or a window has forgotten what would be visible again; nothing is
-        changed then.
+        ValueError if the slot has fewer tokens, or what would be visible again is forgotten; nothing is changed then.
         """
         sequence = self._sequences[slot]
         if not 0 <= length <= sequence.seen:

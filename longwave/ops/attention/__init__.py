@@ -59,11 +59,12 @@ def attention(
             return query + (key.sum() + value.sum())  # of nothing, but every projection gets its gradient
         if form != "reference" and len(set(lengths)) == 1:
             return sdpa.packed(query, key, value, len(lengths), window, scale)
-        key, value = _by_run(key, lengths), _by_run(value, lengths)
+        key, value = by_run(key, lengths), by_run(value, lengths)
     assert isinstance(key, list)
     assert isinstance(value, list)
     return FORMS[form](query, key, value, lengths, window, scale)
 
 
-def _by_run(stream: Tensor, lengths: tuple[int, ...]) -> ByRun:
+def by_run(stream: Float[Tensor, "T G K"], lengths: tuple[int, ...]) -> ByRun:
+    """The keys or values of a stream, head-major (G, N, K) per run."""
     return [piece.transpose(0, 1) for piece in stream.split(lengths)]

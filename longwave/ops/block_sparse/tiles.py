@@ -1,0 +1,186 @@
+"""Block-sparse attention in plain torch, tiles of queries at a time: the form for every device and type.
+
+Legend: `T` queries and `N` keys of one run, `H` query heads, `G` KV heads, `R` = H / G, `K` head size, `C` queries of a
+tile, `S` = topk blocks of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longwave.ops.block_sparse.geometry import Geometry, windows
+
+_GATHERED = 1 << 26  # bytes of keys that a tile of queries gathers, about
+
+
+@torch.no_grad()
+def select(
+    query: Tensor, fine: Tensor, coarse: Tensor, first: int, geometry: Geometry, scale: float, exact: bool, budget: int
+) -> Tensor:
+    """The blocks (G, T, topk) that queries (T, H, K) see, ascending, then -1; `reference.select` has the maths.
+
+    budget: bytes of scores held at once, about, but always those of one query.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    tokens, heads, _ = query.shape
+    fine, coarse = fine.to(dtype), coarse.to(dtype)
+    step = max(1, budget // (3 * dtype.itemsize * heads * max(1, fine.shape[1])))
+    found = []
+    for start in range(0, tokens, step):
+        tile = query[start : start + step].to(dtype)
+        places = torch.arange(first + start, first + start + len(tile), device=query.device)
+        scores = _window_scores(tile, fine, coarse, places, geometry, scale, exact)
+        found.append(_best(_block_scores(scores, places, geometry), places, geometry))
+    return torch.cat(found, dim=1) if found else query.new_zeros(fine.shape[0], 0, geometry.topk, dtype=torch.int32)
+
+
+def _window_scores(
+    query: Tensor, fine: Tensor, coarse: Tensor, places: Tensor, geometry: Geometry, scale: float, exact: bool
+) -> Tensor:
+    """(G, C, n): the scores of the windows that begin by the last query; -1 for those that a query cannot see."""
+    last = int(places[-1]) + 1
+    fine, seen = _visible(fine, places, geometry.fine, last)
+    logits = _logits(query, fine, scale)
+    if exact:
+        others, among = logits, seen
+    else:
+        coarse, among = _visible(coarse, places, geometry.coarse, last)
+        others = _logits(query, coarse, scale)
+    hidden = ~among.unsqueeze(1)
+    total = F.pad(others.masked_fill(hidden, -torch.inf), (0, 1), value=-torch.inf).logsumexp(-1, keepdim=True)
+    total.masked_fill_(total == -torch.inf, torch.inf)  # no denominator: every score is 0
+    scores = logits.sub_(total).exp_().sum(2)
+    return scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max).masked_fill_(~seen, -1.0)
+
+
+def _visible(compressed: Tensor, places: Tensor, size: tuple[int, int], last: int) -> tuple[Tensor, Tensor]:
+    """The windows that the last query sees, and (C, n) which of them each query sees."""
+    width, stride = size
+    compressed = compressed[:, : windows(last, width, stride)]
+    ends = torch.arange(compressed.shape[1], device=places.device) * stride + width
+    return compressed, ends <= places.unsqueeze(1) + 1
+
+
+def _logits(query: Tensor, compressed: Tensor, scale: float) -> Tensor:
+    """query (C, H, K) and windows (G, n, K) -> (G, C, R, n)."""
+    grouped = _grouped(query, compressed.shape[0])
+    return (scale * grouped.flatten(1, 2) @ compressed.transpose(1, 2)).unflatten(1, grouped.shape[1:3])
+
+
+def _grouped(query: Tensor, groups: int) -> Tensor:
+    """(C, H, K) -> (G, C, R, K)."""
+    return query.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
+def _block_scores(scores: Tensor, places: Tensor, geometry: Geometry) -> Tensor:
+    """(G, C, blocks up to the last query's own): the largest score of r b - 1 ... r b + r - 1; -1 without any."""
+    r, blocks = geometry.strides, int(places[-1]) // geometry.block_size + 1
+    padded = F.pad(scores, (1, r * blocks - scores.shape[-1]), value=-1.0)
+    return padded.unfold(-1, r + 1, r).amax(-1)
+
+
+def _best(scores: Tensor, places: Tensor, geometry: Geometry) -> Tensor:
+    """The topk best blocks (G, C, topk) by score, then by number, once the forced ones lead and later ones are out."""
+    block = torch.arange(scores.shape[-1], device=scores.device)
+    own = (places // geometry.block_size).unsqueeze(1)
+    forced = (block < geometry.init_blocks) | (block >= own - geometry.local_blocks)
+    scores = scores.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
+    count = min(geometry.topk, len(block))
+    least = scores.topk(count).values[..., -1:]
+    above, level = scores > least, scores == least
+    room = count - above.sum(-1, keepdim=True)
+    chosen = (above | (level & (level.cumsum(-1) <= room))) & (block <= own)
+    return _numbers(chosen, geometry.topk)
+
+
+def _numbers(chosen: Tensor, topk: int) -> Tensor:
+    """The places of the entries that are true (..., blocks), of at most topk, ascending, then -1: (..., topk)."""
+    found = torch.full((*chosen.shape[:-1], topk), -1, dtype=torch.int32, device=chosen.device)
+    *row, block = chosen.nonzero(as_tuple=True)
+    found[(*row, chosen.cumsum(-1)[(*row, block)] - 1)] = block.int()
+    return found
+
+
+def forward(
+    query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, first: int, block_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (T, H, K) and the log-sum-exp (T, H) of its scores, in fp32 or better."""
+    output = query.new_empty(*query.shape[:2], values.shape[2])
+    sums = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    for rows, at, seen in _tiles(query, keys, blocks, first, block_size):
+        logits = _tile_logits(query[rows], keys, at, seen, scale)
+        total = logits.logsumexp(-1, keepdim=True)
+        mixed = logits.sub_(total).exp_() @ _gather(values, at)
+        output[rows] = _stream(mixed).to(output.dtype)
+        sums[rows] = _stream(total).squeeze(-1)
+    return output, sums
+
+
+def backward(
+    slope: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    output: Tensor,
+    sums: Tensor,
+    first: int,
+    block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, keys and values by that of the output, the weights made again (Dao et al. 2022)."""
+    of_query, dtype = torch.empty_like(query), sums.dtype
+    of_keys, of_values = (torch.zeros(one.shape, dtype=dtype, device=one.device) for one in (keys, values))
+    for rows, at, seen in _tiles(query, keys, blocks, first, block_size):
+        total, tile_slope, mixed = (
+            _grouped(one[rows].to(dtype), len(keys)) for one in (sums[..., None], slope, output)
+        )
+        weights = _tile_logits(query[rows], keys, at, seen, scale).sub_(total).exp_()
+        _scatter(of_values, at, weights.transpose(-1, -2) @ tile_slope)
+        bent = tile_slope @ _gather(values, at).transpose(-1, -2) - (tile_slope * mixed).sum(-1, keepdim=True)
+        bent = bent.mul_(weights).mul_(scale)
+        of_query[rows] = _stream(bent @ _gather(keys, at)).to(query.dtype)
+        _scatter(of_keys, at, bent.transpose(-1, -2) @ _grouped(query[rows].to(dtype), len(keys)))
+    return of_query, of_keys.to(keys.dtype), of_values.to(values.dtype)
+
+
+def _tiles(
+    query: Tensor, keys: Tensor, blocks: Tensor, first: int, block_size: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of queries, the places (G, C, S) of the keys of their blocks, and which of those they see."""
+    groups, tokens, topk = blocks.shape
+    one = groups * topk * block_size * keys.shape[2] * torch.promote_types(keys.dtype, torch.float32).itemsize
+    step, inside = max(1, _GATHERED // one), torch.arange(block_size, device=blocks.device)
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        at = (blocks[:, rows, :, None].long() * block_size + inside).flatten(2)
+        places = torch.arange(first + start, first + rows.stop, device=blocks.device).unsqueeze(1)
+        yield rows, at.clamp(0, keys.shape[1] - 1), (at >= 0) & (at <= places)
+
+
+def _tile_logits(query: Tensor, keys: Tensor, at: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """(G, C, R, S): the scores of a tile, -inf for the keys that a query does not see."""
+    gathered = _gather(keys, at)
+    grouped = _grouped(query.to(gathered.dtype), keys.shape[0])
+    return (scale * grouped @ gathered.transpose(-1, -2)).masked_fill_(~seen.unsqueeze(2), -torch.inf)
+
+
+def _gather(entries: Tensor, at: Tensor) -> Tensor:
+    """(G, N, K) at places (G, C, S) -> (G, C, S, K), in fp32 or better."""
+    group = torch.arange(len(entries), device=at.device).view(-1, 1, 1)
+    return entries[group, at].to(torch.promote_types(entries.dtype, torch.float32))
+
+
+def _scatter(entries: Tensor, at: Tensor, parts: Tensor) -> None:
+    """Adds parts (G, C, S, K) to the entries (G, N, K) at places (G, C, S)."""
+    for entry, place, part in zip(entries, at, parts, strict=True):
+        entry.index_add_(0, place.flatten(), part.flatten(0, 1))
+
+
+def _stream(tile: Tensor) -> Tensor:
+    """(G, C, R, K) -> (C, H, K)."""
+    return tile.transpose(0, 1).flatten(1, 2)

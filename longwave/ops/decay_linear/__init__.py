@@ -1,0 +1,57 @@
+"""Linear attention whose memory decays: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, over runs.
+
+One op for every layer of this kind: a log-decay per head (Lightning Attention, arXiv 2401.04658; RetNet) or per token
+and head (gated retention, Mamba-2, distances between kept tokens).
+
+Legend: `T` tokens of the stream, `R` runs, `H` heads, `K` key size, `V` value size, `E` 1 or T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from longwave.errors import UserError
+from longwave.ops.decay_linear import chunked, reference
+
+Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, "tuple[int, ...]", float, Tensor], "tuple[Tensor, Tensor]"]
+
+FORMS: dict[str, Form] = {"reference": reference.decay_linear_attention, "torch": chunked.decay_linear_attention}
+
+
+def choose(form: str | None = None) -> tuple[str, str]:
+    """The form that decay linear attention will run and why."""
+    if form is None:
+        return "torch", f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
+    if form not in FORMS:
+        raise UserError(f"decay linear attention form {form!r} does not exist; use one of {', '.join(FORMS)}")
+    return form, "asked for"
+
+
+def decay_linear_attention(
+    query: Float[Tensor, "T H K"],
+    key: Float[Tensor, "T H K"],
+    value: Float[Tensor, "T H V"],
+    log_decay: Float[Tensor, "E H"],
+    lengths: tuple[int, ...],
+    *,
+    scale: float,
+    states: Float[Tensor, "R H K V"] | None = None,
+    form: str = "torch",
+) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "R H K V"]]:
+    """The outputs, in the type of the values, and the memory of every run after its last token, in fp32 or wider.
+
+    log_decay: at most 0; what the memory decays by before a token is added, for all tokens or for each. states: the
+    memory before the first token of every run, nothing by default. ValueError for a memory of low precision, whose
+    rounding would merge the slowest heads.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if states is None:
+        states = query.new_zeros(len(lengths), *query.shape[1:], value.shape[-1], dtype=wide)
+    if states.dtype.itemsize < wide.itemsize:
+        raise ValueError(f"states are {states.dtype}; a recurrent state is kept in {wide} or wider")
+    return FORMS[form](query, key, value, log_decay.to(wide), lengths, scale, states)

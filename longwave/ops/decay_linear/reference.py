@@ -1,0 +1,27 @@
+"""Decay linear attention as its recurrence: the plain twin, one token after the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decay_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    states: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """S = exp(g) S + k v^T, then o = scale q S, for each run, in the precision of the states."""
+    pieces = (tensor.to(states.dtype).split(lengths) for tensor in (query, key, value))
+    decays = log_decay.exp().to(states.dtype).expand(query.shape[0], -1).split(lengths)
+    outputs, finals = [value.to(states.dtype)[:0]], []
+    for q, k, v, decay, state in zip(*pieces, decays, states, strict=True):
+        for t in range(q.shape[0]):
+            state = decay[t, :, None, None] * state + torch.matmul(k[t].unsqueeze(2), v[t].unsqueeze(1))
+            outputs.append(scale * torch.einsum("hk,hkv->hv", q[t], state).unsqueeze(0))
+        finals.append(state)
+    return torch.cat(outputs).to(value.dtype), torch.stack(finals) if finals else states
