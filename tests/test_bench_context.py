@@ -33,7 +33,7 @@ from longwave.benchmarks.subjects import one_pass
 from longwave.benchmarks.timing import Timing
 from longwave.checkpoints import save
 from longwave.cli import main
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig, SubllmConfig
+from longwave.config import AttentionConfig, LightningConfig, MLPConfig, ModelConfig, SubllmConfig
 from longwave.costs import total
 from longwave.data.sources import documents
 from longwave.data.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ from longwave.errors import MachineError, UserError
 from longwave.model import Decoder
 
 CPU = torch.device("cpu")
-LAYOUTS = ["2F", "F W", "F subllm(0.64: F subllm(0.5: F)) W"]
+LAYOUTS = ["2F", "F W", "F subllm(0.64: F subllm(0.5: F)) W", "F 2L", "L subllm(0.64: L) F"]
 OPTIONS = ContextOptions(contexts=(24, 70, 150), chunk=16, decode_steps=4, device="cpu")
 
 
@@ -127,7 +127,7 @@ def test_a_sequence_grows_as_if_nothing_had_been_decoded(layout: str):
         assert 0 < found.used <= found.reserved
 
 
-@pytest.mark.parametrize("layout", ["2F", "F W"])
+@pytest.mark.parametrize("layout", ["2F", "F W", "F 2L"])
 def test_figures_are_those_of_the_formulas(layout: str):
     one = growing(layout)
     for context in OPTIONS.contexts:
@@ -242,10 +242,12 @@ def test_text_is_repeated_where_it_is_short_and_says_so(recipe: Path):
 
 
 def test_the_dense_twin_has_full_attention_and_nothing_else():
-    shape = replace(config(LAYOUTS[2]), subllm=SubllmConfig(bypass_steps=7))
+    sections = {"subllm": SubllmConfig(bypass_steps=7), "lightning": LightningConfig(silu="qk")}
+    shape = replace(config("F subllm(0.64: F L) W"), **sections)
+    assert Decoder(shape).config == shape
     twin = dense_twin(shape)
-    assert (twin.layout, twin.subllm, twin.attention.window) == ("4F", None, None)
-    assert replace(twin, layout=shape.layout, subllm=shape.subllm, attention=shape.attention) == shape
+    assert (twin.layout, twin.subllm, twin.lightning, twin.attention.window) == ("4F", None, None, None)
+    assert replace(twin, layout=shape.layout, attention=shape.attention, **sections) == shape
     assert Decoder(twin).config == twin
 
 
