@@ -267,6 +267,7 @@ def _bench(verbs: Any) -> None:
             parser.add_argument("--retention", choices=("forced", "real"), help="forced: thresholds at nominal (real)")
             parser.add_argument("--decode-steps", type=int, help="tokens of one round of decoding (32)")
     _bench_ops(kinds)
+    _bench_context(kinds)
     parser = _verb(
         kinds, "compare", _run_bench_compare, "compare two runs kept by --save; exit code 1 if one is slower"
     )
@@ -288,12 +289,33 @@ def _bench_ops(kinds: Any) -> None:
     _measuring(parser)
 
 
+def _bench_context(kinds: Any) -> None:
+    help = "stream real text of growing length through a model, beside a dense one: time, memory, how they grow"
+    parser = _verb(kinds, "context", _run_bench_context, help)
+    parser.add_argument("model", nargs="?", help="a recipe (random weights) or a model folder (a SUBLLM of 94M)")
+    parser.add_argument("--against", default="dense", help="another recipe or folder, none, or its dense twin (dense)")
+    parser.add_argument("--contexts", help="token counts, ascending (4k,16k,64k,256k,1M)")
+    parser.add_argument("--chunk", type=int, help="tokens that are run at a time (4096)")
+    parser.add_argument("--decode-steps", type=int, help="tokens decoded at each context (16)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which a model is stopped (600)")
+    parser.add_argument("--memory", metavar="BYTES", help="most beyond the weights, such as 8G (what is free)")
+    parser.add_argument("--retention", choices=("forced", "real"), help="forced: thresholds at nominal (real)")
+    parser.add_argument("--text", help="a text file or folder; the Python standard library by default")
+    parser.add_argument("--repeats", type=int, help="passes over the whole sequence, of which medians are taken (1)")
+    _running(parser)
+
+
 def _measuring(parser: argparse.ArgumentParser) -> None:
-    """What every measurement takes."""
+    """What every measurement at given contexts takes."""
     parser.add_argument("--contexts", default="2048,8192", help="token counts, such as 2048,64k")
     parser.add_argument("--batch", dest="batches", default="1", help="batch sizes, such as 1,8")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--repeats", type=int, help="interleaved rounds, of which medians are taken (5)")
+    _running(parser)
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    """Where a measurement runs, and what it leaves."""
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, help="threads of the CPU (as PyTorch takes them)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--save", metavar="FILE.json", help="keep the results, for bench compare")
@@ -311,6 +333,12 @@ def _run_bench_ops(options: argparse.Namespace) -> dict[str, Any]:
     from longwave.benchmarks.command import bench_ops
 
     return bench_ops(options)
+
+
+def _run_bench_context(options: argparse.Namespace) -> dict[str, Any]:
+    from longwave.benchmarks.command import bench_context
+
+    return bench_context(options)
 
 
 def _run_bench_compare(options: argparse.Namespace) -> dict[str, Any]:

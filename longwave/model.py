@@ -71,7 +71,7 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O V"]:
         """Logits of the rows in `stream.outputs`, of all rows by default."""
-        return linear(self.hidden(tokens, stream, state), self.head_weight) * self.config.scales.logits
+        return self.logits(self.hidden(tokens, stream, state))
 
     def hidden(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O D"]:
         """What the head reads: normalised hidden states of the rows whose outputs are needed.
@@ -85,6 +85,10 @@ class Decoder(nn.Module):
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
+
+    def logits(self, hidden: Float[Tensor, "O D"]) -> Float[Tensor, "O V"]:
+        """The head on what `hidden` gives."""
+        return linear(hidden, self.head_weight) * self.config.scales.logits
 
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
         """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""

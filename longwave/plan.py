@@ -44,13 +44,19 @@ def costs_at(config: ModelConfig, context: int, dtype: torch.dtype) -> list[Cost
 
 def parse_sizes(text: str) -> list[int]:
     """Token counts such as `4096,64k,1M` (k, M and G are powers of 1024)."""
-    sizes = []
-    for part in text.split(","):
-        number, unit = (part[:-1], _UNITS[part[-1].lower()]) if part[-1:].lower() in _UNITS else (part, 1)
-        if not number.strip().isdigit() or int(number) == 0:
-            raise UserError(f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M")
-        sizes.append(int(number) * unit)
-    return sizes
+    return [_size(part, f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M") for part in text.split(",")]
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as `512M` or `8G`."""
+    return _size(text, f"{text!r} is no number of bytes; write 512M or 8G")
+
+
+def _size(text: str, problem: str) -> int:
+    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
+    if not number.strip().isdigit() or int(number) == 0:
+        raise UserError(problem)
+    return int(number) * unit
 
 
 def table(costs: list[Cost], context: int, dtype: torch.dtype) -> Table:

@@ -12,7 +12,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from importlib.resources import files
 from itertools import islice
 from math import exp
 from pathlib import Path
@@ -43,7 +42,7 @@ from longwave.progress import TrainingProgress, say
 from longwave.reports import report as page
 from longwave.training.loop import Trainer
 from longwave.training.metrics import read_metrics
-from longwave.training.recipe import Recipe, read_recipe
+from longwave.training.recipe import Recipe, read_recipe, recipe_path
 
 NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
 _PROMPT_TOKENS, _NEW_TOKENS, _PASSAGE_TOKENS = 48, 64, 700
@@ -74,11 +73,6 @@ def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) ->
         print(f"{line.label}: {line.value}. {line.sentence}")
     print(f"{output / 'report.html'}: open it in a browser ({time.monotonic() - started:.0f} s in all)")
     return figures
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe that comes with the package."""
-    return Path(str(files("longwave"))) / "recipes" / f"{name}.toml"
 
 
 def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:

@@ -275,6 +275,14 @@ def test_a_regression_is_exit_code_1_after_the_table_and_the_json(longwave, tmp_
     assert longwave("compare", *reversed(files))[0] == 0
 
 
+def test_a_row_of_too_few_rounds_is_not_judged(longwave, tmp_path: Path):
+    files = kept(tmp_path / "a.json", times(1.0)), kept(tmp_path / "b.json", times(9.0))
+    code, out, _ = longwave("compare", *files, "--json")
+    assert code == 0
+    assert [one["verdict"] for one in json.loads(out[-1])["rows"]] == ["unjudged", "same"]
+    assert "unjudged: of fewer than 3 rounds (--repeats)" in out
+
+
 def spoil(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
     """Sets what lies under these keys."""
 
@@ -300,7 +308,7 @@ def spoil(*keys: Any, value: Any) -> Callable[[dict[str, Any]], object]:
         (spoil("rows", 0, "seconds", value={}), "b.json is damaged"),
         (spoil("rows", 0, "seconds", "low", value=7.0), "b.json is damaged"),
         (spoil("hardware", value=None), "b.json is damaged"),
-        (spoil("rows", 0, value=row((1.0, 1.0)).plain()), "b.json: 2 repeats; a verdict needs the spread of 3 or more"),
+        (spoil("rows", value=[row((1.0, 1.0)).plain()]), "b.json: 2 repeats; a verdict needs the spread of 3 or more"),
         (spoil("rows", value=[]), "b.json: 0 repeats"),
     ],
 )

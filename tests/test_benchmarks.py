@@ -74,9 +74,10 @@ def test_the_yardstick_refuses_what_is_no_llama():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["3F", SUBLLM])
+@pytest.mark.parametrize("layout", ["3F", SUBLLM, "F 2L", "L subllm(0.64: L) W"])
 def test_decoding_repeats_and_agrees_with_one_pass(layout: str, dtype: torch.dtype):
-    model = decoder(layout, dtype)
+    attention = {"heads": 4, "kv_heads": 2, "window": 8 if "W" in layout else None}
+    model = decoder(layout, dtype, attention=attention)
     tokens = sample_tokens(model, 36, 1)
     context, following = tokens[:24], tokens[24:].view(3, 4)
     for subject in both(model) if layout == "3F" else [Longwave("longwave", model)]:

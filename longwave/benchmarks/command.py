@@ -6,21 +6,30 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from rich.table import Table
 
 from longwave import durable
 from longwave.benchmarks.bench import BenchOptions, run
 from longwave.benchmarks.compare import compare, compared_table, read
+from longwave.benchmarks.context.options import ContextOptions
+from longwave.benchmarks.context.picture import draw_growth
+from longwave.benchmarks.context.run import ContextResults, Run, Traces
+from longwave.benchmarks.context.views import context_views
 from longwave.benchmarks.ops import OpsOptions, ops_options, run_ops
 from longwave.benchmarks.picture import check_picture, draw
-from longwave.benchmarks.profile import Watch
+from longwave.benchmarks.profile import Spent, Watch
 from longwave.benchmarks.results import Options, Results
 from longwave.benchmarks.table import show, tables, where_time_went
 from longwave.config import build, require
 from longwave.errors import MachineError
-from longwave.plan import parse_sizes
+from longwave.plan import parse_bytes, parse_sizes
+from longwave.training.recipe import recipe_path
+
+DEFAULT_MODEL = "bench-subllm-24"
 
 
 def bench_models(options: argparse.Namespace) -> dict[str, Any]:
@@ -34,6 +43,45 @@ def bench_ops(options: argparse.Namespace) -> dict[str, Any]:
     """`bench ops`."""
     chosen = ops_options(options.model, _chosen(options, OpsOptions))
     return _measure(options, chosen, lambda: run_ops(chosen, bool(options.profile)))
+
+
+def bench_context(options: argparse.Namespace) -> dict[str, Any]:
+    """`bench context`; what is finished is saved at once, and shown if the run is interrupted."""
+    values = _chosen(options, ContextOptions)
+    chosen = build(ContextOptions, values | _bytes(values), "bench context")
+    _check_files(options)
+    model, traces = options.model or recipe_path(DEFAULT_MODEL), Traces()
+    with chosen.running():
+        run = Run(model, None if options.against == "none" else options.against, chosen)
+        results, interrupted = _last(run.results(traces.add if options.profile else None), options)
+    if options.profile and traces.spent:
+        traces.write(Path(options.profile))
+    show(*context_views(results), *_where(traces.spent))
+    if options.plot is not None:
+        draw_growth(results, options.plot)
+    if interrupted and options.json:
+        print(json.dumps(results.plain()))
+    if interrupted:
+        raise KeyboardInterrupt("interrupted: the contexts above were finished")
+    return results.plain()
+
+
+def _last(found: Iterator[ContextResults], options: argparse.Namespace) -> tuple[ContextResults, bool]:
+    """The last results, each saved as it came, and whether an interrupt has cut them short."""
+    results = None
+    try:
+        for results in found:
+            _save(results, options)
+    except KeyboardInterrupt:
+        if results is None or not results.rows:
+            raise
+        return results, True
+    assert results is not None
+    return results, False
+
+
+def _bytes(values: Mapping[str, Any]) -> dict[str, int]:
+    return {"memory": parse_bytes(values["memory"])} if "memory" in values else {}
 
 
 def bench_compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -54,30 +102,41 @@ def _chosen(options: argparse.Namespace, kind: type) -> dict[str, Any]:
     """What the command line gives of the fields of a config; sizes and names are lists there."""
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(kind)}
     chosen = {name: value for name, value in given.items() if value is not None}
-    for name in ("contexts", "batches"):
-        chosen[name] = parse_sizes(chosen[name])
-    return chosen
+    sizes = {name: parse_sizes(chosen[name]) for name in ("contexts", "batches") if name in chosen}
+    return chosen | sizes
 
 
 def _measure(
     options: argparse.Namespace, chosen: Options, measure: Callable[[], tuple[Results, Watch]]
 ) -> dict[str, Any]:
     """Runs, shows and keeps; whatever would stop a file from being written is found before anything is timed."""
+    _check_files(options)
+    with chosen.running():
+        results, watch = measure()
+        spent = watch.write(Path(options.profile)) if options.profile else {}
+    show(*tables(results), *_where(spent))
+    if options.plot is not None:
+        draw(results, options.plot)
+    _save(results, options)
+    return results.plain()
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """UserError for what could not be written."""
     for path in (options.save, options.profile, options.plot):
         if path is not None:
             _check_file(Path(path))
     if options.plot is not None:
         check_picture(options.plot)
-    with chosen.running():
-        results, watch = measure()
-        spent = watch.write(Path(options.profile)) if options.profile else {}
-    show(*tables(results), *(where_time_went(title, kinds) for title, kinds in spent.items()))
-    plain = results.plain()
-    if options.plot is not None:
-        draw(results, options.plot)
+
+
+def _where(spent: Mapping[str, dict[str, Spent]]) -> list[Table]:
+    return [where_time_went(title, kinds) for title, kinds in spent.items()]
+
+
+def _save(results: Results, options: argparse.Namespace) -> None:
     if options.save is not None:
-        durable.write_file(options.save, (json.dumps(plain, indent=1) + "\n").encode())
-    return plain
+        durable.write_file(options.save, (json.dumps(results.plain(), indent=1) + "\n").encode())
 
 
 def _check_file(path: Path) -> None:

@@ -15,11 +15,20 @@ from longwave.benchmarks.table import duration, table
 from longwave.config import require
 from longwave.errors import UserError
 
-_FREE = ("contexts", "batches", "ops", "threads", "device", "repeats")  # options that rows or the hardware tell
+_FREE = (
+    "contexts",
+    "batches",
+    "ops",
+    "threads",
+    "device",
+    "repeats",
+    "limit",
+    "memory",
+)  # options that rows or the hardware tell
 _FEWEST, _NOTABLE = 3, 0.05  # repeats that make a spread, and a difference of FLOPs or of peaks that is worth a line
 
 Key = tuple[str, int, int, str]
-Verdict = Literal["slower", "faster", "same"]
+Verdict = Literal["slower", "faster", "same", "unjudged"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +104,8 @@ def read(path: str | Path) -> Kept:
         kept = Kept(str(path), plain["kind"], options, hardware, models, peaks, rows)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged: a row or a table of it is not what bench ... --save writes") from None
-    few = min((figure.rounds for figure in rows.values()), default=0)
-    require(few >= _FEWEST, f"{path}: {few} repeats; a verdict needs the spread of {_FEWEST} or more (--repeats)")
+    most = max((figure.rounds for figure in rows.values()), default=0)
+    require(most >= _FEWEST, f"{path}: {most} repeats; a verdict needs the spread of {_FEWEST} or more (--repeats)")
     return kept
 
 
@@ -116,7 +125,8 @@ def compare(before: Kept, after: Kept, threshold: float) -> Comparison:
     """Every row of both, with a verdict.
 
     `slower`: each median lies beyond the other run's spread, and the ratio is more than `threshold` above 1; `faster`
-    likewise; else `same`. UserError for runs that measured different things.
+    likewise; `unjudged`: a run has too few rounds of it to tell a spread; else `same`. UserError for runs that measured
+    different things.
     """
     require(0 <= threshold < 1, f"threshold = {threshold}: a share, at least 0 and below 1, such as 0.05")
     _check_comparable(before, after)
@@ -145,6 +155,8 @@ def _model(model: Mapping[str, Any]) -> str:
 
 def _compared(key: Key, before: Figure, after: Figure, threshold: float) -> Compared:
     ratio = after.median / before.median
+    if min(before.rounds, after.rounds) < _FEWEST:
+        return Compared(*key, before, after, ratio, "unjudged")
     apart = not before.holds(after.median) and not after.holds(before.median)
     slower, faster = apart and ratio > 1 + threshold, apart and ratio < 1 / (1 + threshold)
     return Compared(*key, before, after, ratio, "slower" if slower else "faster" if faster else "same")
@@ -179,6 +191,8 @@ def compared_table(comparison: Comparison) -> list[RenderableType]:
         for row in comparison.rows
     ]
     notes = [f"{name}: {before} before, {after} after" for name, (before, after) in comparison.differs.items()]
+    if any(row.verdict == "unjudged" for row in comparison.rows):
+        notes.append(f"unjudged: of fewer than {_FEWEST} rounds (--repeats)")
     notes += [f"only in {comparison.before}: {label}" for label in comparison.only_before]
     notes += [f"only in {comparison.after}: {label}" for label in comparison.only_after]
     title = f"{comparison.before} (before) and {comparison.after} (after)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from math import ceil
 from pathlib import Path
@@ -14,7 +16,8 @@ from longwave.config import require
 from longwave.errors import UserError
 
 _SUFFIXES = (".svg", ".png")
-_INK, _QUIET, _LINE, _PAPER = "#20242a", "#646b76", "#e3e1da", "#ffffff"
+INK, QUIET, LINE = "#20242a", "#646b76", "#e3e1da"
+_PAPER = "#ffffff"
 _COLOURS = ("#1f65ad", "#b9691c", "#6d7480", "#2d8a68", "#7a4fa3")
 _COLUMNS = 2
 
@@ -31,39 +34,60 @@ def check_picture(path: str | Path) -> None:
 
 def draw(results: Results, path: str | Path) -> None:
     """Writes the picture; the same results give the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     groups = by_place(results.rows)
-    subjects = list(dict.fromkeys(row.subject for row in results.rows))
-    colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(subjects)}
+    colours = colours_of(row.subject for row in results.rows)
     columns, lines = min(_COLUMNS, len(groups)), ceil(len(groups) / _COLUMNS)
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "longwave",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "text.color": _INK,
-    }
-    with matplotlib.rc_context(style):
-        height = 0.9 + lines * (0.75 + 0.34 * max(map(len, groups)))
-        layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15, rect=(0, 0, 1, 1 - 0.6 / height))
-        figure = Figure(figsize=(6.2 * columns, height), facecolor=_PAPER, layout=layout)
-        _head(figure, results, height)
+    height = 0.9 + lines * (0.75 + 0.34 * max(map(len, groups)))
+    legend = "solid: up to the bound · pale: beyond it · line: spread of the rounds"
+    with drawing(path, (6.2 * columns, height), results, legend) as figure:
         axes = figure.subplots(lines, columns, squeeze=False)
         for index, place in enumerate(axes.flat):
             if index < len(groups):
                 _panel(place, groups[index], colours)
             else:
                 place.set_axis_off()
+
+
+@contextmanager
+def drawing(path: str | Path, size: tuple[float, float], results: Results, legend: str) -> Iterator[Any]:
+    """A figure of so many inches, headed by what was run, which is written when all is drawn on it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "longwave",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": INK,
+    }
+    with matplotlib.rc_context(style):
+        layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.15, rect=(0, 0, 1, 1 - 0.6 / size[1]))
+        figure = Figure(figsize=size, facecolor=_PAPER, layout=layout)
+        _head(figure, results, legend, size[1])
+        yield figure
         durable.write_file(path, _encoded(figure, Path(path).suffix[1:]))
 
 
-def _head(figure: Any, results: Results, height: float) -> None:
+def colours_of(subjects: Iterable[str]) -> dict[str, str]:
+    """A colour for every subject, in the order in which they first appear."""
+    return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(dict.fromkeys(subjects))}
+
+
+def plain_axes(axes: Any, title: str, unit: str) -> None:
+    """No frame but a quiet line below; a title on the left, and the unit of the horizontal axis on the right."""
+    axes.set_title(title, loc="left", fontsize=9.5, weight="bold")
+    axes.set_xlabel(unit, color=QUIET, fontsize=8, loc="right", labelpad=1)
+    axes.tick_params(length=0, colors=QUIET)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(LINE)
+    axes.set_axisbelow(True)
+
+
+def _head(figure: Any, results: Results, legend: str, height: float) -> None:
     first, *models = heading(results).splitlines()
-    legend = "solid: up to the bound · pale: beyond it · line: spread of the rounds"
     figure.text(0.01, 1 - 0.12 / height, f"longwave bench {first}", fontsize=10, weight="bold", va="top")
-    figure.text(0.01, 1 - 0.36 / height, "   ".join([*models, legend]), fontsize=8, color=_QUIET, va="top")
+    figure.text(0.01, 1 - 0.36 / height, "   ".join([*models, legend]), fontsize=8, color=QUIET, va="top")
 
 
 def _panel(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
@@ -72,21 +96,16 @@ def _panel(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
         time, bound, colour = 1e3 * row.timing.median, 1e3 * row.bound, colours[row.subject]
         axes.barh(level, time, height=0.56, color=colour, alpha=0.32)
         axes.barh(level, min(time, bound), height=0.56, color=colour)
-        axes.plot([1e3 * row.timing.low, 1e3 * row.timing.high], [level, level], color=_INK, linewidth=1.1)
-        axes.plot([bound, bound], [level - 0.36, level + 0.36], color=_INK, linewidth=1.6)
+        axes.plot([1e3 * row.timing.low, 1e3 * row.timing.high], [level, level], color=INK, linewidth=1.1)
+        axes.plot([bound, bound], [level - 0.36, level + 0.36], color=INK, linewidth=1.6)
         beside = max(1e3 * row.timing.high, bound)
         axes.annotate(beside_bound(row), (beside, level), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.subject for row in rows])
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, 1.7 * max(1e3 * max(row.timing.high, row.bound) for row in rows))
-    axes.set_title(rows[0].place, loc="left", fontsize=9.5, weight="bold")
-    axes.set_xlabel("ms", color=_QUIET, fontsize=8, loc="right", labelpad=1)
-    axes.tick_params(length=0, colors=_QUIET)
-    axes.tick_params(axis="y", labelcolor=_INK)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_LINE)
-    axes.grid(axis="x", color=_LINE, linewidth=0.6)
-    axes.set_axisbelow(True)
+    plain_axes(axes, rows[0].place, "ms")
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.grid(axis="x", color=LINE, linewidth=0.6)
 
 
 def _encoded(figure: Any, format: str) -> bytes:

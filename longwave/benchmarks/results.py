@@ -67,9 +67,9 @@ class Row:
     is of so many `tokens`. work: what it takes, and `bound` the least seconds for that at the machine's peaks. ratio:
     the time relative to the reference's, as the median over rounds; bound_ratio: the same of the bounds. retention: the
     share of the tokens entering each level that it kept; in decoding, the share of all tokens that got through it.
-    state_used, state_reserved: bytes of the context, of the whole batch. peak_memory: the most bytes that torch held at
-    a time during one run beyond those it held before. error: how far an op is from its reference, where it was
-    `checked`.
+    state_used, state_reserved: bytes of the context, of the whole batch; state_formula: what `longwave plan` gives for
+    it. peak_memory: the most bytes that torch held at a time during one run beyond those it held before (in `bench
+    context`: that its process held). error: how far an op is from its reference, where it was `checked`.
     """
 
     quantity: str
@@ -87,6 +87,7 @@ class Row:
     peak_memory: int | None = None
     error: float | None = None
     checked: str | None = None
+    state_formula: int | None = None
     ratio: float | None = None
     bound_ratio: float | None = None
 

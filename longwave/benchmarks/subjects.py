@@ -129,15 +129,20 @@ class Longwave:
     def _decoding(self, state: State, following: Tensor) -> Decoding:
         context, (batch, steps) = state.seen[0], following.shape
         state.reorder([0] * batch)
-        for slot in range(batch):
-            for part in (state.of(name, slot) for name in state.specs):
-                part.reserve(part.held + steps)
+        _make_room(state, steps)
+        recurs = any(spec.per_sequence for spec in state.specs.values())
+        snapshots = [state.snapshot(slot) for slot in range(batch)] if recurs else []
         used, reserved = state.used_bytes(), state.reserved_bytes()
 
         def advance() -> Tensor:
             return torch.stack([self._run(following[:, step], state) for step in range(steps)], dim=1)
 
         def forget() -> None:
+            if recurs:
+                for snapshot in snapshots:
+                    state.restore(snapshot)
+                _make_room(state, steps)
+                return
             for slot in range(batch):
                 state.truncate(slot, context)
 
@@ -147,12 +152,19 @@ class Longwave:
             return logits
 
         advance()
-        load = _load(self.model, state, context, steps)
+        load = met(self.model, state, context, steps)
         forget()
         return Decoding(run, load, used, reserved)
 
 
-def _load(model: Decoder, state: State, context: int, steps: int) -> Load:
+def _make_room(state: State, steps: int) -> None:
+    """So that so many steps of every slot allocate nothing."""
+    for slot in range(state.slots):
+        for part in (state.of(name, slot) for name in state.specs):
+            part.reserve(part.held + steps)
+
+
+def met(model: Decoder, state: State, context: int, steps: int) -> Load:
     """What decoding has met at each level, from a state that holds the context and the steps after it."""
     levels = {-1: Level.whole(context, state.slots, steps)}
     for resampler in model.resamplers:

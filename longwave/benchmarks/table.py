@@ -16,7 +16,7 @@ from longwave.benchmarks.results import Results, Row
 from longwave.plan import short_bytes
 
 _COMPARED = ("time ratio", "by bounds", "gain of bound")
-_LEFT = ("model", "form", "checked", "part", "verdict")
+_LEFT = ("model", "figure", "form", "checked", "part", "verdict")
 _BAR, _KINDS = 40, 10  # characters of the longest bar, and kinds of parts that are told apart
 _SOLID, _LIGHT, _AHEAD = "█", "░", "·"
 _PASSES = ("forward", "backward")
@@ -77,9 +77,10 @@ def _columns(rows: list[Row]) -> list[str]:
     first, of_op = rows[0], rows[0].error is not None
     columns = ["context", "batch", "form" if of_op else "model", "time", "spread", "bound"]
     columns += ["MBU" if first.mbu > first.mfu else "MFU", *(() if of_op else ("tokens/s",))]
-    columns += _COMPARED if first.ratio is not None else ()
+    columns += _COMPARED if any(row.ratio is not None for row in rows) else ()
     columns += ["retention"] if any(row.retention for row in rows) else ()
     columns += ["state", "reserved"] if first.state_used is not None else ()
+    columns += ["formula"] if first.state_formula is not None else ()
     columns += ["peak memory"] if first.peak_memory is not None else ()
     return columns + (["error", "checked"] if of_op else [])
 
@@ -97,17 +98,23 @@ def _cell(row: Row, column: str) -> str:
         "tokens/s": lambda: f"{row.tokens / timing.median:,.1f}",
         "MFU": lambda: f"{row.mfu:.0%}",
         "MBU": lambda: f"{row.mbu:.0%}",
-        "time ratio": lambda: f"{row.ratio:.3f}",
-        "by bounds": lambda: f"{row.bound_ratio:.3f}",
-        "gain of bound": lambda: f"{row.gain_of_bound:.3f}",
+        "time ratio": lambda: _ratio(row.ratio),
+        "by bounds": lambda: _ratio(row.bound_ratio),
+        "gain of bound": lambda: _ratio(row.gain_of_bound),
         "retention": lambda: " ".join(f"{share:.3f}" for share in row.retention),
         "state": lambda: short_bytes(row.state_used or 0),
         "reserved": lambda: short_bytes(row.state_reserved or 0),
+        "formula": lambda: short_bytes(row.state_formula or 0),
         "peak memory": lambda: short_bytes(row.peak_memory or 0),
         "error": lambda: f"{row.error:.1e}",
         "checked": lambda: row.checked or "",
     }
     return cells[column]()
+
+
+def _ratio(ratio: float | None) -> str:
+    """Nothing for a row that had none to be compared with."""
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
 def bars(rows: Sequence[Row]) -> Text:

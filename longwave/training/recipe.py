@@ -9,6 +9,7 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +103,11 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for override in overrides:
         _override(values, override)
     return _with_start(values)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with the package."""
+    return Path(str(files("longwave"))) / "recipes" / f"{name}.toml"
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""What is measured at growing contexts, and the dense model that it is held against."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from longwave.benchmarks.results import Options
+from longwave.config import ModelConfig, require
+from longwave.layout import parse
+
+
+@dataclass(frozen=True)
+class ContextOptions(Options):
+    """How a growing sequence is measured.
+
+    contexts: tokens at which it is looked at, ascending. chunk: tokens that are run at a time. decode_steps: tokens
+    decoded at each context, and forgotten again. limit: seconds after which a model is stopped. memory: bytes beyond
+    its weights that a model may take; by default what is free. text: a file or folder, or None for the Python standard
+    library. repeats: passes over the whole sequence.
+    """
+
+    contexts: tuple[int, ...] = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
+    repeats: int = 1
+    chunk: int = 4096
+    decode_steps: int = 16
+    limit: float = 600.0
+    memory: int | None = None
+    retention: Literal["forced", "real"] = "real"
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ascending = all(before < after for before, after in pairwise(self.contexts))
+        require(ascending, f"contexts = {list(self.contexts)}: ascending, since one sequence grows through them")
+        require(self.batches == (1,), f"batches = {list(self.batches)}: one sequence grows, so (1,)")
+        for name in ("chunk", "decode_steps"):
+            require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more tokens")
+        require(self.limit > 0, f"limit = {self.limit:g}: more than 0 seconds")
+        require(self.memory is None or self.memory > 0, f"memory = {self.memory}: 1 or more bytes, such as 8G")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of text that a run needs: beyond the longest context, one more chunk or the decoded tokens."""
+        return self.contexts[-1] + max(self.chunk, self.decode_steps + 1)
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The same shape with full attention in every block, and no resamplers.
+
+    Sections that only other parts read are those that may be missing, which is how this drops the ones it does not use.
+    """
+    optional = {field.name: None for field in dataclasses.fields(config) if field.default is None}
+    attention = dataclasses.replace(config.attention, window=None)
+    layout = f"{parse(config.layout).depth}F"
+    return dataclasses.replace(config, layout=layout, attention=attention, **optional)
