@@ -35,6 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longwave.errors import UserError
 from longwave.laws import ALL, Law
 from longwave.layers.block import BLOCKS
 from longwave.mixers import MIXERS
@@ -599,6 +600,39 @@ def test_a_snapshot_follows_its_sequence_to_another_slot():
 def test_a_sequence_named_twice_in_one_stream_is_refused():
     with pytest.raises(ValueError, match="name a sequence twice"):
         model_of("block F").state(2).stream([1, 1], [1, 1])
+
+
+def test_a_place_past_32_bits_is_refused():
+    state = model_of("block F").state()
+    state._sequences[0].seen = (1 << 31) - 2
+    state.stream([2])
+    with pytest.raises(UserError, match="a sequence of 2,147,483,649 tokens: places are counted up to 2,147,483,647"):
+        state.stream([3])
+
+
+def test_entries_that_sum_up_tokens_are_the_same_in_any_pieces_and_after_a_cut():
+    """Three tokens each, one every two; what a cut has made incomplete is made again."""
+    spec = StateSpec({"key": PerToken(2, 3), "sums": PerToken(2, 3, width=3, every=2)})
+
+    def summed(keys: Tensor) -> Tensor:
+        return keys.unfold(1, 3, 2).sum(-1)
+
+    extents, keys = Extents(spec, torch.float64, torch.device("cpu")), torch.randn(2, 60, 3, dtype=torch.float64)
+    draw, length = random.Random(0), 0
+    for _ in range(200):
+        if draw.random() < 0.2:
+            length = draw.randint(0, length)
+            extents.truncate(length)
+        size = draw.randint(0, min(9, 60 - length))
+        extents.append(key=keys[:, length : length + size])
+        length += size
+        count = max(0, (length - 3) // 2 + 1)
+        assert spec.per_token["sums"].count(length) == count
+        if draw.random() < 0.7:
+            expected = summed(keys[:, :length]) if count else keys[:, :0]
+            assert torch.equal(extents.sum_up("sums", "key", summed), expected)
+            assert torch.equal(extents.copy().view("sums"), expected)
+            assert extents.used_bytes == (length + count) * 2 * 3 * 8
 
 
 # --- what training and sharding rely on -------------------------------------------------------------------------------

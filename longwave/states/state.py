@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longwave.errors import UserError
 from longwave.states.extents import Extents
 from longwave.states.spec import StateSpec
 from longwave.stream import Stream
+
+LAST_PLACE = (1 << 31) - 1  # what a place in a sequence may be, in a level's state and in lists of blocks
 
 
 @dataclass(eq=False)
@@ -74,6 +77,9 @@ class State:
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} name a sequence twice")
         starts = [self._sequences[slot].seen for slot in slots]
+        longest = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
+        if longest > LAST_PLACE + 1:
+            raise UserError(f"a sequence of {longest:,} tokens: places are counted up to {LAST_PLACE:,}")
         return Stream.of(lengths, starts=starts, slots=slots, device=self.device)
 
     def advance(self, stream: Stream) -> None:

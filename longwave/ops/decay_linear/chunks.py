@@ -97,16 +97,16 @@ class Decays:
 
     @classmethod
     def of(cls, log_decay: Float[Tensor, "E H"], chunks: Chunks, constant: bool) -> Decays:
-        """log_decay: (1, H) if `constant`, otherwise (T, H). Padding does not decay."""
-        size, filled = chunks.size, chunks.filled
+        """log_decay: (1, H) if `constant`, otherwise (T, H). Padding does not decay. Sums are made in double precision."""
+        size, filled, exact = chunks.size, chunks.filled, log_decay.double()
         if constant:
-            steps = torch.arange(1, size + 1, device=log_decay.device, dtype=log_decay.dtype)
-            total = log_decay.T.unsqueeze(0) * steps.view(1, 1, -1)  # (1, H, C)
-            last = log_decay.unsqueeze(2) * filled.view(-1, 1, 1)  # (N, H, 1)
+            steps = torch.arange(1, size + 1, device=log_decay.device)
+            total = exact.T.unsqueeze(0) * steps.view(1, 1, -1)  # (1, H, C)
+            last = exact.unsqueeze(2) * filled.view(-1, 1, 1)  # (N, H, 1)
         else:
-            total = chunks.cut(log_decay).cumsum(1).transpose(1, 2)  # (N, H, C)
+            total = chunks.cut(exact).cumsum(1).transpose(1, 2)  # (N, H, C)
             last = total[..., -1:]
         later = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).triu(1)
-        between = (total.unsqueeze(3) - total.unsqueeze(2)).clamp(max=0).exp().masked_fill(later, 0)
-        until = (last - total).clamp(max=0).exp()
-        return cls(total.exp().unsqueeze(3), between, until.unsqueeze(3), last.exp().unsqueeze(3))
+        between = (total.unsqueeze(3) - total.unsqueeze(2)).clamp(max=0).masked_fill(later, -torch.inf)
+        exponents = (total.unsqueeze(3), between, (last - total).clamp(max=0).unsqueeze(3), last.unsqueeze(3))
+        return cls(*(exponent.to(log_decay.dtype).exp() for exponent in exponents))

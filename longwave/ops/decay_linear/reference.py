@@ -15,13 +15,13 @@ def decay_linear_attention(
     scale: float,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """S = exp(g) S + k v^T, then o = scale q S, for each run, in the precision of the states."""
-    pieces = (tensor.to(states.dtype).split(lengths) for tensor in (query, key, value))
-    decays = log_decay.exp().to(states.dtype).expand(query.shape[0], -1).split(lengths)
-    outputs, finals = [value.to(states.dtype)[:0]], []
-    for q, k, v, decay, state in zip(*pieces, decays, states, strict=True):
+    """S = exp(g) S + k v^T, then o = scale q S, for each run, in double precision."""
+    pieces = (tensor.double().split(lengths) for tensor in (query, key, value))
+    decays = log_decay.double().exp().expand(query.shape[0], -1).split(lengths)
+    outputs, finals = [value.double()[:0]], []
+    for q, k, v, decay, state in zip(*pieces, decays, states.double(), strict=True):
         for t in range(q.shape[0]):
             state = decay[t, :, None, None] * state + torch.matmul(k[t].unsqueeze(2), v[t].unsqueeze(1))
             outputs.append(scale * torch.einsum("hk,hkv->hv", q[t], state).unsqueeze(0))
         finals.append(state)
-    return torch.cat(outputs).to(value.dtype), torch.stack(finals) if finals else states
+    return torch.cat(outputs).to(value.dtype), torch.stack(finals).to(states.dtype) if finals else states
