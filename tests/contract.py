@@ -6,7 +6,7 @@ what all the others need, goes into `NEEDS`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -173,6 +173,6 @@ def sequences(most: int = 24, least: int = 1) -> st.SearchStrategy[list[int]]:
     return st.lists(st.integers(0, VOCABULARY - 1), min_size=least, max_size=most)
 
 
-def cuts_of(draw: st.DrawFn, length: int, most: int = 8) -> list[int]:
+def cuts_of(draw: Callable[..., Any], length: int, most: int = 8) -> list[int]:
     """Places to cut a sequence of `length` at, ascending; a place may come twice, which makes an empty piece."""
     return sorted(draw(st.lists(st.integers(0, length), max_size=most)))

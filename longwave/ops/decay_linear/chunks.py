@@ -97,7 +97,7 @@ class Decays:
 
     @classmethod
     def of(cls, log_decay: Float[Tensor, "E H"], chunks: Chunks, constant: bool) -> Decays:
-        """log_decay: (1, H) if `constant`, otherwise (T, H). Padding does not decay. Sums are made in double precision."""
+        """log_decay: (1, H) if `constant`, otherwise (T, H), added up in double precision. Padding does not decay."""
         size, filled, exact = chunks.size, chunks.filled, log_decay.double()
         if constant:
             steps = torch.arange(1, size + 1, device=log_decay.device)
