@@ -20,8 +20,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from longwave.errors import UserError
+from longwave.ops import compiled
 from longwave.ops.attention import ByRun, attention, by_run
-from longwave.ops.block_sparse import differentiable, reference, tiles
+from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, compress, windows
 
 __all__ = ["FORMS", "Form", "Geometry", "attend", "block_sparse_attention", "choose", "compress", "select", "windows"]
@@ -43,15 +44,21 @@ class Form:
 FORMS: dict[str, Form] = {
     "reference": Form(reference.select, reference.attend),
     "torch": Form(tiles.select, partial(differentiable.attend, differentiable.TILES)),
+    "compiled": Form(kernels.select, kernels.attend),
 }
 
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that block-sparse attention will run and why."""
+    missing = compiled.why_not() if form in (None, "compiled") else None
+    if form is None and missing is None:
+        return "compiled", "scores, choice and attention on a CPU; tiles of queries in torch elsewhere"
     if form is None:
-        return "torch", "tiles of queries"
+        return "torch", f"tiles of queries; no compiled kernels: {missing}"
     if form not in FORMS:
         raise UserError(f"block_sparse form {form!r} does not exist; use one of {', '.join(FORMS)}")
+    if missing is not None:
+        raise UserError(f"block_sparse form 'compiled' is not to be had here: {missing}; use torch")
     return form, "asked for"
 
 

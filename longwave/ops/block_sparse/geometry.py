@@ -6,14 +6,13 @@ Legend: `N` keys of one run, `G` KV heads, `K` head size, `n` windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from longwave.errors import UserError
-
-_COARSER = 4  # times as wide and as far apart as the fine windows are the coarse ones
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Geometry:
     init_blocks: int
     local_blocks: int
     topk: int
+
+    coarser: ClassVar[int] = 4  # times as wide and as far apart as the fine windows are the coarse ones
 
     def __post_init__(self) -> None:
         least = {"kernel_size": 1, "stride": 1, "block_size": 1, "init_blocks": 0, "local_blocks": 0, "topk": 1}
@@ -60,7 +61,7 @@ class Geometry:
     @property
     def coarse(self) -> tuple[int, int]:
         """Width and stride of the windows that make the softmax's denominator."""
-        return _COARSER * self.kernel_size, _COARSER * self.stride
+        return self.coarser * self.kernel_size, self.coarser * self.stride
 
 
 def windows(tokens: int, width: int, stride: int) -> int:
