@@ -98,14 +98,35 @@ INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, i
     lay_pairs(backward ? keys : values, a->is_bf16, PIECE, a->size, t->pairs, paired);
 }
 
+/* The block at a query's place in its list; beyond all others behind its last. */
+INLINE int64_t at_cursor(const task *a, const tile *t, int64_t query) {
+    const int32_t *list = a->blocks + (t->group * a->tokens + t->start + query) * a->topk;
+    int32_t block = t->cursors[query] < a->topk ? list[t->cursors[query]] : -1;
+    return block < 0 ? INT64_MAX : block;
+}
+
+/* Fetches the first piece of the block that comes next in the tile's lists. */
+INLINE void fetch_next(const task *a, const tile *t) {
+    int64_t block = INT64_MAX;
+    for (int64_t q = 0; q < t->count; q++)
+        block = at_cursor(a, t, q) < block ? at_cursor(a, t, q) : block;
+    if (block == INT64_MAX)
+        return;
+    array keys = {a->keys, a->is_bf16}, values = {a->values, a->is_bf16};
+    for (int64_t i = 0; i < PIECE && i < a->block_size; i++)
+        for (int64_t k = 0; k < a->size; k += CHUNK) {
+            prefetch(keys, t->group * a->key_group + (block * a->block_size + i) * a->key_token + k, 0);
+            prefetch(values, t->group * a->value_group + (block * a->block_size + i) * a->value_token + k, 0);
+        }
+}
+
 /* The next block of the tile's lists -> its number and the rows that see it (of queries whose cursor has moved). */
 INLINE int64_t next_block(const task *a, tile *t, int64_t *queries, int64_t *count) {
     int64_t block = INT64_MAX;
     *count = 0;
     for (int64_t q = 0; q < t->count; q++) {
-        const int32_t *list = a->blocks + (t->group * a->tokens + t->start + q) * a->topk;
-        int64_t own = t->cursors[q] < a->topk ? list[t->cursors[q]] : -1;
-        if (own < 0 || own > block)
+        int64_t own = at_cursor(a, t, q);
+        if (own == INT64_MAX || own > block)
             continue;
         if (own < block)
             *count = 0;
@@ -136,6 +157,7 @@ INLINE void walk(const task *a, tile *t, int backward, int paired) {
     memset(t->cursors, 0, t->count * sizeof *t->cursors);
     while ((block = next_block(a, t, queries, &count)) != INT64_MAX) {
         int64_t start = block * a->block_size, end = start + a->block_size;
+        fetch_next(a, t);
         for (int64_t from = start; from < end; from += PIECE) {
             int64_t rows = rows_that_see(a, t, queries, count, from, end), last = a->first + t->start + t->count;
             if (!rows)

@@ -21,9 +21,13 @@
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE16(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vec_i32){__VA_ARGS__})
+#define SHUFFLE16(a, b, ...) __builtin_shuffle(a, b, (vec_i16){__VA_ARGS__})
 #endif
+
+typedef int16_t vec_i16 __attribute__((vector_size(64)));
 
 static const vec_i32 PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const float ZEROS[256]; /* a row of nothing, of at most 256 fp32 entries */
@@ -102,17 +106,30 @@ INLINE void lay_columns(const void *const *rows, int is_bf16, int64_t depth, int
         }
 }
 
+/* CHUNK numbers of two rows of bf16, side by side. */
+INLINE void interleave(const void *one, const void *other, int64_t at, float *out) {
+    vec_i16 a, b, low, high;
+    memcpy(&a, (const int16_t *)one + at, sizeof a);
+    memcpy(&b, (const int16_t *)other + at, sizeof b);
+    low = SHUFFLE16(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44,
+                    13, 45, 14, 46, 15, 47);
+    high = SHUFFLE16(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27,
+                     59, 28, 60, 29, 61, 30, 62, 31, 63);
+    memcpy(out, &low, sizeof low);
+    memcpy(out + LANES, &high, sizeof high);
+}
+
 /* `count` rows (even) of K entries -> (cells of count, K): entry k of cell p is of the rows of that cell. */
 INLINE void lay_pairs(const void *const *rows, int is_bf16, int64_t count, int64_t size, float *out, int paired) {
     for (int64_t p = 0; p < cells(count, paired); p++)
-        for (int64_t k = 0; k < size; k += LANES) {
-            vec cell;
+        for (int64_t k = 0; k < size; k += CHUNK) {
+            float *to = out + p * size + k;
             if (paired) {
-                array low = {rows[2 * p], 1}, high = {rows[2 * p + 1], 1};
-                cell = (vec)(((vec_u32)load(low, k) >> 16) | (vec_u32)load(high, k));
-            } else
-                cell = load((array){rows[p], is_bf16}, k);
-            store_f32(out + p * size + k, cell);
+                interleave(rows[2 * p], rows[2 * p + 1], k, to);
+                continue;
+            }
+            store_f32(to, load((array){rows[p], is_bf16}, k));
+            store_f32(to + LANES, load((array){rows[p], is_bf16}, k + LANES));
         }
 }
 

@@ -131,10 +131,13 @@ INLINE vec exp_negative(vec x) { return exp2_of(x * LOG2E); }
 INLINE float largest_of(vec x) {
     half_vec parts[2];
     memcpy(parts, &x, sizeof parts);
-    float most = parts[0][0];
-    for (int i = 0; i < 8; i++) {
-        most = parts[0][i] > most ? parts[0][i] : most;
-        most = parts[1][i] > most ? parts[1][i] : most;
-    }
-    return most;
+    typedef int32_t half_i32 __attribute__((vector_size(32)));
+    half_i32 more = parts[1] > parts[0];
+    half_vec eight = (half_vec)(((half_i32)parts[1] & more) | ((half_i32)parts[0] & ~more));
+    float most[4];
+    for (int i = 0; i < 4; i++)
+        most[i] = eight[i] > eight[i + 4] ? eight[i] : eight[i + 4];
+    most[0] = most[0] > most[2] ? most[0] : most[2];
+    most[1] = most[1] > most[3] ? most[1] : most[3];
+    return most[0] > most[1] ? most[0] : most[1];
 }
