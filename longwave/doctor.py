@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from longwave.ops import attention, linear
+from longwave.ops import attention, block_sparse, linear
 from longwave.version import __version__
 
 _OPTIONAL = {"tensorboard": "track"}
@@ -27,7 +27,8 @@ def facts() -> dict[str, str]:
         "bf16 matrix products": "fast" if fast_bf16() else "slow on this CPU: train in fp32",
         "devices": ", ".join(devices()),
     }
-    for name, (form, reason) in {"attention": attention.choose(), "linear": linear.choose()}.items():
+    ops = {"attention": attention, "block_sparse": block_sparse, "linear": linear}
+    for name, (form, reason) in {name: op.choose() for name, op in ops.items()}.items():
         found[f"op {name}"] = f"{form} ({reason})"
     found["op cross_entropy"] = "torch (chunks of rows; the only form)"
     for package, extra in _OPTIONAL.items():

@@ -23,10 +23,12 @@ from longwave.ops.block_sparse import (
     FORMS,
     Geometry,
     attend,
+    attended_pairs,
     block_sparse_attention,
     choose,
     compress,
     reference,
+    scored_pairs,
     select,
     tiles,
     windows,
@@ -104,6 +106,19 @@ def test_windows_are_counted_when_they_are_complete():
     assert {n: windows(n, *PUBLISHED.fine) for n in fine} == fine
     assert {n: windows(n, *PUBLISHED.coarse) for n in coarse} == coarse
     assert [windows(t + 1, *PUBLISHED.fine) for t in (30, 31, 46, 47)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("geometry", [PUBLISHED, TINY, replace(TINY, init_blocks=0, local_blocks=0, topk=1)], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 31, 130, 500])
+def test_pairs_are_those_of_every_query(geometry: Geometry, tokens: int):
+    """Counted one query at a time: its own keys, or of a full list all but those of its block that come later."""
+    for below in (0, 60):
+        dense = [t < max(geometry.topk * geometry.block_size, below - 1) for t in range(tokens)]
+        size = geometry.block_size
+        seen = [t + 1 if d else geometry.topk * size - (size - 1 - t % size) for t, d in enumerate(dense)]
+        assert attended_pairs(tokens, geometry, below) == sum(seen)
+        compared = [windows(t + 1, *geometry.fine) + windows(t + 1, *geometry.coarse) for t in range(tokens)]
+        assert scored_pairs(tokens, geometry, below) == sum(c for c, d in zip(compared, dense, strict=True) if not d)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -372,7 +387,7 @@ def test_gradcheck_of_given_blocks(form, heads, groups):
 @fast_forms
 def test_given_blocks_are_gathered_a_few_queries_at_a_time(form, monkeypatch: pytest.MonkeyPatch):
     normal = normals(form)
-    monkeypatch.setattr(tiles, "_GATHERED", 1 << 16)
+    monkeypatch.setattr(tiles, "budget_of", lambda device: 1 << 16)
     query, keys, values = normal(300, 4, 16), normal(2, 300, 16, seed=1), normal(2, 300, 16, seed=2)
     blocks, inputs = lists(2, 300, 0, 8, 6), [one.requires_grad_() for one in (query, keys, values)]
     with Peak() as peak:

@@ -23,14 +23,24 @@ from longwave.errors import UserError
 from longwave.ops import compiled
 from longwave.ops.attention import ByRun, attention, by_run
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
-from longwave.ops.block_sparse.geometry import Geometry, compress, windows
+from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, scored_pairs, windows
 
-__all__ = ["FORMS", "Form", "Geometry", "attend", "block_sparse_attention", "choose", "compress", "select", "windows"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "Geometry",
+    "attend",
+    "attended_pairs",
+    "block_sparse_attention",
+    "choose",
+    "compress",
+    "scored_pairs",
+    "select",
+    "windows",
+]
 
 Denominator: TypeAlias = Literal["coarse", "exact"]
 Compressed: TypeAlias = "tuple[Float[Tensor, 'G _ K'], Float[Tensor, 'G _ K']]"
-
-_BUDGET = 1 << 26  # bytes of scores that are held at once
 
 
 @dataclass(frozen=True)
@@ -71,15 +81,16 @@ def select(
     *,
     scale: float,
     denominator: Denominator = "coarse",
-    budget: int = _BUDGET,
+    budget: int | None = None,
     form: str = "torch",
 ) -> Int32[Tensor, "G T topk"]:
     """The blocks that each query sees, ascending, -1 behind the last; query i stands at place first + i of its run.
 
     fine, coarse: `compress` of its keys. denominator: of the softmax whose weights score windows, "exact" over the fine
-    windows themselves. Of blocks that score alike the one before is taken. budget: bytes to work in, about.
+    windows themselves. Of blocks that score alike the one before is taken. budget: bytes of scores held at once, about.
     """
-    return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", budget)
+    most = tiles.budget_of(query.device) if budget is None else budget
+    return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", most)
 
 
 def attend(
@@ -117,7 +128,7 @@ def block_sparse_attention(
     of its keys, made here by default. dense_below: a query sees everything while its context, itself included, is
     shorter than this, and in any case while that is at most `topk` blocks.
     """
-    dense = max(geometry.topk * geometry.block_size, dense_below - 1)  # places of a run before this one
+    dense = geometry.dense(dense_below)
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         if max(lengths, default=0) <= dense:
             return attention(query, keys, values, lengths, scale=scale, form=form)

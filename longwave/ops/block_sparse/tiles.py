@@ -14,8 +14,10 @@ from torch import Tensor
 
 from longwave.ops.block_sparse.geometry import Geometry, windows
 
-_GATHERED = 1 << 23  # bytes of keys that a tile of queries gathers, about: more leaves the caches of a CPU,
-_GATHERED_ELSEWHERE = 1 << 28  # and less leaves a GPU idle
+
+def budget_of(device: torch.device) -> int:
+    """Bytes for a tile to work in: more would leave the caches of a CPU, less would leave a GPU idle."""
+    return 1 << 23 if device.type == "cpu" else 1 << 28
 
 
 @torch.no_grad()
@@ -154,8 +156,7 @@ def _tiles(
     """Rows of queries, the places (G, C, S) of the keys of their blocks, and which of those they see."""
     groups, tokens, topk = blocks.shape
     one = groups * topk * block_size * keys.shape[2] * torch.promote_types(keys.dtype, torch.float32).itemsize
-    most = _GATHERED if keys.device.type == "cpu" else _GATHERED_ELSEWHERE
-    step, inside = max(1, most // one), torch.arange(block_size, device=blocks.device)
+    step, inside = max(1, budget_of(keys.device) // one), torch.arange(block_size, device=blocks.device)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         at = (blocks[:, rows, :, None].long() * block_size + inside).flatten(2)
