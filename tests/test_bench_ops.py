@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pkgutil import iter_modules
 from typing import Any
 
@@ -21,14 +22,16 @@ from longwave.benchmarks.results import Row
 from longwave.benchmarks.timing import Timing
 from longwave.costs import Peaks, visible_pairs
 from longwave.errors import MachineError, UserError
-from longwave.ops import compiled
+from longwave.ops import block_sparse, compiled
 from longwave.ops.attention import FORMS, sdpa
-from longwave.ops.benchmark import Case
+from longwave.ops.benchmark import Case, forms_here
 from longwave.ops.cross_entropy import reference
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_size": 32, "hidden_size": 32, "vocab_size": 50}
 OPTIONS = OpsOptions(contexts=(24,), batches=(2,), repeats=2, device="cpu", **SIZES)
 PREFILL, DECODE = "attention prefill, forward", "attention decode, forward"
+SPARSE_PREFILL, SPARSE_DECODE = (f"block_sparse {use}, 6 blocks of 8" for use in ("prefill", "decode"))
+SPARSE = [f"{SPARSE_PREFILL}, forward", f"{SPARSE_PREFILL}, forward + backward", f"{SPARSE_DECODE}, forward"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,7 @@ def test_rows_hold_to_the_formulas():
     assert [quantity for quantity, form in rows if form == "torch"] == [
         *(PREFILL, f"attention prefill, {both}", DECODE),
         *("cross_entropy, forward", f"cross_entropy, {both}", *(f"linear 32 to {size}, forward" for size in (32, 50))),
+        *SPARSE,
     ]
     prefill, whole = rows[PREFILL, "torch"], rows[f"attention prefill, {both}", "torch"]
     assert prefill.work.flops == 4 * 4 * 32 * 2 * sum(range(1, 25))
@@ -96,6 +100,27 @@ def test_a_window_is_timed_beside_the_whole_past():
     assert (PREFILL, "torch") in rows
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_block_sparse_attention_is_timed_where_it_chooses(dtype: Any):
+    """Work of 60 tokens, of which twelve choose 6 of their 7 or 8 blocks, and of one token after 59."""
+    rows = rows_of(replace(OPTIONS, contexts=(60,), ops=("block_sparse",), dtype=dtype))
+    assert {(quantity, form) for quantity, form in rows} == set(product(SPARSE, forms_here(block_sparse.FORMS)))
+    seen = [t + 1 if t < 48 else 5 * 8 + t % 8 + 1 for t in range(60)]
+    compared = [(t + 1 - 4) // 2 + 1 + (t + 1 - 16) // 8 + 1 for t in range(48, 60)]
+    of_head = 2 * 4 * 32  # sequences, heads, head size
+    assert rows[SPARSE[0], "torch"].work.flops == of_head * (4 * sum(seen) + 2 * sum(compared))
+    assert rows[SPARSE[1], "torch"].work.flops == of_head * (12 * sum(seen) + 2 * sum(compared))
+    decode = rows[SPARSE[2], "torch"].work
+    assert decode.flops == of_head * (4 * seen[-1] + 2 * compared[-1])
+    assert decode.bytes == 2 * 2 * 32 * (2 if dtype == "bf16" else 4) * (2 * seen[-1] + compared[-1])
+
+
+def test_long_contexts_are_timed_at_the_published_sizes():
+    assert [case.quantity for case in cases("block_sparse", contexts=(6145,))] == [
+        f"block_sparse {use}, 96 blocks of 64" for use in ("prefill", "decode")
+    ]
+
+
 @pytest.mark.parametrize(("tokens", "window"), [(7, None), (7, 3), (7, 9), (1, 1)])
 def test_visible_pairs_are_those_of_a_mask(tokens: int, window: int | None):
     mask = torch.ones(tokens, tokens).tril()
@@ -116,7 +141,7 @@ def test_a_form_that_is_registered_is_timed_against_the_one_that_models_run(monk
 def test_compiled_forms_are_timed_where_they_apply():
     rows = rows_of(OPTIONS)
     of_compiled = [quantity for quantity, form in rows if form == "compiled"]
-    assert of_compiled == [DECODE, "linear 32 to 32, forward", "linear 32 to 50, forward"]
+    assert of_compiled == [DECODE, "linear 32 to 32, forward", "linear 32 to 50, forward", *SPARSE]
     assert [rows[DECODE, form].ratio == 1 for form in ("torch", "compiled")] == [False, True]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_company_changes_nothing(name: str, data: st.DataObject):
         assert distance(logits, alone(model, tokens)) <= CLOSE
 
 
-def interleaved(model: Decoder, runs: list[list[int]], draw: st.DrawFn) -> list[Tensor]:
+def interleaved(model: Decoder, runs: list[list[int]], draw: Callable[..., Any]) -> list[Tensor]:
     """Logits of sequences that progress piece by piece, some in each call, empty pieces among them."""
     state, done = model.state(len(runs)), [0] * len(runs)
     logits: list[list[Tensor]] = [[] for _ in runs]

@@ -26,6 +26,7 @@ from longwave.costs import Peaks, Work
 from longwave.device import device_of, dtype_of
 from longwave.ops.attention import benchmark as attention
 from longwave.ops.benchmark import WHOLE, Case, Shape
+from longwave.ops.block_sparse import benchmark as block_sparse
 from longwave.ops.cross_entropy import benchmark as cross_entropy
 from longwave.ops.linear import benchmark as linear
 from longwave.progress import say
@@ -34,6 +35,7 @@ OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "attention": attention.cases,
     "cross_entropy": cross_entropy.cases,
     "linear": linear.cases,
+    "block_sparse": block_sparse.cases,
 }
 _COLD, _ROUND, _MOST_COPIES = 1 << 28, 0.05, 256  # bytes beyond any cache, seconds that make a round
 

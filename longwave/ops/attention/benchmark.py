@@ -30,7 +30,7 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     tokens = shape.batch * shape.context
     query = shape.normal("query", tokens, shape.heads, shape.head_size)
     key, value = (shape.normal(name, tokens, shape.kv_heads, shape.head_size) for name in ("key", "value"))
-    lengths, rows = (shape.context,) * shape.batch, _sample(tokens, shape)
+    lengths, rows = (shape.context,) * shape.batch, sample(tokens, shape)
     options = {"window": window, "scale": shape.head_size**-0.5}
     pairs = shape.batch * visible_pairs(shape.context, window)
     flops, read = 4 * shape.heads * shape.head_size * pairs, sum(one.nbytes for one in (query, key, value))
@@ -84,7 +84,7 @@ def _suffix(window: int | None) -> str:
     return "" if window is None else f", window {window:,}"
 
 
-def _sample(tokens: int, shape: Shape) -> Tensor | None:
+def sample(tokens: int, shape: Shape) -> Tensor | None:
     """Rows to check, of the later halves of their runs and the last of all; None for all of few.
 
     The gradients of the first rows are differences of large numbers, which would hide those of the others.

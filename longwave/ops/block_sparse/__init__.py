@@ -20,16 +20,27 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from longwave.errors import UserError
+from longwave.ops import compiled
 from longwave.ops.attention import ByRun, attention, by_run
-from longwave.ops.block_sparse import differentiable, reference, tiles
-from longwave.ops.block_sparse.geometry import Geometry, compress, windows
+from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
+from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, scored_pairs, windows
 
-__all__ = ["FORMS", "Form", "Geometry", "attend", "block_sparse_attention", "choose", "compress", "select", "windows"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "Geometry",
+    "attend",
+    "attended_pairs",
+    "block_sparse_attention",
+    "choose",
+    "compress",
+    "scored_pairs",
+    "select",
+    "windows",
+]
 
 Denominator: TypeAlias = Literal["coarse", "exact"]
 Compressed: TypeAlias = "tuple[Float[Tensor, 'G _ K'], Float[Tensor, 'G _ K']]"
-
-_BUDGET = 1 << 26  # bytes of scores that are held at once
 
 
 @dataclass(frozen=True)
@@ -43,15 +54,21 @@ class Form:
 FORMS: dict[str, Form] = {
     "reference": Form(reference.select, reference.attend),
     "torch": Form(tiles.select, partial(differentiable.attend, differentiable.TILES)),
+    "compiled": Form(kernels.select, kernels.attend),
 }
 
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that block-sparse attention will run and why."""
+    missing = compiled.why_not() if form in (None, "compiled") else None
+    if form is None and missing is None:
+        return "compiled", "scores, choice and attention on a CPU; tiles of queries in torch elsewhere"
     if form is None:
-        return "torch", "tiles of queries"
+        return "torch", f"tiles of queries; no compiled kernels: {missing}"
     if form not in FORMS:
         raise UserError(f"block_sparse form {form!r} does not exist; use one of {', '.join(FORMS)}")
+    if missing is not None:
+        raise UserError(f"block_sparse form 'compiled' is not to be had here: {missing}; use torch")
     return form, "asked for"
 
 
@@ -64,15 +81,16 @@ def select(
     *,
     scale: float,
     denominator: Denominator = "coarse",
-    budget: int = _BUDGET,
+    budget: int | None = None,
     form: str = "torch",
 ) -> Int32[Tensor, "G T topk"]:
     """The blocks that each query sees, ascending, -1 behind the last; query i stands at place first + i of its run.
 
     fine, coarse: `compress` of its keys. denominator: of the softmax whose weights score windows, "exact" over the fine
-    windows themselves. Of blocks that score alike the one before is taken. budget: bytes to work in, about.
+    windows themselves. Of blocks that score alike the one before is taken. budget: bytes of scores held at once, about.
     """
-    return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", budget)
+    most = tiles.budget_of(query.device) if budget is None else budget
+    return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", most)
 
 
 def attend(
@@ -111,7 +129,7 @@ def block_sparse_attention(
     shorter than this (or this of its run), and in any case while that is at most `topk` blocks.
     """
     below = (dense_below,) * len(lengths) if isinstance(dense_below, int) else dense_below
-    dense = [max(geometry.topk * geometry.block_size, one - 1) for one in below]  # places of a run before this one
+    dense = [geometry.dense(one) for one in below]
     if isinstance(keys, Tensor) and isinstance(values, Tensor):
         if all(length <= bound for length, bound in zip(lengths, dense, strict=True)):
             return attention(query, keys, values, lengths, scale=scale, form=form)

@@ -6,14 +6,13 @@ Legend: `N` keys of one run, `G` KV heads, `K` head size, `n` windows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from longwave.errors import UserError
-
-_COARSER = 4  # times as wide and as far apart as the fine windows are the coarse ones
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Geometry:
     local_blocks: int
     topk: int
 
+    coarser: ClassVar[int] = 4  # times as wide and as far apart as the fine windows are the coarse ones
+
     def __post_init__(self) -> None:
         least = {"kernel_size": 1, "stride": 1, "block_size": 1, "init_blocks": 0, "local_blocks": 0, "topk": 1}
         for name, lowest in least.items():
@@ -47,6 +48,10 @@ class Geometry:
         """Blocks that are always seen: the first ones, the query's own, and those before it."""
         return self.init_blocks + self.local_blocks + 1
 
+    def dense(self, below: int) -> int:
+        """The place from which on a query chooses, where those whose context is shorter than `below` see everything."""
+        return max(self.topk * self.block_size, below - 1)
+
     @property
     def strides(self) -> int:
         """Strides of a block; windows r b - 1 ... r b + r - 1 overlap block b, r being these."""
@@ -60,12 +65,26 @@ class Geometry:
     @property
     def coarse(self) -> tuple[int, int]:
         """Width and stride of the windows that make the softmax's denominator."""
-        return _COARSER * self.kernel_size, _COARSER * self.stride
+        return self.coarser * self.kernel_size, self.coarser * self.stride
 
 
 def windows(tokens: int, width: int, stride: int) -> int:
     """How many complete windows so many tokens hold; those that a query at place t sees are of t + 1 tokens."""
     return max(0, (tokens - width) // stride + 1)
+
+
+def attended_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int:
+    """Pairs of a query and a key that it attends to, in a run of so many tokens."""
+    dense = min(tokens, geometry.dense(dense_below))
+    late, size = torch.arange(dense, tokens), geometry.block_size
+    return dense * (dense + 1) // 2 + int(((geometry.topk - 1) * size + late % size + 1).sum())
+
+
+def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int:
+    """Pairs of a query and a window, fine or coarse, that it is compared with to choose blocks."""
+    context = torch.arange(geometry.dense(dense_below), max(tokens, geometry.dense(dense_below))) + 1
+    sizes = (geometry.fine, geometry.coarse)
+    return sum(int(((context - width) // stride + 1).clamp(min=0).sum()) for width, stride in sizes)
 
 
 @torch.no_grad()

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from longwave.ops.block_sparse.geometry import Geometry, windows
 
-_GATHERED = 1 << 26  # bytes of keys that a tile of queries gathers, about
+
+def budget_of(device: torch.device) -> int:
+    """Bytes for a tile to work in: more would leave the caches of a CPU, less would leave a GPU idle."""
+    return 1 << 23 if device.type == "cpu" else 1 << 28
 
 
 @torch.no_grad()
@@ -113,10 +116,9 @@ def forward(
     sums = query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
     for rows, at, seen in _tiles(query, keys, blocks, first, block_size):
         logits = _tile_logits(query[rows], keys, at, seen, scale)
-        total = logits.logsumexp(-1, keepdim=True)
-        mixed = logits.sub_(total).exp_() @ _gather(values, at)
-        output[rows] = _stream(mixed).to(output.dtype)
-        sums[rows] = _stream(total).squeeze(-1)
+        weights = logits.softmax(-1)
+        output[rows] = _stream(weights @ _gather(values, at)).to(output.dtype)
+        sums[rows] = _stream(logits.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()).squeeze(-1)
     return output, sums
 
 
@@ -154,7 +156,7 @@ def _tiles(
     """Rows of queries, the places (G, C, S) of the keys of their blocks, and which of those they see."""
     groups, tokens, topk = blocks.shape
     one = groups * topk * block_size * keys.shape[2] * torch.promote_types(keys.dtype, torch.float32).itemsize
-    step, inside = max(1, _GATHERED // one), torch.arange(block_size, device=blocks.device)
+    step, inside = max(1, budget_of(keys.device) // one), torch.arange(block_size, device=blocks.device)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         at = (blocks[:, rows, :, None].long() * block_size + inside).flatten(2)
@@ -171,8 +173,8 @@ def _tile_logits(query: Tensor, keys: Tensor, at: Tensor, seen: Tensor, scale: f
 
 def _gather(entries: Tensor, at: Tensor) -> Tensor:
     """(G, N, K) at places (G, C, S) -> (G, C, S, K), in fp32 or better."""
-    group = torch.arange(len(entries), device=at.device).view(-1, 1, 1)
-    return entries[group, at].to(torch.promote_types(entries.dtype, torch.float32))
+    chosen = torch.stack([entry.index_select(0, place.flatten()) for entry, place in zip(entries, at, strict=True)])
+    return chosen.unflatten(1, at.shape[1:]).to(torch.promote_types(entries.dtype, torch.float32))
 
 
 def _scatter(entries: Tensor, at: Tensor, parts: Tensor) -> None:

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -99,21 +99,45 @@ INLINE float sum(vec x) {
     return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-/* e^x for x <= 0, to 2e-7 relative: e^x = 2^n 2^f with |f| <= 1/2, and the Taylor polynomial of 2^f; below -87 it is 0. */
-INLINE vec exp_negative(vec x) {
-    vec scaled = x * 1.44269504088896341f;
-    vec_i32 under = scaled < -126.0f;
-    scaled = (vec)(((vec_i32)scaled & ~under) | ((vec_i32)splat(-126.0f) & under));
-    vec_i32 n = __builtin_convertvector(scaled - 0.5f, vec_i32); /* towards zero, so to nearest for what is negative */
-    vec f = (scaled - __builtin_convertvector(n, vec)) * 0.693147180559945309f;
-    vec p = splat(1.0f / 5040);
-    p = p * f + 1.0f / 720;
-    p = p * f + 1.0f / 120;
-    p = p * f + 1.0f / 24;
-    p = p * f + 1.0f / 6;
-    p = p * f + 0.5f;
+/* 2^x to 2e-7 relative: 2^n 2^f with |f| <= 1/2, and the polynomial of 2^f of least relative error with p(0) = 1. */
+INLINE vec exp2_of(vec x) {
+#ifdef __AVX512F__
+    x = (vec)_mm512_min_ps((__m512)splat(200), _mm512_max_ps((__m512)splat(-200), (__m512)x)); /* NaN stays */
+    vec n = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    vec_i32 under = x < -127.0f, over = x > 128.0f;
+    x = (vec)(((vec_i32)x & ~under & ~over) | ((vec_i32)splat(-127) & under) | ((vec_i32)splat(128) & over));
+    vec half = (vec)(((vec_i32)x & INT32_MIN) | (vec_i32)splat(0.5f));
+    vec_i32 whole = __builtin_convertvector(x + half, vec_i32); /* towards zero */
+    vec n = __builtin_convertvector(whole, vec);
+#endif
+    vec f = x - n;
+    vec p = splat(1.32647239e-3f);
+    p = p * f + 9.67151287e-3f;
+    p = p * f + 5.55073375e-2f;
+    p = p * f + 0.240222421f;
+    p = p * f + 0.693146978f;
     p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    vec_i32 power = (n + 127) << 23;
-    return (vec)((vec_i32)(p * (vec)power) & ~under);
+#ifdef __AVX512F__
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (vec)((whole + 127) << 23);
+#endif
+}
+
+#define LOG2E 1.44269504088896341f
+INLINE vec exp_negative(vec x) { return exp2_of(x * LOG2E); }
+
+INLINE float largest_of(vec x) {
+    half_vec parts[2];
+    memcpy(parts, &x, sizeof parts);
+    typedef int32_t half_i32 __attribute__((vector_size(32)));
+    half_i32 more = parts[1] > parts[0];
+    half_vec eight = (half_vec)(((half_i32)parts[1] & more) | ((half_i32)parts[0] & ~more));
+    float most[4];
+    for (int i = 0; i < 4; i++)
+        most[i] = eight[i] > eight[i + 4] ? eight[i] : eight[i + 4];
+    most[0] = most[0] > most[2] ? most[0] : most[2];
+    most[1] = most[1] > most[3] ? most[1] : most[3];
+    return most[0] > most[1] ? most[0] : most[1];
 }

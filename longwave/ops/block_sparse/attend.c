@@ -1,0 +1,276 @@
+/* Attention of queries to their blocks of keys, and the gradient of the queries (flash attention, Dao et al. 2022).
+ *
+ * Tiles of neighbouring queries walk through the union of their lists, so that a piece of keys is laid out once for all
+ * that see it; every head of a query keeps its own softmax. A query's result does not depend on the rest of its tile.
+ * Legend: T queries and N keys, H query heads, G KV heads, R = H / G, K head size.
+ */
+
+#include "attend.h"
+
+#define TOGETHER 128 /* rows of a tile, about */
+
+/* One thread's tile: queries start ... start + count - 1 of a group, and where what is known of them lies. */
+typedef struct {
+    int64_t group, start, count, depth;
+    float *cells, *slopes;                  /* (count R, depth) of the queries, and of the gradients of the output */
+    float *mixed;                           /* (count R, K): weighted sums of values, or gradients of the queries */
+    float *most, *totals;                   /* (count R), (count R, LANES): largest score, sums of the weights */
+    float *keys, *values, *pairs, *weights; /* a piece: columns of keys and of values, pairs of one, (ROWS, PIECE) */
+    int32_t *cursors, *rows, *seen;         /* places in the lists; rows that see a piece, and how many keys of it */
+} tile;
+
+/* Scores of rows, in units of log 2 -> -inf for keys that a row does not see. */
+INLINE void scores_of(const task *a, const tile *t, const float *cells, const float *columns, const int32_t *row,
+                      int rows, vec scores[ROWS][VECTORS], int paired) {
+    (void)a;
+    const float *cell[ROWS];
+    for (int r = 0; r < rows; r++)
+        cell[r] = cells + row[r] * t->depth;
+    products(cell, columns, t->depth, VECTORS, rows, VECTORS, scores, paired);
+}
+
+INLINE vec_i32 hidden(int vector, int32_t seen) { return PLACES + (int32_t)(vector * LANES) >= seen; }
+
+/* Adds a piece to the softmax of `rows` rows. */
+INLINE void attend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
+    vec scores[ROWS][VECTORS], change = splat(0);
+    scores_of(a, t, t->cells, t->keys, row, rows, scores, paired);
+    for (int r = 0; r < rows; r++) {
+        vec most = splat(t->most[row[r]]);
+        for (int v = 0; v < VECTORS; v++) {
+            scores[r][v] *= a->scale * LOG2E;
+            if (seen[r] < PIECE)
+                scores[r][v] = pick(hidden(v, seen[r]), splat(-INFINITY), scores[r][v]);
+            most = larger(most, scores[r][v]);
+        }
+        float largest = largest_of(most);
+        change[r] = t->most[row[r]] - largest;
+        t->most[row[r]] = largest;
+    }
+    change = exp2_of(change);
+    float *out[ROWS], share[ROWS];
+    const float *weights[ROWS];
+    for (int r = 0; r < rows; r++) {
+        share[r] = change[r];
+        vec total = share[r] * load_f32(t->totals + row[r] * LANES);
+        for (int v = 0; v < VECTORS; v++) {
+            scores[r][v] = exp2_of(scores[r][v] - t->most[row[r]]);
+            total += scores[r][v];
+        }
+        store_f32(t->totals + row[r] * LANES, total);
+        store_cells(t->weights + r * PIECE, scores[r], VECTORS, paired);
+        weights[r] = t->weights + r * PIECE;
+        out[r] = t->mixed + row[r] * a->size;
+    }
+    mix(out, share, weights, t->pairs, cells(PIECE, paired), a->size, rows, paired);
+}
+
+/* Adds to the gradients of `rows` rows what a piece gives: dq = scale sum_n p_n (do . v_n - do . o) k_n. */
+INLINE void bend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
+    vec scores[ROWS][VECTORS], slopes[ROWS][VECTORS];
+    scores_of(a, t, t->cells, t->keys, row, rows, scores, paired);
+    scores_of(a, t, t->slopes, t->values, row, rows, slopes, paired);
+    float *out[ROWS], share[ROWS];
+    const float *weights[ROWS];
+    for (int r = 0; r < rows; r++) {
+        int64_t at = row_of(a, t->group, t->start, row[r]);
+        for (int v = 0; v < VECTORS; v++) {
+            vec weight = exp2_of(scores[r][v] * (a->scale * LOG2E) - a->sums[at] * LOG2E);
+            slopes[r][v] = weight * (slopes[r][v] - a->dots[at]) * a->scale;
+            slopes[r][v] = pick(hidden(v, seen[r]), splat(0), slopes[r][v]);
+        }
+        store_cells(t->weights + r * PIECE, slopes[r], VECTORS, paired);
+        share[r] = 1;
+        weights[r] = t->weights + r * PIECE;
+        out[r] = t->mixed + row[r] * a->size;
+    }
+    mix(out, share, weights, t->pairs, cells(PIECE, paired), a->size, rows, paired);
+}
+
+/* Lays out the keys from ... end - 1, at most PIECE. */
+INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, int backward, int paired) {
+    const void *keys[PIECE], *values[PIECE];
+    find_rows(a->keys, a->is_bf16, a->key_group, a->key_token, t->group, from, end, keys);
+    find_rows(a->values, a->is_bf16, a->value_group, a->value_token, t->group, from, end, values);
+    lay_columns(keys, a->is_bf16, t->depth, VECTORS, 1, LANES, t->keys, paired);
+    if (backward)
+        lay_columns(values, a->is_bf16, t->depth, VECTORS, 1, LANES, t->values, paired);
+    lay_pairs(backward ? keys : values, a->is_bf16, PIECE, a->size, t->pairs, paired);
+}
+
+/* The block at a query's place in its list; beyond all others behind its last. */
+INLINE int64_t at_cursor(const task *a, const tile *t, int64_t query) {
+    const int32_t *list = a->blocks + (t->group * a->tokens + t->start + query) * a->topk;
+    int32_t block = t->cursors[query] < a->topk ? list[t->cursors[query]] : -1;
+    return block < 0 ? INT64_MAX : block;
+}
+
+/* Fetches the first piece of the block that comes next in the tile's lists. */
+INLINE void fetch_next(const task *a, const tile *t) {
+    int64_t block = INT64_MAX;
+    for (int64_t q = 0; q < t->count; q++)
+        block = at_cursor(a, t, q) < block ? at_cursor(a, t, q) : block;
+    if (block == INT64_MAX)
+        return;
+    array keys = {a->keys, a->is_bf16}, values = {a->values, a->is_bf16};
+    for (int64_t i = 0; i < PIECE && i < a->block_size; i++)
+        for (int64_t k = 0; k < a->size; k += CHUNK) {
+            prefetch(keys, t->group * a->key_group + (block * a->block_size + i) * a->key_token + k, 0);
+            prefetch(values, t->group * a->value_group + (block * a->block_size + i) * a->value_token + k, 0);
+        }
+}
+
+/* The next block of the tile's lists -> its number and the rows that see it (of queries whose cursor has moved). */
+INLINE int64_t next_block(const task *a, tile *t, int64_t *queries, int64_t *count) {
+    int64_t block = INT64_MAX;
+    *count = 0;
+    for (int64_t q = 0; q < t->count; q++) {
+        int64_t own = at_cursor(a, t, q);
+        if (own == INT64_MAX || own > block)
+            continue;
+        if (own < block)
+            *count = 0;
+        block = own;
+        queries[(*count)++] = q;
+    }
+    for (int64_t i = 0; i < *count; i++)
+        t->cursors[queries[i]]++;
+    return block;
+}
+
+/* The rows of these queries that see keys from `from` on of a block that ends at `end` -> how many rows. */
+INLINE int64_t rows_that_see(const task *a, tile *t, const int64_t *queries, int64_t count, int64_t from, int64_t end) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t last = a->first + t->start + queries[i] + 1, seen = (last < end ? last : end) - from;
+        for (int64_t head = 0; head < a->ratio && seen > 0; head++) {
+            t->rows[rows] = (int32_t)(queries[i] * a->ratio + head);
+            t->seen[rows++] = (int32_t)(seen < PIECE ? seen : PIECE);
+        }
+    }
+    return rows;
+}
+
+/* Every block of the tile's lists, a piece at a time. */
+INLINE void walk(const task *a, tile *t, int backward, int paired) {
+    int64_t queries[t->count], count, block;
+    memset(t->cursors, 0, t->count * sizeof *t->cursors);
+    while ((block = next_block(a, t, queries, &count)) != INT64_MAX) {
+        int64_t start = block * a->block_size, end = start + a->block_size;
+        fetch_next(a, t);
+        for (int64_t from = start; from < end; from += PIECE) {
+            int64_t rows = rows_that_see(a, t, queries, count, from, end), last = a->first + t->start + t->count;
+            if (!rows)
+                break;
+            lay_piece(a, t, from, end < last ? end : last, backward, paired);
+            for (int64_t i = 0; i < rows; i += rows - i >= ROWS ? ROWS : 1) {
+                const int32_t *row = t->rows + i, *seen = t->seen + i;
+                if (backward && rows - i >= ROWS)
+                    bend_rows(a, t, row, seen, ROWS, paired);
+                else if (backward)
+                    bend_rows(a, t, row, seen, 1, paired);
+                else if (rows - i >= ROWS)
+                    attend_rows(a, t, row, seen, ROWS, paired);
+                else
+                    attend_rows(a, t, row, seen, 1, paired);
+            }
+        }
+    }
+}
+
+/* Lays out the rows of a tile, and for the backward pass the gradients of the outputs and their products with these. */
+INLINE void begin(const task *a, tile *t, int backward, int paired) {
+    array query = {a->query, a->is_bf16}, slope = {a->slope, a->is_bf16}, output = {a->output, a->is_bf16};
+    for (int64_t row = 0; row < t->count * a->ratio; row++) {
+        int64_t at = row_of(a, t->group, t->start, row);
+        lay_row(array_at(query, at * a->size), a->is_bf16, t->depth, t->cells + row * t->depth, paired);
+        t->most[row] = -INFINITY;
+        store_f32(t->totals + row * LANES, splat(0));
+        memset(t->mixed + row * a->size, 0, a->size * sizeof *t->mixed);
+        if (!backward)
+            continue;
+        lay_row(array_at(slope, at * a->size), a->is_bf16, t->depth, t->slopes + row * t->depth, paired);
+        vec dot = splat(0);
+        for (int64_t k = 0; k < a->size; k += LANES)
+            dot += load(slope, at * a->size + k) * load(output, at * a->size + k);
+        a->dots[at] = sum(dot);
+    }
+}
+
+/* Writes a tile's outputs and log-sum-exp, or the gradients of its queries. */
+INLINE void finish(const task *a, const tile *t, int backward) {
+    for (int64_t row = 0; row < t->count * a->ratio; row++) {
+        int64_t at = row_of(a, t->group, t->start, row);
+        float total = backward ? 1 : sum(load_f32(t->totals + row * LANES));
+        for (int64_t k = 0; k < a->size; k++)
+            put(backward ? a->of_query : a->output, a->is_bf16, at * a->size + k, t->mixed[row * a->size + k] / total);
+        if (!backward)
+            a->sums[at] = (t->most[row] + log2f(total)) / LOG2E;
+    }
+}
+
+INLINE void attend_of_tile(const task *a, tile *t, int backward, int paired) {
+    begin(a, t, backward, paired);
+    walk(a, t, backward, paired);
+    finish(a, t, backward);
+}
+
+static void forward_paired(const task *a, tile *t) { attend_of_tile(a, t, 0, PAIRED(1)); }
+static void forward_single(const task *a, tile *t) { attend_of_tile(a, t, 0, 0); }
+static void backward_paired(const task *a, tile *t) { attend_of_tile(a, t, 1, PAIRED(1)); }
+static void backward_single(const task *a, tile *t) { attend_of_tile(a, t, 1, 0); }
+
+/* Cuts a thread's room into what its tiles need; returns how many floats that is. */
+static int64_t furnish(const task *a, tile *t, int64_t queries, float *base) {
+    room left = {base, 0};
+    int64_t rows = queries * a->ratio;
+    t->cells = cut(&left, rows * t->depth);
+    t->slopes = cut(&left, rows * t->depth);
+    t->mixed = cut(&left, rows * a->size);
+    t->most = cut(&left, rows);
+    t->totals = cut(&left, rows * LANES);
+    t->keys = cut(&left, PIECE * t->depth);
+    t->values = cut(&left, PIECE * t->depth);
+    t->pairs = cut(&left, PIECE * a->size);
+    t->weights = cut(&left, ROWS * PIECE);
+    t->cursors = (int32_t *)cut(&left, queries);
+    t->rows = (int32_t *)cut(&left, rows);
+    t->seen = (int32_t *)cut(&left, rows);
+    return left.used;
+}
+
+static int run(const task *a, void (*of_tile)(const task *, tile *)) {
+    int64_t queries = TOGETHER / a->ratio > 0 ? TOGETHER / a->ratio : 1, failed = 0;
+    queries = queries < a->tokens ? queries : a->tokens;
+    int64_t tiles = (a->tokens + queries - 1) / queries;
+    int64_t work = a->tokens * a->groups * a->ratio * a->size * a->topk * a->block_size;
+    tile shape = {.depth = cells(a->size, PAIRED(a->is_bf16))};
+#pragma omp parallel num_threads(a->threads) if (work >= WORTH_THREADS)
+    {
+        tile t = shape;
+        float *floats = aligned_alloc(64, furnish(a, &t, queries, NULL) * sizeof *floats);
+        if (!floats)
+#pragma omp atomic write
+            failed = 1;
+        else
+            furnish(a, &t, queries, floats);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t g = 0; g < a->groups; g++)
+            for (int64_t i = 0; i < tiles; i++) {
+                if (!floats)
+                    continue;
+                t.group = g;
+                t.start = i * queries;
+                t.count = a->tokens - t.start < queries ? a->tokens - t.start : queries;
+                of_tile(a, &t);
+            }
+        free(floats);
+    }
+    return (int)failed;
+}
+
+/* Fills `output` and `sums`; returns 1 if there is no memory. */
+int longwave_attend(const task *a) { return run(a, PAIRED(a->is_bf16) ? forward_paired : forward_single); }
+
+/* Fills `of_query` and `dots` from `output`, `sums` and `slope`; returns 1 if there is no memory. */
+int longwave_attend_queries(const task *a) { return run(a, PAIRED(a->is_bf16) ? backward_paired : backward_single); }

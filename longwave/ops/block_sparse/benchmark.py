@@ -1,0 +1,105 @@
+"""How block-sparse attention is timed: whole prompts, forward and backward, and one query of each sequence.
+
+Legend: `B` sequences of `N` tokens, `T` = B N, `H` query heads, `G` KV heads, `K` head size.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from longwave.costs import Work
+from longwave.ops.attention.benchmark import sample
+from longwave.ops.benchmark import Case, Shape, forms_here
+from longwave.ops.block_sparse import FORMS, block_sparse_attention, choose, compress
+from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
+
+_PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
+_SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
+
+
+def cases(shape: Shape) -> list[Case]:
+    """A prompt and a decoding step: at the sizes of MiniCPM-SALA where the context is longer than what they see."""
+    geometry = _PUBLISHED if shape.context > _PUBLISHED.dense(0) else _SMALL
+    return [_prefill(shape, geometry), _decode(shape, geometry)]
+
+
+def _name(use: str, geometry: Geometry) -> str:
+    return f"block_sparse {use}, {geometry.topk} blocks of {geometry.block_size}"
+
+
+def _prefill(shape: Shape, geometry: Geometry) -> Case:
+    """Every token of B sequences chooses among the blocks of its past and attends, in the layout of a stream."""
+    tokens, size = shape.batch * shape.context, shape.head_size
+    query = shape.normal("query", tokens, shape.heads, size)
+    key, value = (shape.normal(name, tokens, shape.kv_heads, size) for name in ("key", "value"))
+    lengths, rows = (shape.context,) * shape.batch, sample(tokens, shape)
+    run = partial(block_sparse_attention, lengths=lengths, geometry=geometry, scale=size**-0.5)
+    attended = 4 * shape.heads * size * shape.batch * attended_pairs(shape.context, geometry)
+    scored = 2 * shape.heads * size * shape.batch * scored_pairs(shape.context, geometry)
+    read = sum(one.nbytes for one in (query, key, value))
+    return Case(
+        _name("prefill", geometry),
+        shape.context,
+        tokens,
+        (query, key, value),
+        {name: partial(run, form=name) for name in forms_here(FORMS)},
+        choose()[0],
+        partial(_rows_of_prefill, rows=rows, shape=shape, geometry=geometry),
+        Work(attended + scored, read),
+        Work(2 * attended, 2 * read),
+        rows,
+    )
+
+
+def _rows_of_prefill(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, shape: Shape, geometry: Geometry
+) -> Tensor:
+    """The reference of those rows, of all by default, each the last query of the keys before it.
+
+    Windows are rounded to the type of the keys that are timed, so that the same blocks are chosen.
+    """
+    found = []
+    for row in range(len(query)) if rows is None else rows.tolist():
+        seen = slice(row - row % shape.context, row + 1)
+        keys, values = (side[seen].transpose(0, 1) for side in (key, value))
+        fine, coarse = (compress(keys.to(shape.dtype), *size).to(key) for size in (geometry.fine, geometry.coarse))
+        options = {"scale": shape.head_size**-0.5, "compressed": [(fine, coarse)], "form": "reference"}
+        found.append(block_sparse_attention(query[row : row + 1], [keys], [values], (1,), geometry, **options))
+    return torch.cat(found)
+
+
+def _decode(shape: Shape, geometry: Geometry) -> Case:
+    """One query of each of B sequences attends to N remembered keys, whose windows are remembered as well."""
+    past = (shape.batch, shape.kv_heads, shape.context, shape.head_size)
+    query = shape.normal("query", shape.batch, shape.heads, shape.head_size)
+    keys, values = shape.normal("keys", *past), shape.normal("values", *past)
+    fine, coarse = (
+        compress(keys.flatten(0, 1), *size).unflatten(0, past[:2]) for size in (geometry.fine, geometry.coarse)
+    )
+    last = shape.context - 1
+    attended = attended_pairs(last + 1, geometry) - attended_pairs(last, geometry)
+    scored = scored_pairs(last + 1, geometry) - scored_pairs(last, geometry)
+    token = shape.batch * shape.kv_heads * shape.head_size * keys.element_size()
+    work = 4 * attended + 2 * scored
+    run = partial(_decode_of, geometry=geometry)
+    return Case(
+        _name("decode", geometry),
+        shape.context,
+        shape.batch,
+        (query, keys, values, fine, coarse),
+        {name: partial(run, form=name) for name in forms_here(FORMS)},
+        choose()[0],
+        partial(run, form="reference"),
+        Work(shape.batch * shape.heads * shape.head_size * work, token * (2 * attended + scored)),
+    )
+
+
+def _decode_of(
+    query: Tensor, keys: Tensor, values: Tensor, fine: Tensor, coarse: Tensor, geometry: Geometry, form: str
+) -> Tensor:
+    past, kept = (list(keys.unbind()), list(values.unbind())), list(zip(fine.unbind(), coarse.unbind(), strict=True))
+    options = {"scale": query.shape[-1] ** -0.5, "compressed": kept, "form": form}
+    return block_sparse_attention(query, *past, (1,) * len(query), geometry, **options)
