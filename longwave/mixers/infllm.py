@@ -15,12 +15,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.config import InfllmConfig, ModelConfig
-from longwave.costs import visible_pairs
 from longwave.laws import ALL, Law, Laws
 from longwave.layers.linear import Linear
 from longwave.mixers.base import Site
 from longwave.mixers.full import FullAttention, Keys
-from longwave.ops.block_sparse import FORMS, Compressed, Geometry, block_sparse_attention, choose, compress, windows
+from longwave.ops.block_sparse import (
+    FORMS,
+    Compressed,
+    Geometry,
+    block_sparse_attention,
+    choose,
+    compress,
+    windows,
+)
+from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
 from longwave.states import PerToken, State, StateSpec
 from longwave.stream import Stream
 
@@ -82,15 +90,21 @@ class InfllmAttention(FullAttention):
 
     def _dense_below(self, keys: Keys, stream: Stream) -> tuple[int, ...]:
         """Per run, the context below which a query sees all of it."""
-        shape = self.config
         totals = stream.lengths if isinstance(keys, Tensor) else [key.shape[1] for key in keys]
+        return tuple(map(self._threshold, totals))
+
+    def _threshold(self, total: int) -> int:
+        """The context below which a query sees all of it, in a call after which the sequence has `total` tokens."""
+        shape = self.config
         match shape.regime:
-            case "auto_published":
-                return tuple(_ALWAYS if total < shape.dense_len else 0 for total in totals)
+            case "dense":
+                return _ALWAYS
+            case "sparse":
+                return 0
             case "auto":
-                return (shape.dense_len,) * len(totals)
-            case _:
-                return (0,) * len(totals)
+                return shape.dense_len
+            case "auto_published":
+                return _ALWAYS if total < shape.dense_len else 0
 
     def _compressed(self, stream: Stream, state: State) -> list[Compressed]:
         """The windows of every run, of which the state makes those that the newest keys have completed."""
@@ -121,53 +135,27 @@ class InfllmAttention(FullAttention):
     def read_bytes(self, context: int, dtype: torch.dtype) -> int:
         """All keys and values below the threshold, the windows and the chosen blocks above it."""
         spec = self.state_spec()
-        if context < self._dense(context + 1):
+        if context < self.geometry.dense(self._threshold(context + 1)):
             return sum(spec.per_token[name].bytes(context, dtype) for name in ("key", "value"))
         chosen = (self.geometry.topk - 1) * self.geometry.block_size + context % self.geometry.block_size
         sizes = {"key": chosen, "value": chosen, **dict.fromkeys(self._sizes(), context + 1)}
         return sum(spec.per_token[name].bytes(tokens, dtype) for name, tokens in sizes.items())
 
     def prefill_flops(self, tokens: int) -> int:
-        dense = min(tokens, self._dense(tokens))
-        block = self.geometry.block_size
-        seen = (tokens - dense) * ((self.geometry.topk - 1) * block + 1) + _into(tokens, block) - _into(dense, block)
-        pairs = visible_pairs(dense) + seen
+        pairs = attended_pairs(tokens, self.geometry, self._threshold(tokens))
         return tokens * self._linear_flops() + 4 * self.heads * self.head_size * pairs + self.unlearned_flops(tokens)
 
     def unlearned_flops(self, tokens: int) -> int:
-        dense = min(tokens, self._dense(tokens))
-        scored = sum(_all_windows(tokens, *size) - _all_windows(dense, *size) for size in self._sizes().values())
-        return 2 * self.heads * self.head_size * scored
+        exact = self.config.denominator == "exact"
+        return 2 * self.heads * self.head_size * scored_pairs(tokens, self.geometry, self._threshold(tokens), exact)
 
     def decode_flops(self, context: int) -> int:
         seen, scored = context + 1, 0
-        if context >= self._dense(context + 1):
+        if context >= self.geometry.dense(self._threshold(context + 1)):
             seen = (self.geometry.topk - 1) * self.geometry.block_size + context % self.geometry.block_size + 1
             scored = sum(windows(context + 1, *size) for size in self._sizes().values())
         return self._linear_flops() + self.heads * self.head_size * (4 * seen + 2 * scored)
 
-    def _dense(self, tokens: int) -> int:
-        """Places before this one see everything, in a sequence of `tokens`."""
-        if self.sees_all:
-            return _ALWAYS
-        least = self.geometry.topk * self.geometry.block_size
-        longest = {"auto": self.config.dense_len - 1, "sparse": 0}.get(self.config.regime)
-        if longest is None:
-            longest = _ALWAYS if tokens < self.config.dense_len else 0
-        return max(least, longest)
-
     def _linear_flops(self) -> int:
         gate = 0 if self.o_gate is None else 2 * self.o_gate.in_features * self.o_gate.out_features
         return super()._linear_flops() + gate
-
-
-def _all_windows(tokens: int, width: int, stride: int) -> int:
-    """Windows that the queries of a sequence see in all: the sum of `windows(n)` for n = 1 ... tokens."""
-    whole, rest = divmod(max(0, tokens - width + 1), stride)
-    return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
-
-
-def _into(tokens: int, block: int) -> int:
-    """How far the places of a sequence stand into their blocks, added up."""
-    whole, rest = divmod(tokens, block)
-    return whole * (block * (block - 1) // 2) + rest * (rest - 1) // 2

@@ -80,10 +80,10 @@ def attended_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int
     return dense * (dense + 1) // 2 + int(((geometry.topk - 1) * size + late % size + 1).sum())
 
 
-def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int:
-    """Pairs of a query and a window, fine or coarse, that it is compared with to choose blocks."""
+def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0, exact: bool = False) -> int:
+    """Pairs of a query and a window, fine or (but for an exact denominator) coarse, that it is compared with."""
     context = torch.arange(geometry.dense(dense_below), max(tokens, geometry.dense(dense_below))) + 1
-    sizes = (geometry.fine, geometry.coarse)
+    sizes = (geometry.fine,) if exact else (geometry.fine, geometry.coarse)
     return sum(int(((context - width) // stride + 1).clamp(min=0).sum()) for width, stride in sizes)
 
 
