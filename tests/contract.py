@@ -80,6 +80,10 @@ def _cases() -> dict[str, Case]:
             "L subllm(0.6: L subllm(0.6: S L) L) L",
             {"lightning": LightningConfig(distance="original"), "infllm": SPARSE},
         ),
+        "subllm around a hybrid": Case(
+            "2S subllm(0.64: 3L S 3L S subllm(0.64: 4L) 3L) 2S",
+            {"subllm": SubllmConfig(selection="causal"), **NEEDS["S"]},
+        ),
         "linear layers of MiniMax": Case("3L", {"lightning": MINIMAX}),
         "linear layers of TransNormer, fewer KV heads": Case(
             "3L", {"lightning": LightningConfig(kv_heads=2, slopes="transnormer", silu="qk", rotary=False, scale="1")}

@@ -30,6 +30,7 @@ from longwave.ops.cross_entropy import reference
 SIZES = {"heads": 4, "kv_heads": 2, "head_size": 32, "hidden_size": 32, "vocab_size": 50}
 OPTIONS = OpsOptions(contexts=(24,), batches=(2,), repeats=2, device="cpu", **SIZES)
 PREFILL, DECODE = "attention prefill, forward", "attention decode, forward"
+LINEAR = [f"decay_linear {use}" for use in ("prefill, forward", "prefill, forward + backward", "decode, forward")]
 SPARSE_PREFILL, SPARSE_DECODE = (f"block_sparse {use}, 6 blocks of 8" for use in ("prefill", "decode"))
 SPARSE = [f"{SPARSE_PREFILL}, forward", f"{SPARSE_PREFILL}, forward + backward", f"{SPARSE_DECODE}, forward"]
 
@@ -65,8 +66,13 @@ def test_rows_hold_to_the_formulas():
     assert [quantity for quantity, form in rows if form == "torch"] == [
         *(PREFILL, f"attention prefill, {both}", DECODE),
         *("cross_entropy, forward", f"cross_entropy, {both}", *(f"linear 32 to {size}, forward" for size in (32, 50))),
+        *LINEAR,
         *SPARSE,
     ]
+    beside = [quantity for quantity, form in rows if form == "dense attention"]
+    assert beside == list(LINEAR[:2])
+    pairs, recurrence = (rows[LINEAR[0], form].work.flops for form in ("dense attention", "torch"))
+    assert (pairs, recurrence) == (4 * 4 * 32 * 2 * sum(range(1, 25)), 4 * 48 * 4 * 32 * 32)
     prefill, whole = rows[PREFILL, "torch"], rows[f"attention prefill, {both}", "torch"]
     assert prefill.work.flops == 4 * 4 * 32 * 2 * sum(range(1, 25))
     assert (whole.work.flops, whole.tokens) == (3 * prefill.work.flops, 48)
@@ -78,6 +84,9 @@ def test_rows_hold_to_the_formulas():
     assert (head.work.flops, head.work.bytes) == (2 * 2 * 50 * 32, 4 * 32 * (2 + 50))
     for row in rows.values():
         assert row.bound == max(row.work.flops / 1e9, row.work.bytes / 1e9)
+        if row.subject == "dense attention":
+            assert (row.error, row.checked) == (None, "another function")
+            continue
         assert row.error is not None
         assert row.error < 1e-5
         assert row.checked == "all"

@@ -28,6 +28,7 @@ from longwave.ops.attention import benchmark as attention
 from longwave.ops.benchmark import WHOLE, Case, Shape
 from longwave.ops.block_sparse import benchmark as block_sparse
 from longwave.ops.cross_entropy import benchmark as cross_entropy
+from longwave.ops.decay_linear import benchmark as decay_linear
 from longwave.ops.linear import benchmark as linear
 from longwave.progress import say
 
@@ -35,6 +36,7 @@ OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "attention": attention.cases,
     "cross_entropy": cross_entropy.cases,
     "linear": linear.cases,
+    "decay_linear": decay_linear.cases,
     "block_sparse": block_sparse.cases,
 }
 _COLD, _ROUND, _MOST_COPIES = 1 << 28, 0.05, 256  # bytes beyond any cache, seconds that make a round
@@ -112,18 +114,25 @@ def _to_check(case: Case, small: Case) -> list[Case]:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Forward, or forward and backward: what it is called, takes, and does with a form and its inputs."""
+    """Forward, or forward and backward: what it is called, takes by form, and does with a form and its inputs."""
 
     name: str
-    work: Work
+    work: Mapping[str, Work]
     run: Callable[[Callable[..., Tensor], Sequence[Tensor]], object]
 
 
 def _passes(case: Case) -> list[_Pass]:
-    forward = _Pass("forward", case.forward, _forward)
+    ways = {**dict.fromkeys(case.forms, case), **case.beside}
+    forward = _Pass("forward", {name: way.forward for name, way in ways.items()}, _forward)
     if case.backward is None:
         return [forward]
-    return [forward, _Pass("forward + backward", case.forward + case.backward, _forward_and_backward)]
+    both = {name: way.forward + way.backward for name, way in ways.items() if way.backward is not None}
+    return [forward, _Pass("forward + backward", both, _forward_and_backward)]
+
+
+def _runs(case: Case) -> dict[str, Callable[..., Tensor]]:
+    """Every form, and what is timed beside them."""
+    return {**case.forms, **{name: other.run for name, other in case.beside.items()}}
 
 
 @torch.no_grad()
@@ -143,10 +152,10 @@ def _pass_rows(
     quantity, rows = f"{case.quantity}, {one.name}", {}
     timings = _timed(case, one, repeats)
     for form, timing in timings.items():
-        figures = (timing, case.tokens, one.work, one.work.seconds(peaks), peaks)
-        checked = {"error": errors[form], "checked": case.checked}
+        figures = (timing, case.tokens, one.work[form], one.work[form].seconds(peaks), peaks)
+        checked = {"error": errors.get(form), "checked": case.checked if form in errors else "another function"}
         row = Row(quantity, case.context, batch, form, *figures, **checked)
-        rows[form] = watch.look(row, partial(one.run, case.forms[form], case.inputs))
+        rows[form] = watch.look(row, partial(one.run, _runs(case)[form], case.inputs))
     return against(list(rows.values()), rows[case.default])
 
 
@@ -156,7 +165,7 @@ def _timed(case: Case, one: _Pass, repeats: int) -> dict[str, Timing]:
     fitting = _COLD // sum(tensor.nbytes for tensor in case.inputs)
     count = max(1, min(fitting, int(_ROUND / seconds), _MOST_COPIES))
     copies = [case.inputs, *([tensor.detach().clone() for tensor in case.inputs] for _ in range(count - 1))]
-    tasks = {name: partial(_each, one, form, copies) for name, form in case.forms.items()}
+    tasks = {name: partial(_each, one, form, copies) for name, form in _runs(case).items()}
     return {name: timing.per(count) for name, timing in interleaved(tasks, repeats).items()}
 
 

@@ -106,7 +106,7 @@ def _cell(row: Row, column: str) -> str:
         "reserved": lambda: short_bytes(row.state_reserved or 0),
         "formula": lambda: short_bytes(row.state_formula or 0),
         "peak memory": lambda: short_bytes(row.peak_memory or 0),
-        "error": lambda: f"{row.error:.1e}",
+        "error": lambda: "" if row.error is None else f"{row.error:.1e}",
         "checked": lambda: row.checked or "",
     }
     return cells[column]()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Another function of the same inputs, for which a form stands in; its output is not compared with anything.
+
+    forward, backward: what its two passes take at least.
+    """
+
+    run: Callable[..., Tensor]
+    forward: Work
+    backward: Work
+
+
+@dataclass(frozen=True)
 class Case:
     """One use of an op at one shape.
 
@@ -55,6 +67,7 @@ class Case:
     reference: the same in double precision, for inputs in double precision; it can be differentiated. Where all of it
         would take too long, it gives those of the output's rows that `rows` names.
     forward, backward: what the two passes take at least.
+    beside: by name, what else is timed in the same rounds.
     """
 
     quantity: str
@@ -67,6 +80,7 @@ class Case:
     forward: Work
     backward: Work | None = None
     rows: Tensor | None = None
+    beside: Mapping[str, Beside] = field(default_factory=dict)
 
     @property
     def checked(self) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longwave.costs import Work, visible_pairs
 from longwave.ops.attention import FORMS, attention, choose, reference
-from longwave.ops.benchmark import Case, Shape, forms_here
+from longwave.ops.benchmark import Beside, Case, Shape, forms_here
 
 _OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
 _FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
@@ -47,6 +47,14 @@ def _prefill(shape: Shape, window: int | None) -> Case:
         Work(2 * flops, 2 * read),
         rows,
     )
+
+
+def dense(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Beside]:
+    """Causal softmax attention over the same queries, keys and values, as what another op is compared with."""
+    flops = 4 * shape.heads * shape.head_size * shape.batch * visible_pairs(shape.context)
+    read = 3 * sum(lengths) * shape.heads * shape.head_size * shape.dtype.itemsize
+    run = partial(attention, lengths=lengths, scale=shape.head_size**-0.5)
+    return {"dense attention": Beside(run, Work(flops, read), Work(2 * flops, 2 * read))}
 
 
 def _stream(query: Tensor, key: Tensor, value: Tensor, form: str, lengths: tuple[int, ...], **options: Any) -> Tensor:
