@@ -84,9 +84,9 @@ class Growing:
     def check(self) -> None:
         """Sets thresholds if retention is forced, and begins anew; MachineError where logits are not those of one pass.
 
-        On the smallest context, or its first 16,384 tokens: in several chunks whatever their size, and step by step.
+        On the first 16,384 tokens, or the longest context: in several chunks whatever their size, and step by step.
         """
-        context = min(self.options.contexts[0], _CHECKED)
+        context = min(self.options.contexts[-1], _CHECKED)
         steps = self.options.decode_steps
         tokens = self._tokens(0, context + steps)
         if self.options.retention == "forced":
