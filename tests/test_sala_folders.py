@@ -14,6 +14,7 @@ from model_folders import greedy, logits, reconfigure, rewrite, same
 from published_hybrids import HYPENET, SALA, SALA_9B, SPARSE_CONFIG, Published, publish, shapes, with_keys
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from longwave import cli
 from longwave.checkpoints import LAYOUTS, load, load_config, save
@@ -21,6 +22,7 @@ from longwave.checkpoints.families import TABLE
 from longwave.checkpoints.foreign import disassemble
 from longwave.config import InfllmConfig, LightningConfig
 from longwave.errors import UserError
+from longwave.hf import LongwaveForCausalLM
 from longwave.mixers import InfllmAttention
 from longwave.model import Decoder
 from longwave.plan import meta_model
@@ -188,6 +190,20 @@ def test_greedy_tokens_from_a_cache_are_those_of_the_published_formulas(tmp_path
         tokens = torch.cat([tokens, published.logits(tokens)[-1:].argmax(-1)])
     assert greedy(load(tmp_path / "m", dtype=torch.float64), TOKENS[:55], 14) == tokens[55:].tolist()
     assert len(set(tokens[55:].tolist())) > 3
+
+
+def test_transformers_generates_the_same_through_longwave(tmp_path: Path):
+    """From the published folder, and from longwave's own by AutoModelForCausalLM."""
+    publish(tmp_path / "m", SALA)
+    model = load(tmp_path / "m", dtype=torch.float64)
+    save(model, tmp_path / "own")
+    expected = greedy(model, TOKENS[:55], 14)
+    published = LongwaveForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
+    for ours in (published, AutoModelForCausalLM.from_pretrained(tmp_path / "own")):
+        assert type(ours) is LongwaveForCausalLM
+        made = ours.generate(TOKENS[None, :55], max_new_tokens=14, do_sample=False, eos_token_id=None)
+        assert made[0, 55:].tolist() == expected
+        assert ours.generation_config.eos_token_id == [2, 90]
 
 
 def test_the_published_switch_goes_by_the_length_of_a_call(tmp_path: Path):
