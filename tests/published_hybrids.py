@@ -1,7 +1,7 @@
 """Folders as MiniCPM-SALA and HypeNet publish them, made by hand, and their maths written from the formulas alone.
 
 The maths runs in double precision over one whole sequence, query by query; only the angles of rotation are products in
-single precision, as in the published code.
+single precision, and so are their cosines and sines, as in the published code.
 """
 
 from __future__ import annotations
@@ -327,11 +327,9 @@ class Published:
         """Pairs i and i + half, turned by place * theta ** (-2 i / size), in single precision."""
         half = heads.shape[-1] // 2
         frequencies = 1 / self.config["rope_theta"] ** (torch.arange(half).float() / half)
-        angles = torch.outer(torch.arange(len(heads)).float(), frequencies).double().unsqueeze(1)
-        first, second = heads[..., :half], heads[..., half:]
-        return torch.cat(
-            [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1
-        )
+        angles = torch.outer(torch.arange(len(heads)).float(), frequencies).unsqueeze(1)
+        cos, sin, first, second = angles.cos(), angles.sin(), heads[..., :half], heads[..., half:]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
     def heads(self, x: Tensor, name: str, part: str, size: int) -> Tensor:
         return self.linear(name, x, f"{part}_proj").unflatten(1, (-1, size))

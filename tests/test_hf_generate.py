@@ -90,9 +90,10 @@ def test_assisted_greedy_from_a_left_padded_prompt(layout: str):
     assert made[0, 12:].tolist() == greedy(decoder(layout), ROWS[3, : LENGTHS[3]], 24)
 
 
-def test_drafts_for_recurrent_layers_are_refused_before_anything_is_made():
+def test_drafts_for_recurrent_layers_are_refused():
     ours, draft = wrapped(decoder("hybrid")), draft_of("llama")
-    for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 2}):
+    either: tuple[dict[str, Any], ...] = ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 2})
+    for options in either:
         with pytest.raises(UserError, match=r"drafts cannot be taken back by L blocks.*; leave out assistant_model"):
             ours.generate(ROWS[:1], **options, **GREEDY)
     with pytest.raises(UserError, match="drafts cannot be taken back by L blocks"):

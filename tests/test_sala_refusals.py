@@ -142,6 +142,12 @@ def test_a_config_that_cannot_be_is_named_in_one_line(
             "qk_norm = False: the folder has a tensor model.layers.1.self_attn.q_norm.weight",
         ),
         (SALA, {"lightning_nkv": 3}, "", "config.json: lightning.kv_heads = 3 does not divide lightning.heads = 4"),
+        (
+            SALA,
+            {"num_hidden_layers": 3, "mixer_types": [S, L, L]},
+            "",
+            "unexpected tensor model.layers.3.input_layernorm",
+        ),
         (SALA, {}, "v_proj", "missing tensor model.layers.0.self_attn.v_proj.weight"),
         (
             HYPENET,
@@ -214,6 +220,7 @@ HYBRID = {"hidden_size": 32, "attention": {"heads": 2, "qk_norm": True}}
             {"layout": "S", "attention": {"heads": 2, "head_size": 4}},
             "attention.head_size = 4; hidden_siz",
         ),
+        ("hypenet", {"layout": "S"}, "infllm.regime = 'auto'; it is dense"),
         ("hypenet", {"layout": "S", "infllm": {"regime": "sparse"}}, "infllm.regime = 'sparse'; it is dense"),
         ("hypenet", {"layout": "L", "scales": {"residual": 0.5}}, "scales = ScalesConfig("),
         ("hypenet", {"layout": "S", "attention": {"heads": 2}}, "attention.qk_norm = False; it is True"),

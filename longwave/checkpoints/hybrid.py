@@ -48,7 +48,7 @@ class Hybrid:
 
     def write(self, config: ModelConfig, letters: Sequence[str]) -> dict[str, Any]:
         """The keys of `config.json`."""
-        linear, softmax = config.lightning or LightningConfig(), config.infllm or InfllmConfig(regime="dense")
+        linear, softmax = config.lightning or LightningConfig(), _softmax(config)
         heads = linear.heads or config.attention.heads
         return {
             "mixer_types": [{"S": self.softmax, "L": _LINEAR[0]}[letter] for letter in letters],
@@ -67,7 +67,7 @@ class Hybrid:
 
     def rules(self, config: ModelConfig) -> Iterator[Rule]:
         """What a model of the family must keep to: whether it does, by which field, its value, and what would do."""
-        linear, softmax = config.lightning or LightningConfig(), config.infllm or InfllmConfig(regime="dense")
+        linear, softmax = config.lightning or LightningConfig(), _softmax(config)
         yield linear.slopes == "alibi", "lightning.slopes", linear.slopes, "it is alibi"
         yield linear.silu == "none", "lightning.silu", linear.silu, "it is none"
         yield softmax.denominator == "coarse", "infllm.denominator", softmax.denominator, "it is coarse"
@@ -107,6 +107,11 @@ class Hybrid:
         shape = _sparse(theirs) if self.sparse else {"regime": "dense", "logit_scaling": _base(theirs)}
         source = f"{theirs.source}: {_SPARSE}" if self.sparse else theirs.source
         return dataclasses.asdict(build(InfllmConfig, {"rotary": rotary, "output_gate": gate, **shape}, source))
+
+
+def _softmax(config: ModelConfig) -> InfllmConfig:
+    """What S blocks are; where there are none, what no family minds."""
+    return config.infllm or InfllmConfig(regime="auto" if "S" in config.layout else "dense")
 
 
 def _sparse(theirs: ForeignConfig) -> dict[str, Any]:
