@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from model_folders import greedy, logits, reconfigure, rewrite, same
+from model_folders import greedy, logits, reconfigure, rewrite, same, small
 from published_hybrids import HYPENET, SALA, SALA_9B, SPARSE_CONFIG, Published, publish, shapes, with_keys
 from safetensors.torch import load_file
 from torch import Tensor

@@ -146,7 +146,7 @@ def test_a_config_that_cannot_be_is_named_in_one_line(
             SALA,
             {"num_hidden_layers": 3, "mixer_types": [S, L, L]},
             "",
-            "unexpected tensor model.layers.3.input_layernorm",
+            "unexpected tensor model.layers.3.input_",
         ),
         (SALA, {}, "v_proj", "missing tensor model.layers.0.self_attn.v_proj.weight"),
         (
