@@ -422,10 +422,14 @@ class ModelConfig(Strict):
         self._check_factors()
 
     def _check_factors(self) -> None:
-        scaling, pairs = self.rotary.scaling, self.head_size // 2
+        scaling, sizes = self.rotary.scaling, {self.head_size}
+        if self.lightning is not None and self.lightning.rotary:
+            sizes.add(self.lightning.head_size or self.head_size)
         for name in ("short_factors", "long_factors") if isinstance(scaling, LongRopeScaling) else ():
             found = len(getattr(scaling, name))
-            require(found == pairs, f"rotary.scaling.{name} has {found} factors; heads of {2 * pairs} need {pairs}")
+            for size in sorted(sizes):
+                problem = f"rotary.scaling.{name} has {found} factors; heads of {size} need {size // 2}"
+                require(found == size // 2, problem)
 
     @property
     def head_size(self) -> int:

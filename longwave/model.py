@@ -50,6 +50,7 @@ class Decoder(nn.Module):
         self.config = config
         self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
         self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
+        self.carried: dict[str, dict[str, Any]] = {}  # its folder's config.json, by its layout, if that is not ours
         self.layout = parse(config.layout)
         check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)

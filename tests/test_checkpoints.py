@@ -37,7 +37,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "eps": {"rms_norm_eps": 0.1},
 }
-NAMES = "longwave, llama, qwen2, qwen3, mistral, minicpm, subllm"
+NAMES = "longwave, llama, qwen2, qwen3, mistral, minicpm, minicpm_sala, hypenet, hybrid, subllm"
 PUBLISHED = {
     "num_embeddings": 29,
     "decoder_embed_dim": 16,

@@ -15,13 +15,14 @@ import pytest
 import torch
 from model_folders import small, theirs
 from mutations import mutated
+from published_hybrids import SALA, publish
 from runs import VOCABULARY, prepared
 from safetensors.torch import load_file
 from torch import Tensor
 
 import longwave
 from longwave import cli
-from longwave.checkpoints import save
+from longwave.checkpoints import load, save
 from longwave.checkpoints.families import TABLE
 from longwave.checkpoints.foreign import disassemble
 from longwave.checkpoints.names import flat_names
@@ -36,7 +37,7 @@ SECONDS = 10.0  # no folder keeps a reader busy for longer, however odd it is
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of every kind, with a tokenizer: longwave's own, two foreign ones that it saved, one in shards."""
+    """Folders of every kind, with a tokenizer: longwave's own, three foreign ones that it saved, one in shards."""
     home, tokenizer = tmp_path_factory.mktemp("whole"), Tokenizer.load(prepared())
     shape = {"vocab_size": VOCABULARY, "context_window": 64}
     save(small("F subllm(0.5: F) W", attention={"heads": 2, "window": 4}, **shape), home / "own", tokenizer=tokenizer)
@@ -45,6 +46,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save(llama, home / "llama", layout="llama", tokenizer=tokenizer)
     qwen = small("F W", attention={"heads": 2, "qk_norm": True, "window": 4}, **shape)
     save(qwen, home / "qwen3", layout="qwen3", tokenizer=tokenizer)
+    publish(home / "published", SALA | {"vocab_size": VOCABULARY, "max_position_embeddings": 64})
+    save(load(home / "published"), home / "sala", layout="minicpm_sala", tokenizer=tokenizer)
+    shutil.rmtree(home / "published")
     theirs(home / "shards", "qwen2", shard="20KB", max_position_embeddings=64, vocab_size=VOCABULARY)
     tokenizer.save(home / "shards")
     return {path.name: path for path in sorted(home.iterdir())}

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from longwave.checkpoints.families import FAMILIES, TABLE, family_of
 from longwave.checkpoints.foreign import disassemble, holdings
 from longwave.checkpoints.huggingface import _times
 from longwave.checkpoints.names import flat_names
-from longwave.config import LongRopeScaling, YarnScaling
+from longwave.config import LongRopeScaling, RotaryConfig, YarnScaling
 from longwave.errors import UserError
 from longwave.hf import transformers_from
 from longwave.model import Decoder
@@ -611,6 +612,31 @@ def test_harmless_keys_are_harmless(tmp_path: Path):
         tmp_path / "hf", attention_dropout=0.1, pretraining_tp=2, use_cache=False, _name_or_path="x", auto_map={}
     )
     assert torch.equal(logits(load(tmp_path / "hf")), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "minicpm"])
+def test_keys_that_nothing_here_knows_are_written_back(tmp_path: Path, family: str):
+    minicpm(tmp_path / "hf") if family == "minicpm" else theirs(tmp_path / "hf", family, head_dim=8)
+    reconfigure(tmp_path / "hf", pretraining_tp=2, a_key_of_tomorrow={"deep": [None]}, max_position_embeddings=64)
+    model = load(tmp_path / "hf")
+    save(model, tmp_path / "back", layout=family)
+    said, written = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+    assert written == said
+    save(load(tmp_path / "hf", dtype=torch.float16), tmp_path / "half", layout=family)
+    key = "torch_dtype" if family == "minicpm" else "dtype"
+    assert json.loads((tmp_path / "half/config.json").read_text()) == said | {key: "float16"}
+
+
+def test_a_key_that_would_change_a_changed_model_is_left_behind(tmp_path: Path):
+    """A window of the first training that stands beside the scaling, which the new scaling brings itself."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    theirs(tmp_path / "hf", "qwen2")
+    reconfigure(tmp_path / "hf", rope_parameters=..., rope_scaling=yarn, original_max_position_embeddings=16, other=1)
+    model = load(tmp_path / "hf")
+    model.config = replace(model.config, rotary=RotaryConfig(scaling=YarnScaling(2.0, 32)))
+    save(model, tmp_path / "back", layout="qwen2")
+    assert load(tmp_path / "back").config == model.config
+    assert "original_max_position_embeddings" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
 def test_initial_spread_survives(tmp_path: Path):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import LAYOUTS, LENGTHS, ROWS, alone, decoder, greedy, padded, wrapped
+from hf_models import LAYOUTS, LENGTHS, RETURNING, ROWS, alone, decoder, greedy, padded, wrapped
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
@@ -15,6 +15,7 @@ from longwave.model import Decoder
 from longwave.states import extents
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_returning_layout = pytest.mark.parametrize("layout", RETURNING)
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
 
@@ -37,7 +38,7 @@ def crops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@every_layout
+@every_returning_layout
 def test_assisted_greedy_is_greedy(layout: str, crops: list[int]):
     """Token for token; drafts were cut off at several lengths, at every level and in windows that had moved on."""
     draft = draft_of(layout)
@@ -50,7 +51,7 @@ def test_assisted_greedy_is_greedy(layout: str, crops: list[int]):
     assert 0 in crops
 
 
-@every_layout
+@every_returning_layout
 def test_prompt_lookup_is_greedy(layout: str, crops: list[int]):
     prompt = torch.cat([ROWS[0], ROWS[0]])
     made = wrapped(decoder(layout)).generate(prompt[None], prompt_lookup_num_tokens=4, **GREEDY)
@@ -69,7 +70,7 @@ def test_longwave_and_transformers_assist_each_other():
         assert torch.equal(made, target.generate(ROWS[:1], **GREEDY))
 
 
-@every_layout
+@every_returning_layout
 def test_assisted_sampling_runs_from_a_left_padded_prompt(layout: str):
     """The draw is another one than without a draft; that it ends well formed is what can be said."""
     ids, mask = padded("left")
@@ -80,13 +81,24 @@ def test_assisted_sampling_runs_from_a_left_padded_prompt(layout: str):
     assert made.shape == (1, 12 + 9)
 
 
-@every_layout
+@every_returning_layout
 def test_assisted_greedy_from_a_left_padded_prompt(layout: str):
     ids, mask = padded("left")
     made = wrapped(decoder(layout)).generate(
         ids[3:], attention_mask=mask[3:], assistant_model=draft_of(layout), **GREEDY
     )
     assert made[0, 12:].tolist() == greedy(decoder(layout), ROWS[3, : LENGTHS[3]], 24)
+
+
+def test_drafts_for_recurrent_layers_are_refused():
+    ours, draft = wrapped(decoder("hybrid")), draft_of("llama")
+    either: tuple[dict[str, Any], ...] = ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 2})
+    for options in either:
+        with pytest.raises(UserError, match=r"drafts cannot be taken back by L blocks.*; leave out assistant_model"):
+            ours.generate(ROWS[:1], **options, **GREEDY)
+    with pytest.raises(UserError, match="drafts cannot be taken back by L blocks"):
+        wrapped(decoder("llama")).generate(ROWS[:1], assistant_model=ours, **GREEDY)
+    assert [LongwaveCache(decoder(name), 1).is_croppable for name in LAYOUTS] == [name != "hybrid" for name in LAYOUTS]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from longwave import durable
 from longwave.checkpoints import huggingface, native, subllm
 from longwave.checkpoints.families import FAMILIES, Family
+from longwave.checkpoints.foreign import respelled
 from longwave.checkpoints.generation import completed, read_generation, write_generation
 from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
 from longwave.config import ModelConfig
@@ -68,8 +70,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     durable.verify(folder, unread=".safetensors")  # those are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
-    model = LAYOUTS[layout_of(values, folder)].read(folder, values, dtype).to(device)
+    layout = layout_of(values, folder)
+    model = LAYOUTS[layout].read(folder, values, dtype).to(device)
     model.generation = generation
+    model.carried = {} if layout == native.MODEL_TYPE else {layout: values}
     return model
 
 
@@ -79,13 +83,16 @@ def save(
     """Saves a model so that the folder appears whole or not at all.
 
     layout: "longwave"; "subllm" for the published layout of a SUBLLM; or a family such as "llama" or "qwen3", for an
-    ordinary `transformers` folder. UserError for a model that the layout cannot hold.
+    ordinary `transformers` folder. A model that was loaded from that layout keeps the spelling and the unknown keys of
+    its `config.json`. UserError for a model that the layout cannot hold.
     """
     if layout not in LAYOUTS:
         raise UserError(f"layout = {layout!r}; use one of {', '.join(LAYOUTS)}")
     generation = completed(model.generation, tokenizer)
     with durable.folder(path) as staging:
         LAYOUTS[layout].write(model, staging, generation)
+        if layout in model.carried:
+            _respell(staging / "config.json", model.carried[layout], LAYOUTS[layout])
         write_generation(generation, staging)
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -104,6 +111,11 @@ def layout_of(values: dict[str, Any], folder: Path) -> str:
     if not isinstance(name, str) or name not in LAYOUTS:
         raise UserError(f"{folder / 'config.json'}: model_type = {shown(name)}; supported: {', '.join(LAYOUTS)}")
     return name
+
+
+def _respell(path: Path, carried: _Values, format: Format) -> None:
+    values = respelled(read_object(path), carried, format.config)
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _config_file(folder: Path) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from longwave.checkpoints.filling import Holding, Wishes, empty, fill
+from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
 from longwave.config import MOST, ModelConfig
@@ -130,6 +132,24 @@ class ForeignConfig:
     def error(self, key: str, what: str) -> UserError:
         """An error about the value of a key."""
         return UserError(f"{self.source}: {plain(key)} = {shown(self.values.get(key))}: {what}")
+
+
+def respelled(
+    written: dict[str, Any], carried: dict[str, Any], read: Callable[[dict[str, Any], str], ModelConfig]
+) -> dict[str, Any]:
+    """The `config.json` to write for a model that came with another one in the same layout.
+
+    That one, with the dtype and the special tokens of now, while it still describes the model; else the one written
+    anew, with what only the other says, unless that changes its meaning. read: as of a `Format`.
+    """
+    dtype = {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in carried and "dtype" in written}
+    ids = {name: written.get(name) for name in IDS if carried.get(name) is not None}
+    meant = read(written, "config.json")
+    for candidate in (carried | dtype | ids, carried | written | dtype):
+        with suppress(UserError):
+            if read(candidate, "config.json") == meant:
+                return candidate
+    return written
 
 
 def refuse_unless(condition: bool, layout: str, field_: str, value: object, legal: str) -> None:

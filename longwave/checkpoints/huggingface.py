@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from longwave.checkpoints.rope import read_rotary, write_rotary
 from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
+from longwave.jsonfile import shown
 from longwave.layout import Blocks, Layout
 from longwave.model import Decoder
 
@@ -28,9 +29,10 @@ _QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale"
 def read_model(family: Family, folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
-    config = config_from(family, values, source)
+    config_from(family, values, source)  # what it refuses is refused before any file of weights is opened
     files = WeightFiles(folder, ignoring=BUFFERS)
     _refuse_quantised(files)
+    config = config_from(family, values, source, files.found)
     stated = values.get("dtype") or values.get("torch_dtype")
     tied = (HEAD, EMBEDDING) if config.tie_embeddings else None
     return assemble(config, files, TABLE, source, Wishes(dtype, stated, tied))
@@ -43,8 +45,13 @@ def write_model(family: Family, model: Decoder, folder: Path, ids: dict[str, Any
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def config_from(family: Family, values: dict[str, Any], source: str) -> ModelConfig:
-    """The model config in a parsed `config.json`; UserError for a key whose value is not supported."""
+def config_from(
+    family: Family, values: dict[str, Any], source: str, stored: Container[str] | None = None
+) -> ModelConfig:
+    """The model config in a parsed `config.json`; UserError for a key whose value is not supported.
+
+    stored: the names of the folder's tensors, which say what keys leave open, and must not say otherwise.
+    """
     theirs = ForeignConfig({**family.defaults, **values}, source)
     _refuse_other_models(family, theirs)
     width, depth = theirs.positive("hidden_size"), theirs.positive("num_hidden_layers")
@@ -54,7 +61,7 @@ def config_from(family: Family, values: dict[str, Any], source: str) -> ModelCon
         "vocab_size": theirs.positive("vocab_size"),
         "hidden_size": width,
         "layout": " ".join(str(Blocks(len(list(run)), letter)) for letter, run in groupby(letters)),
-        "attention": _attention(family, theirs, windowed="W" in letters),
+        "attention": _attention(family, theirs, letters, stored or ()),
         "mlp": {"size": theirs.positive("intermediate_size"), "bias": _flag(family.mlp_bias, theirs, "mlp_bias")},
         "context_window": window,
         "rotary": read_rotary(theirs, family, window),
@@ -62,7 +69,10 @@ def config_from(family: Family, values: dict[str, Any], source: str) -> ModelCon
         "init": {"std": theirs.get("initializer_range", float, 0.02)},
         "norm_eps": theirs.get("rms_norm_eps", float, 1e-6),
         "tie_embeddings": theirs.get("tie_word_embeddings", bool, False),
+        **(family.hybrid.read(theirs, letters) if family.hybrid else {}),
     }
+    if family.hybrid and stored is not None:
+        family.hybrid.refuse_other_parts(theirs, letters, stored)
     return build(ModelConfig, described, source)
 
 
@@ -84,7 +94,7 @@ def config_json(family: Family, model: Decoder, ids: dict[str, Any]) -> dict[str
         "num_hidden_layers": model.layout.depth,
         "num_attention_heads": attention.heads,
         "num_key_value_heads": config.kv_heads,
-        **({} if family.head_size == "shared" else {"head_dim": config.head_size}),
+        **({} if family.head_size == "shared" and not family.hybrid else {"head_dim": config.head_size}),
         "hidden_act": "silu",
         "max_position_embeddings": config.context_window,
         "initializer_range": config.init.std,
@@ -93,6 +103,7 @@ def config_json(family: Family, model: Decoder, ids: dict[str, Any]) -> dict[str
         **({"attention_bias": attention.qkv_bias} if family.bias == "key" else {}),
         **({"mlp_bias": config.mlp.bias} if family.mlp_bias else {}),
         **_written_windows(family, model),
+        **(family.hybrid.write(config, [block.letter for block in model.blocks]) if family.hybrid else {}),
         **(_written_scales(config, model.layout) if family.mup else {}),
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
@@ -104,7 +115,7 @@ def _refuse_other_models(family: Family, theirs: ForeignConfig) -> None:
     """Refuses what the family's code would run as another model than ours, or not at all."""
     if theirs.values.get("quantization_config") is not None:
         raise theirs.error("quantization_config", "quantised folders are not read; supported: fp32, bf16, fp16 weights")
-    theirs.only("architectures", [family.architecture])
+    theirs.only("architectures", *([name] for name in (family.architecture, *family.also)))
     theirs.only("hidden_act", "silu")
     for key, supported in family.fixed.items():
         theirs.only(key, *supported)
@@ -119,11 +130,12 @@ def _refuse_quantised(files: WeightFiles) -> None:
             )
 
 
-def _attention(family: Family, theirs: ForeignConfig, windowed: bool) -> dict[str, Any]:
+def _attention(family: Family, theirs: ForeignConfig, letters: list[str], stored: Container[str]) -> dict[str, Any]:
     width, heads = theirs.positive("hidden_size"), theirs.positive("num_attention_heads")
-    if theirs.values.get("head_dim") is None and width % (2 * heads):
+    shared = family.head_size == "shared" and set(letters) != {"L"}
+    if (shared or theirs.values.get("head_dim") is None) and width % (2 * heads):
         raise theirs.error("num_attention_heads", f"hidden_size = {width} must be an even multiple of it")
-    if family.head_size == "shared":
+    if shared:
         theirs.only("head_dim", width // heads)
     kv_heads, size = theirs.positive("num_key_value_heads", heads), theirs.positive("head_dim", width // heads)
     keyed = _flag(family.bias == "key", theirs, "attention_bias")
@@ -133,9 +145,14 @@ def _attention(family: Family, theirs: ForeignConfig, windowed: bool) -> dict[st
         "head_size": None if size * heads == width else size,
         "qkv_bias": keyed or family.bias == "qkv",
         "output_bias": keyed,
-        "qk_norm": family.qk_norm,
-        "window": theirs.positive("sliding_window") if windowed else None,
+        "qk_norm": _has_norms(letters, stored) if family.qk_norm is None else family.qk_norm,
+        "window": theirs.positive("sliding_window") if "W" in letters else None,
     }
+
+
+def _has_norms(letters: list[str], stored: Container[str]) -> bool:
+    """Whether the folder has weights for norms of queries and keys in its softmax layers."""
+    return "S" in letters and f"model.layers.{letters.index('S')}.self_attn.q_norm.weight" in stored
 
 
 def _flag(known: bool, theirs: ForeignConfig, key: str) -> bool:
@@ -146,12 +163,17 @@ def _flag(known: bool, theirs: ForeignConfig, key: str) -> bool:
 def _letters(family: Family, theirs: ForeignConfig, depth: int) -> Iterator[str]:
     """The letter of every block."""
     types = theirs.values.get("layer_types")
-    if family.windows == "none" or (family.windows == "all" and theirs.values.get("sliding_window") is None):
+    if family.hybrid:
+        yield from _typed(theirs, "mixer_types", family.hybrid.mixers, depth)
+    elif family.windows == "none" or (family.windows == "all" and theirs.values.get("sliding_window") is None):
         yield from "F" * depth
     elif family.windows == "all":
         yield from "W" * depth
     elif types is not None:
-        yield from _typed(theirs, theirs.get("layer_types", list), depth)
+        yield from _typed(theirs, "layer_types", _TYPES, depth)
+        if "sliding_attention" in types and not _slides(theirs):
+            why = "true, and a sliding_window, since layer_types has sliding_attention"
+            raise theirs.error("use_sliding_window", why)
     else:
         first = theirs.get("max_window_layers", int, 28) if _slides(theirs) else depth
         yield from ("W" if at >= first else "F" for at in range(depth))
@@ -161,16 +183,15 @@ def _slides(theirs: ForeignConfig) -> bool:
     return theirs.get("use_sliding_window", bool, False) and theirs.values.get("sliding_window") is not None
 
 
-def _typed(theirs: ForeignConfig, types: list[Any], depth: int) -> list[str]:
-    """The letters of `layer_types`."""
+def _typed(theirs: ForeignConfig, key: str, known: Mapping[str, str], depth: int) -> list[str]:
+    """The letters of a list that names the kind of every layer."""
+    types = theirs.get(key, list)
     if len(types) != depth:
-        raise theirs.error("layer_types", f"{len(types)} of them, yet num_hidden_layers = {depth}")
+        raise theirs.error(key, f"{len(types)} of them, yet num_hidden_layers = {depth}")
     for one in types:
-        if not isinstance(one, str) or one not in _TYPES:
-            raise theirs.error("layer_types", f"supported: {', '.join(map(repr, _TYPES))}")
-    if "sliding_attention" in types and not _slides(theirs):
-        raise theirs.error("use_sliding_window", "true, and a sliding_window, since layer_types has sliding_attention")
-    return [_TYPES[one] for one in types]
+        if not isinstance(one, str) or one not in known:
+            raise theirs.error(key, f"one is {shown(one)}; supported: {', '.join(map(repr, known))}")
+    return [known[one] for one in types]
 
 
 def _written_windows(family: Family, model: Decoder) -> dict[str, Any]:

@@ -55,6 +55,11 @@ class LongwaveCache(Cache):
         """One entry that is not: `generate` may cut what the cache holds from the front of its input."""
         return [False]
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can forget a token or two: what a recurrence has taken in stays."""
+        return not any(spec.per_sequence for spec in self.state.specs.values())
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         self.state.reorder(beam_idx.tolist())
@@ -67,14 +72,22 @@ class LongwaveCache(Cache):
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """From now on `crop` can return to any place that comes after the last crop, in layers with a window too."""
+        """From now on `crop` can return to any place that comes after the last crop, in layers with a window too.
+
+        UserError for a model with recurrent layers.
+        """
+        if not self.is_croppable:
+            raise UserError(
+                "drafts cannot be taken back by L blocks, whose state is recurrent; "
+                "leave out assistant_model and prompt_lookup_num_tokens"
+            )
         self._recording = True
         self._hold()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forgets the newest `-tokens_to_remove` columns at every level; they must hold no pads.
 
-        ValueError, with nothing changed, where a window has forgotten what would be visible again.
+        ValueError, with nothing changed, where a window or a recurrence has forgotten what would be seen again.
         """
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
