@@ -237,6 +237,19 @@ def test_of_blocks_that_score_alike_the_one_before_is_taken(form):
 
 
 @forms
+@denominators
+@pytest.mark.parametrize("block", [2, 4])
+def test_without_a_coarse_window_the_first_blocks_are_taken(form, denominator, block):
+    """Small blocks, so that queries choose before the first coarse window, of 16 keys, is complete."""
+    geometry = Geometry(4, 2, block, 0, 0, 3)
+    query, keys = 3 * normals(form)(24, 2, 32), normals(form)(1, 24, 32, seed=1)
+    found = chosen(query, keys, geometry, form=form, denominator=denominator)
+    assert torch.equal(found, chosen(query, keys, geometry, form="reference", denominator=denominator))
+    early = [[0, 1, place // block] for place in range(3 * block, 15)]
+    assert (found[0, 3 * block : 15].tolist() == early) == (denominator == "coarse")
+
+
+@forms
 def test_forced_blocks_are_there_for_every_query(form):
     normal = normals(form)
     query, keys = normal(150, 4, 32), normal(2, 150, 32, seed=1)
@@ -674,6 +687,25 @@ def test_bfloat16_is_close_to_the_fp64_reference(form, past):
     assert got.dtype == torch.bfloat16
     assert (got.double() - true).abs().max() < 2e-2
     assert (got.double() - true).square().mean().sqrt() < 3e-3
+
+
+@fast_forms
+def test_no_queries_have_no_lists_and_no_outputs(form):
+    keys = normals(form)(2, 60, 32)
+    blocks = select(keys[:, :0].transpose(0, 1), *compressed(keys, TINY), 60, TINY, scale=SCALE, form=form)
+    assert blocks.shape == (2, 0, 6)
+    assert attend(keys[:, :0].transpose(0, 1), keys, keys, blocks, 60, 8, scale=SCALE, form=form).shape == (0, 2, 32)
+
+
+@forms
+def test_missing_windows_and_keys_are_noticed(form):
+    query, keys = normals(form)(2, 2, 32), normals(form)(2, 60, 32)
+    fine, coarse = compressed(keys, TINY)
+    for few in ((fine[:, :-1], coarse), (fine, coarse[:, :-1])):
+        with pytest.raises(AssertionError, match="windows of the last keys are missing"):
+            select(query, *few, 58, TINY, scale=SCALE, form=form)
+    with pytest.raises(AssertionError, match="keys of the last queries are missing"):
+        attend(query, keys, keys, lists(2, 2, 59, 8, 3), 59, 8, scale=SCALE, form=form)
 
 
 def test_an_unknown_form_is_refused_with_the_known_ones():

@@ -55,7 +55,7 @@ INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int
         }
         query[i] = row < end ? array_at((array){a->query, a->is_bf16}, at * a->size) : ZEROS;
         slope[i] = row < end ? array_at((array){a->slope, a->is_bf16}, at * a->size) : ZEROS;
-        p->logs[i] = row < end ? a->sums[at] * LOG2E : INFINITY;
+        p->logs[i] = row < end ? a->sums[at] * LOG2E : 0;
         p->dots[i] = row < end ? a->dots[at] : 0;
         p->seen[i] = (float)(seen < PIECE ? seen : PIECE);
     }

@@ -182,16 +182,14 @@ INLINE void mix_some(float *const *out, const float *share, const float *const *
 /* The same for all K entries. */
 INLINE void mix(float *const *out, const float *share, const float *const *weights, const float *pairs, int64_t count,
                 int64_t size, int rows, int paired) {
-    for (int64_t k = 0; k < size;) {
+    for (int64_t k = 0; k < size; k += VECTORS * LANES) {
         float *from[ROWS];
         for (int r = 0; r < rows; r++)
             from[r] = out[r] + k;
-        int whole = size - k >= VECTORS * LANES;
-        if (whole)
+        if (size - k >= VECTORS * LANES)
             mix_some(from, share, weights, pairs + k, count, size, rows, VECTORS, paired);
         else
             mix_some(from, share, weights, pairs + k, count, size, rows, CHUNK / LANES, paired);
-        k += whole ? VECTORS * LANES : CHUNK;
     }
 }
 

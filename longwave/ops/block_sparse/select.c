@@ -125,7 +125,8 @@ INLINE void add_scores(const selection *s, const tile *t, int64_t row, int64_t v
     }
 }
 
-/* The scores of LANES blocks from their windows' sums: of windows r b - 1 ... r b + r - 1, -1 without a visible one. */
+/* The scores of LANES blocks from their windows' sums: of windows r b - 1 ... r b + r - 1, -1 without a visible one.
+ * A sum that is no number is larger than nothing, and so does not count. */
 INLINE void reduce(const selection *s, const tile *t, int64_t query, int64_t block) {
     const float *sums = t->sums + query * t->strides * LANES;
     int64_t seen = visible(s, place(s, t, query), 1) - block * t->strides;
@@ -133,7 +134,6 @@ INLINE void reduce(const selection *s, const tile *t, int64_t query, int64_t blo
     for (int64_t v = 0; v < t->strides; v++) {
         vec_i32 hidden = PLACES * (int32_t)t->strides + (int32_t)v >= (int32_t)seen;
         last = load_f32(sums + v * LANES);
-        last = pick(last != last, splat(0), last);
         last = pick(hidden, splat(-1), last);
         most = larger(most, last);
     }
