@@ -60,8 +60,9 @@ def normals(form: str) -> Callable[..., Tensor]:
 def close(found: Tensor, right: Tensor) -> None:
     """Within what the type of `found` explains."""
     assert found.shape == right.shape
-    error = (found.double() - right.double()).abs().max() if found.numel() else torch.zeros(())
-    assert error <= ERROR[found.dtype] * right.abs().max().clamp(min=1) if found.numel() else True
+    if found.numel():
+        error = (found.double() - right.double()).abs().max()
+        assert error <= ERROR[found.dtype] * right.abs().max().clamp(min=1)
 
 
 def compressed(keys: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

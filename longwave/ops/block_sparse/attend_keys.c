@@ -59,10 +59,10 @@ INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int
         p->dots[i] = row < end ? a->dots[at] : 0;
         p->seen[i] = (float)(seen < PIECE ? seen : PIECE);
     }
-    lay_columns(query, a->is_bf16, p->depth, VECTORS, 1, LANES, p->queries, paired);
-    lay_columns(slope, a->is_bf16, p->depth, VECTORS, 1, LANES, p->slopes, paired);
-    lay_pairs(query, a->is_bf16, PIECE, a->size, p->query_pairs, paired);
-    lay_pairs(slope, a->is_bf16, PIECE, a->size, p->slope_pairs, paired);
+    lay_columns(query, query, a->is_bf16, p->depth, VECTORS, 1, LANES, p->queries, paired);
+    lay_columns(slope, slope, a->is_bf16, p->depth, VECTORS, 1, LANES, p->slopes, paired);
+    lay_pairs(query, query, a->is_bf16, PIECE, a->size, p->query_pairs, paired);
+    lay_pairs(slope, slope, a->is_bf16, PIECE, a->size, p->slope_pairs, paired);
 }
 
 /* Adds a batch to the gradients of keys n ... n + ROWS - 1: dv = sum p do, dk = scale sum p (do . v - do . o) q. */

@@ -46,14 +46,14 @@ INLINE int chooses(const selection *s, int64_t place) { return place / s->block_
 /* Lays out windows from `from` on, those beyond `end` as zeros, and fetches as many more. */
 INLINE void lay_windows(const selection *s, const tile *t, const void *table, int64_t stride, int64_t from, int64_t end,
                         int64_t vectors, int64_t lane_step, int64_t vector_step, int paired) {
-    const void *rows[vectors * LANES];
+    int64_t count = vectors * LANES;
+    const void *rows[count], *next[count];
     array first = {array_at((array){table, s->is_bf16}, t->group * stride + from * s->size), s->is_bf16};
-    for (int64_t i = 0; i < vectors * LANES; i++) {
+    for (int64_t i = 0; i < count; i++) {
         rows[i] = from + i < end ? array_at(first, i * s->size) : ZEROS;
-        for (int64_t k = 0; k < s->size; k += CHUNK)
-            prefetch(first, (vectors * LANES + i) * s->size + k, 0);
+        next[i] = from + i + count < end ? array_at(first, (i + count) * s->size) : ZEROS;
     }
-    lay_columns(rows, s->is_bf16, t->depth, vectors, lane_step, vector_step, t->columns, paired);
+    lay_columns(rows, next, s->is_bf16, t->depth, vectors, lane_step, vector_step, t->columns, paired);
 }
 
 /* Adds a piece of windows to the denominators of `rows` rows, of which each sees those before `seen`. */
