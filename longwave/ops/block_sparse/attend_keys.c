@@ -44,7 +44,7 @@ static int invert(const task *a, inverse *of) {
     return 0;
 }
 
-/* Lays out rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest of the batch is empty. */
+/* Lays out rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest of a batch is empty. */
 INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int64_t from, int64_t end, int paired) {
     const void *query[PIECE], *slope[PIECE];
     for (int64_t i = 0; i < PIECE; i++) {

@@ -72,12 +72,12 @@ INLINE void store_cells(float *to, const vec *from, int vectors, int paired) {
     }
 }
 
-#define EXCHANGE(step, low, high)                                                                                      \
-    for (int i = 0; i < LANES; i++)                                                                                    \
-        if (!(i & step)) {                                                                                             \
-            vec_i32 a = x[i], b = x[i + step];                                                                         \
-            x[i] = low;                                                                                                \
-            x[i + step] = high;                                                                                        \
+#define EXCHANGE(step, low, high)              \
+    for (int i = 0; i < LANES; i++)            \
+        if (!(i & step)) {                     \
+            vec_i32 a = x[i], b = x[i + step]; \
+            x[i] = low;                        \
+            x[i + step] = high;                \
         }
 
 /* Sixteen rows of sixteen cells become columns: blocks of 1, 2, 4 and 8 change places across the diagonal. */
@@ -92,7 +92,7 @@ INLINE void transpose(vec_i32 *x) {
              SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
 }
 
-/* LANES * vectors rows -> columns (depth, vectors, LANES): lane l of vector v is of row l * lane_step + v * vector_step.
+/* LANES * vectors rows -> columns (depth, vectors, LANES): lane l of vector v is row l * lane_step + v * vector_step.
  * Meanwhile the `next` rows are fetched, as many again. */
 INLINE void lay_columns(const void *const *rows, const void *const *next, int is_bf16, int64_t depth, int64_t vectors, int64_t lane_step,
                         int64_t vector_step, float *columns, int paired) {

@@ -1,8 +1,8 @@
-/* Which blocks of keys a query sees (InfLLM-V2, arXiv 2509.24663): scores of windows, their maxima over blocks, the best.
+/* Which blocks of keys a query sees (InfLLM-V2, arXiv 2509.24663): scores of windows, maxima over blocks, the best.
  *
- * Tiles of queries go over pieces of windows twice: for the denominators, then for the scores, which are summed over the
- * heads of a group and reduced to blocks at once; what is kept is one number a block. A piece of the second pass is the
- * windows of LANES blocks, window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
+ * Tiles of queries go over pieces of windows twice: for the denominators, then for the scores, which are summed over
+ * the heads of a group and reduced to blocks at once; what is kept is one number a block. A piece of the second pass is
+ * the windows of LANES blocks, window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
  * Legend: T queries, H query heads, G KV heads, R = H / G, K head size, r windows that begin in a block.
  */
 
