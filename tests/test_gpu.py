@@ -9,6 +9,7 @@ import torch
 
 from longwave.config import AttentionConfig, MLPConfig, ModelConfig
 from longwave.model import Decoder
+from longwave.ops.block_sparse import Geometry, block_sparse_attention
 from longwave.stream import Stream, Windows
 
 pytestmark = pytest.mark.gpu
@@ -58,3 +59,16 @@ def test_gradients_are_those_of_the_cpu(layout: str):
         one.loss(tokens.to(device), tokens.roll(-1).to(device), stream).backward()
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(theirs.grad.cpu(), mine.grad, atol=1e-8, rtol=1e-6)
+
+
+def test_block_sparse_attention_is_that_of_the_cpu():
+    """The torch form: lists, outputs and gradients, of queries before and after they choose."""
+    geometry = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
+    inputs = [torch.randn(150, heads, 32, dtype=torch.float64) for heads in (4, 2, 2)]
+    found = []
+    for device in ("cpu", "cuda"):
+        own = [one.to(device).requires_grad_() for one in inputs]
+        output = block_sparse_attention(*own, (100, 50), geometry, scale=0.2, form="torch")
+        found.append([output, *torch.autograd.grad(output.square().sum(), own)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs.cpu(), mine, atol=1e-10, rtol=0)

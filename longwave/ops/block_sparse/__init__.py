@@ -89,6 +89,8 @@ def select(
     fine, coarse: `compress` of its keys. denominator: of the softmax whose weights score windows, "exact" over the fine
     windows themselves. Of blocks that score alike the one before is taken. budget: bytes of scores held at once, about.
     """
+    for table, size in ((fine, geometry.fine), (coarse, geometry.coarse)):
+        assert table.shape[1] >= windows(first + query.shape[0], *size), "windows of the last keys are missing"
     most = tiles.budget_of(query.device) if budget is None else budget
     return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", most)
 
@@ -105,6 +107,7 @@ def attend(
     form: str = "torch",
 ) -> Float[Tensor, "T H V"]:
     """Every query attends to the keys of its group's blocks up to itself; query i stands at place first + i."""
+    assert first + query.shape[0] <= keys.shape[1], "keys of the last queries are missing"
     return FORMS[form].attend(query, keys, values, blocks, first, block_size, scale)
 
 

@@ -19,22 +19,21 @@ typedef struct {
     int32_t *cursors, *rows, *seen;         /* places in the lists; rows that see a piece, and how many keys of it */
 } tile;
 
-/* Scores of rows, in units of log 2 -> -inf for keys that a row does not see. */
-INLINE void scores_of(const task *a, const tile *t, const float *cells, const float *columns, const int32_t *row,
-                      int rows, vec scores[ROWS][VECTORS], int paired) {
-    (void)a;
+INLINE void scores_of(const tile *t, const float *cells, const float *columns, const int32_t *row, int rows,
+                      vec scores[ROWS][VECTORS], int paired) {
     const float *cell[ROWS];
     for (int r = 0; r < rows; r++)
         cell[r] = cells + row[r] * t->depth;
     products(cell, columns, t->depth, VECTORS, rows, VECTORS, scores, paired);
 }
 
+/* The lanes of keys that a row does not see. */
 INLINE vec_i32 hidden(int vector, int32_t seen) { return PLACES + (int32_t)(vector * LANES) >= seen; }
 
 /* Adds a piece to the softmax of `rows` rows. */
 INLINE void attend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
     vec scores[ROWS][VECTORS], change = splat(0);
-    scores_of(a, t, t->cells, t->keys, row, rows, scores, paired);
+    scores_of(t, t->cells, t->keys, row, rows, scores, paired);
     for (int r = 0; r < rows; r++) {
         vec most = splat(t->most[row[r]]);
         for (int v = 0; v < VECTORS; v++) {
@@ -68,8 +67,8 @@ INLINE void attend_rows(const task *a, const tile *t, const int32_t *row, const 
 /* Adds to the gradients of `rows` rows what a piece gives: dq = scale sum_n p_n (do . v_n - do . o) k_n. */
 INLINE void bend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
     vec scores[ROWS][VECTORS], slopes[ROWS][VECTORS];
-    scores_of(a, t, t->cells, t->keys, row, rows, scores, paired);
-    scores_of(a, t, t->slopes, t->values, row, rows, slopes, paired);
+    scores_of(t, t->cells, t->keys, row, rows, scores, paired);
+    scores_of(t, t->slopes, t->values, row, rows, slopes, paired);
     float *out[ROWS], share[ROWS];
     const float *weights[ROWS];
     for (int r = 0; r < rows; r++) {
@@ -87,15 +86,19 @@ INLINE void bend_rows(const task *a, const tile *t, const int32_t *row, const in
     mix(out, share, weights, t->pairs, cells(PIECE, paired), a->size, rows, paired);
 }
 
-/* Lays out the keys from ... end - 1, at most PIECE. */
-INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, int backward, int paired) {
-    const void *keys[PIECE], *values[PIECE];
+/* Lays out the keys from ... end - 1, at most PIECE, and fetches as many from `next` on. */
+INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, int64_t next, int backward, int paired) {
+    const void *keys[PIECE], *values[PIECE], *next_keys[PIECE], *next_values[PIECE];
     find_rows(a->keys, a->is_bf16, a->key_group, a->key_token, t->group, from, end, keys);
     find_rows(a->values, a->is_bf16, a->value_group, a->value_token, t->group, from, end, values);
-    lay_columns(keys, a->is_bf16, t->depth, VECTORS, 1, LANES, t->keys, paired);
-    if (backward)
-        lay_columns(values, a->is_bf16, t->depth, VECTORS, 1, LANES, t->values, paired);
-    lay_pairs(backward ? keys : values, a->is_bf16, PIECE, a->size, t->pairs, paired);
+    find_rows(a->keys, a->is_bf16, a->key_group, a->key_token, t->group, next, a->keys_count, next_keys);
+    find_rows(a->values, a->is_bf16, a->value_group, a->value_token, t->group, next, a->keys_count, next_values);
+    lay_columns(keys, next_keys, a->is_bf16, t->depth, VECTORS, 1, LANES, t->keys, paired);
+    if (backward) {
+        lay_columns(values, next_values, a->is_bf16, t->depth, VECTORS, 1, LANES, t->values, paired);
+        lay_pairs(keys, keys, a->is_bf16, PIECE, a->size, t->pairs, paired);
+    } else
+        lay_pairs(values, next_values, a->is_bf16, PIECE, a->size, t->pairs, paired);
 }
 
 /* The block at a query's place in its list; beyond all others behind its last. */
@@ -105,19 +108,12 @@ INLINE int64_t at_cursor(const task *a, const tile *t, int64_t query) {
     return block < 0 ? INT64_MAX : block;
 }
 
-/* Fetches the first piece of the block that comes next in the tile's lists. */
-INLINE void fetch_next(const task *a, const tile *t) {
+/* The block that comes next in the tile's lists; `none` behind the last. */
+INLINE int64_t coming(const task *a, const tile *t, int64_t none) {
     int64_t block = INT64_MAX;
     for (int64_t q = 0; q < t->count; q++)
         block = at_cursor(a, t, q) < block ? at_cursor(a, t, q) : block;
-    if (block == INT64_MAX)
-        return;
-    array keys = {a->keys, a->is_bf16}, values = {a->values, a->is_bf16};
-    for (int64_t i = 0; i < PIECE && i < a->block_size; i++)
-        for (int64_t k = 0; k < a->size; k += CHUNK) {
-            prefetch(keys, t->group * a->key_group + (block * a->block_size + i) * a->key_token + k, 0);
-            prefetch(values, t->group * a->value_group + (block * a->block_size + i) * a->value_token + k, 0);
-        }
+    return block == INT64_MAX ? none : block;
 }
 
 /* The next block of the tile's lists -> its number and the rows that see it (of queries whose cursor has moved). */
@@ -157,12 +153,13 @@ INLINE void walk(const task *a, tile *t, int backward, int paired) {
     memset(t->cursors, 0, t->count * sizeof *t->cursors);
     while ((block = next_block(a, t, queries, &count)) != INT64_MAX) {
         int64_t start = block * a->block_size, end = start + a->block_size;
-        fetch_next(a, t);
+        int64_t after = coming(a, t, block) * a->block_size;
         for (int64_t from = start; from < end; from += PIECE) {
             int64_t rows = rows_that_see(a, t, queries, count, from, end), last = a->first + t->start + t->count;
             if (!rows)
                 break;
-            lay_piece(a, t, from, end < last ? end : last, backward, paired);
+            int64_t next = from + PIECE < end ? from + PIECE : after;
+            lay_piece(a, t, from, end < last ? end : last, next, backward, paired);
             for (int64_t i = 0; i < rows; i += rows - i >= ROWS ? ROWS : 1) {
                 const int32_t *row = t->rows + i, *seen = t->seen + i;
                 if (backward && rows - i >= ROWS)

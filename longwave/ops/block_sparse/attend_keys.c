@@ -44,7 +44,7 @@ static int invert(const task *a, inverse *of) {
     return 0;
 }
 
-/* Lays out rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest of the batch is empty. */
+/* Lays out rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest of a batch is empty. */
 INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int64_t from, int64_t end, int paired) {
     const void *query[PIECE], *slope[PIECE];
     for (int64_t i = 0; i < PIECE; i++) {
@@ -55,14 +55,14 @@ INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int
         }
         query[i] = row < end ? array_at((array){a->query, a->is_bf16}, at * a->size) : ZEROS;
         slope[i] = row < end ? array_at((array){a->slope, a->is_bf16}, at * a->size) : ZEROS;
-        p->logs[i] = row < end ? a->sums[at] * LOG2E : INFINITY;
+        p->logs[i] = row < end ? a->sums[at] * LOG2E : 0;
         p->dots[i] = row < end ? a->dots[at] : 0;
         p->seen[i] = (float)(seen < PIECE ? seen : PIECE);
     }
-    lay_columns(query, a->is_bf16, p->depth, VECTORS, 1, LANES, p->queries, paired);
-    lay_columns(slope, a->is_bf16, p->depth, VECTORS, 1, LANES, p->slopes, paired);
-    lay_pairs(query, a->is_bf16, PIECE, a->size, p->query_pairs, paired);
-    lay_pairs(slope, a->is_bf16, PIECE, a->size, p->slope_pairs, paired);
+    lay_columns(query, query, a->is_bf16, p->depth, VECTORS, 1, LANES, p->queries, paired);
+    lay_columns(slope, slope, a->is_bf16, p->depth, VECTORS, 1, LANES, p->slopes, paired);
+    lay_pairs(query, query, a->is_bf16, PIECE, a->size, p->query_pairs, paired);
+    lay_pairs(slope, slope, a->is_bf16, PIECE, a->size, p->slope_pairs, paired);
 }
 
 /* Adds a batch to the gradients of keys n ... n + ROWS - 1: dv = sum p do, dk = scale sum p (do . v - do . o) q. */

@@ -42,12 +42,12 @@ def attend(
     return differentiable.attend(passes, query, keys, values, blocks, first, block_size, scale)
 
 
-def _known(*inputs: Tensor) -> bool:
-    """Whether the kernels take these: CPU tensors of one type, in a type and head size that they know."""
-    first, size = inputs[0], inputs[0].shape[-1]
-    alike = all(one.dtype == first.dtype and one.shape[-1] == size for one in inputs)
-    known = first.dtype in _DTYPES and first.device.type == "cpu" and not torch.compiler.is_compiling()
-    return alike and known and size % 32 == 0 and size <= _WIDEST
+def _known(query: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take these: some queries on a CPU, all of one type and head size, which they know."""
+    size = query.shape[-1]
+    alike = all(one.dtype == query.dtype and one.shape[-1] == size for one in others)
+    known = query.dtype in _DTYPES and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    return alike and known and query.shape[0] > 0 and size % 32 == 0 and size <= _WIDEST
 
 
 class _Selection(ctypes.Structure):

@@ -72,12 +72,12 @@ INLINE void store_cells(float *to, const vec *from, int vectors, int paired) {
     }
 }
 
-#define EXCHANGE(step, low, high)                                                                                      \
-    for (int i = 0; i < LANES; i++)                                                                                    \
-        if (!(i & step)) {                                                                                             \
-            vec_i32 a = x[i], b = x[i + step];                                                                         \
-            x[i] = low;                                                                                                \
-            x[i + step] = high;                                                                                        \
+#define EXCHANGE(step, low, high)              \
+    for (int i = 0; i < LANES; i++)            \
+        if (!(i & step)) {                     \
+            vec_i32 a = x[i], b = x[i + step]; \
+            x[i] = low;                        \
+            x[i + step] = high;                \
         }
 
 /* Sixteen rows of sixteen cells become columns: blocks of 1, 2, 4 and 8 change places across the diagonal. */
@@ -92,14 +92,18 @@ INLINE void transpose(vec_i32 *x) {
              SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
 }
 
-/* LANES * vectors rows -> columns (depth, vectors, LANES): lane l of vector v is of row l * lane_step + v * vector_step. */
-INLINE void lay_columns(const void *const *rows, int is_bf16, int64_t depth, int64_t vectors, int64_t lane_step,
+/* LANES * vectors rows -> columns (depth, vectors, LANES): lane l of vector v is row l * lane_step + v * vector_step.
+ * Meanwhile the `next` rows are fetched, as many again. */
+INLINE void lay_columns(const void *const *rows, const void *const *next, int is_bf16, int64_t depth, int64_t vectors, int64_t lane_step,
                         int64_t vector_step, float *columns, int paired) {
     for (int64_t v = 0; v < vectors; v++)
         for (int64_t d = 0; d < depth; d += LANES) {
             vec_i32 x[LANES];
-            for (int l = 0; l < LANES; l++)
-                x[l] = (vec_i32)load_cells(rows[l * lane_step + v * vector_step], is_bf16, d, paired);
+            for (int l = 0; l < LANES; l++) {
+                int64_t row = l * lane_step + v * vector_step;
+                x[l] = (vec_i32)load_cells(rows[row], is_bf16, d, paired);
+                prefetch((array){next[row], is_bf16}, paired ? 2 * d : d, 0);
+            }
             transpose(x);
             for (int i = 0; i < LANES; i++)
                 store_f32(columns + ((d + i) * vectors + v) * LANES, (vec)x[i]);
@@ -119,12 +123,15 @@ INLINE void interleave(const void *one, const void *other, int64_t at, float *ou
     memcpy(out + LANES, &high, sizeof high);
 }
 
-/* `count` rows (even) of K entries -> (cells of count, K): entry k of cell p is of the rows of that cell. */
-INLINE void lay_pairs(const void *const *rows, int is_bf16, int64_t count, int64_t size, float *out, int paired) {
+/* `count` rows (even) of K entries -> (cells of count, K): entry k of cell p is of the rows of that cell. Meanwhile the
+ * `next` rows are fetched. */
+INLINE void lay_pairs(const void *const *rows, const void *const *next, int is_bf16, int64_t count, int64_t size, float *out, int paired) {
     for (int64_t p = 0; p < cells(count, paired); p++)
         for (int64_t k = 0; k < size; k += CHUNK) {
             float *to = out + p * size + k;
+            prefetch((array){next[paired ? 2 * p : p], is_bf16}, k, 0);
             if (paired) {
+                prefetch((array){next[2 * p + 1], 1}, k, 0);
                 interleave(rows[2 * p], rows[2 * p + 1], k, to);
                 continue;
             }
@@ -182,16 +189,14 @@ INLINE void mix_some(float *const *out, const float *share, const float *const *
 /* The same for all K entries. */
 INLINE void mix(float *const *out, const float *share, const float *const *weights, const float *pairs, int64_t count,
                 int64_t size, int rows, int paired) {
-    for (int64_t k = 0; k < size;) {
+    for (int64_t k = 0; k < size; k += VECTORS * LANES) {
         float *from[ROWS];
         for (int r = 0; r < rows; r++)
             from[r] = out[r] + k;
-        int whole = size - k >= VECTORS * LANES;
-        if (whole)
+        if (size - k >= VECTORS * LANES)
             mix_some(from, share, weights, pairs + k, count, size, rows, VECTORS, paired);
         else
             mix_some(from, share, weights, pairs + k, count, size, rows, CHUNK / LANES, paired);
-        k += whole ? VECTORS * LANES : CHUNK;
     }
 }
 

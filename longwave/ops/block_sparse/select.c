@@ -1,8 +1,8 @@
-/* Which blocks of keys a query sees (InfLLM-V2, arXiv 2509.24663): scores of windows, their maxima over blocks, the best.
+/* Which blocks of keys a query sees (InfLLM-V2, arXiv 2509.24663): scores of windows, maxima over blocks, the best.
  *
- * Tiles of queries go over pieces of windows twice: for the denominators, then for the scores, which are summed over the
- * heads of a group and reduced to blocks at once; what is kept is one number a block. A piece of the second pass is the
- * windows of LANES blocks, window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
+ * Tiles of queries go over pieces of windows twice: for the denominators, then for the scores, which are summed over
+ * the heads of a group and reduced to blocks at once; what is kept is one number a block. A piece of the second pass is
+ * the windows of LANES blocks, window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
  * Legend: T queries, H query heads, G KV heads, R = H / G, K head size, r windows that begin in a block.
  */
 
@@ -46,14 +46,14 @@ INLINE int chooses(const selection *s, int64_t place) { return place / s->block_
 /* Lays out windows from `from` on, those beyond `end` as zeros, and fetches as many more. */
 INLINE void lay_windows(const selection *s, const tile *t, const void *table, int64_t stride, int64_t from, int64_t end,
                         int64_t vectors, int64_t lane_step, int64_t vector_step, int paired) {
-    const void *rows[vectors * LANES];
+    int64_t count = vectors * LANES;
+    const void *rows[count], *next[count];
     array first = {array_at((array){table, s->is_bf16}, t->group * stride + from * s->size), s->is_bf16};
-    for (int64_t i = 0; i < vectors * LANES; i++) {
+    for (int64_t i = 0; i < count; i++) {
         rows[i] = from + i < end ? array_at(first, i * s->size) : ZEROS;
-        for (int64_t k = 0; k < s->size; k += CHUNK)
-            prefetch(first, (vectors * LANES + i) * s->size + k, 0);
+        next[i] = from + i + count < end ? array_at(first, (i + count) * s->size) : ZEROS;
     }
-    lay_columns(rows, s->is_bf16, t->depth, vectors, lane_step, vector_step, t->columns, paired);
+    lay_columns(rows, next, s->is_bf16, t->depth, vectors, lane_step, vector_step, t->columns, paired);
 }
 
 /* Adds a piece of windows to the denominators of `rows` rows, of which each sees those before `seen`. */
@@ -125,7 +125,8 @@ INLINE void add_scores(const selection *s, const tile *t, int64_t row, int64_t v
     }
 }
 
-/* The scores of LANES blocks from their windows' sums: of windows r b - 1 ... r b + r - 1, -1 without a visible one. */
+/* The scores of LANES blocks from their windows' sums: of windows r b - 1 ... r b + r - 1, -1 without a visible one.
+ * A sum that is no number is larger than nothing, and so does not count. */
 INLINE void reduce(const selection *s, const tile *t, int64_t query, int64_t block) {
     const float *sums = t->sums + query * t->strides * LANES;
     int64_t seen = visible(s, place(s, t, query), 1) - block * t->strides;
@@ -133,7 +134,6 @@ INLINE void reduce(const selection *s, const tile *t, int64_t query, int64_t blo
     for (int64_t v = 0; v < t->strides; v++) {
         vec_i32 hidden = PLACES * (int32_t)t->strides + (int32_t)v >= (int32_t)seen;
         last = load_f32(sums + v * LANES);
-        last = pick(last != last, splat(0), last);
         last = pick(hidden, splat(-1), last);
         most = larger(most, last);
     }

@@ -1,10 +1,10 @@
 """C kernels for the CPU, built once per machine by its own C compiler and called through ctypes.
 
 They are the fast form of what decoding does: little arithmetic on much memory, for which torch's CPU kernels reach a
-third to a half of the bandwidth (docs/log.md). Where there is no compiler, or with LONGWAVE_COMPILED=0, the ops run
-their torch forms, and `longwave doctor` says so.
+third to a half of the bandwidth, and of block-sparse attention, for which torch has none (docs/log.md). Where there is
+no compiler, or with LONGWAVE_COMPILED=0, the ops run their torch forms, and `longwave doctor` says so.
 
-- Built at first use (about two seconds) into the user's cache folder, under a name that hashes sources, flags, compiler
+- Built at first use (a few seconds) into the user's cache folder, under a name that hashes sources, flags, compiler
   and processor; a build appears whole or not at all.
 - The kernels are plain C in GCC's and Clang's vector extension, with OpenMP; no header of torch or Python.
 """
