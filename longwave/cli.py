@@ -286,13 +286,16 @@ def _bench_ops(kinds: Any) -> None:
     parser.add_argument("--hidden-size", type=int, help="channels of a layer (768)")
     parser.add_argument("--vocab-size", type=int, help="rows of the head (32000)")
     parser.add_argument("--window", type=int, help="a sliding window to time as well")
+    parser.add_argument("--blocks", type=int, help="blocks of 64 keys that a query of block_sparse sees (96)")
+    parser.add_argument("--forms", type=lambda text: text.split(","), help="which forms; all that there are by default")
+    parser.add_argument("--no-backward", dest="backward", action="store_false", default=None, help="forward only")
     _measuring(parser)
 
 
 def _bench_context(kinds: Any) -> None:
     help = "stream real text of growing length through a model, beside a dense one: time, memory, how they grow"
     parser = _verb(kinds, "context", _run_bench_context, help)
-    parser.add_argument("model", nargs="?", help="a recipe (random weights) or a model folder (a SUBLLM of 94M)")
+    parser.add_argument("model", nargs="?", help="a recipe (random weights) or a model folder (a small SALA)")
     parser.add_argument("--against", default="dense", help="another recipe or folder, none, or its dense twin (dense)")
     parser.add_argument("--contexts", help="token counts, ascending (4k,16k,64k,256k,1M)")
     parser.add_argument("--chunk", type=int, help="tokens that are run at a time (4096)")

@@ -70,7 +70,7 @@ def test_rows_hold_to_the_formulas():
         *SPARSE,
     ]
     beside = [quantity for quantity, form in rows if form == "dense attention"]
-    assert beside == list(LINEAR[:2])
+    assert beside == [*LINEAR[:2], *SPARSE[:2]]
     pairs, recurrence = (rows[LINEAR[0], form].work.flops for form in ("dense attention", "torch"))
     assert (pairs, recurrence) == (4 * 4 * 32 * 2 * sum(range(1, 25)), 4 * 48 * 4 * 32 * 32)
     prefill, whole = rows[PREFILL, "torch"], rows[f"attention prefill, {both}", "torch"]
@@ -113,7 +113,10 @@ def test_a_window_is_timed_beside_the_whole_past():
 def test_block_sparse_attention_is_timed_where_it_chooses(dtype: Any):
     """Work of 60 tokens, of which twelve choose 6 of their 7 or 8 blocks, and of one token after 59."""
     rows = rows_of(replace(OPTIONS, contexts=(60,), ops=("block_sparse",), dtype=dtype))
-    assert {(quantity, form) for quantity, form in rows} == set(product(SPARSE, forms_here(block_sparse.FORMS)))
+    beside = set(product(SPARSE[:2], ["dense attention"]))
+    assert {(quantity, form) for quantity, form in rows} == set(
+        product(SPARSE, forms_here(block_sparse.FORMS))
+    ) | beside
     seen = [t + 1 if t < 48 else 5 * 8 + t % 8 + 1 for t in range(60)]
     compared = [(t + 1 - 4) // 2 + 1 + (t + 1 - 16) // 8 + 1 for t in range(48, 60)]
     of_head = 2 * 4 * 32  # sequences, heads, head size
@@ -122,6 +125,18 @@ def test_block_sparse_attention_is_timed_where_it_chooses(dtype: Any):
     decode = rows[SPARSE[2], "torch"].work
     assert decode.flops == of_head * (4 * seen[-1] + 2 * compared[-1])
     assert decode.bytes == 2 * 2 * 32 * (2 if dtype == "bf16" else 4) * (2 * seen[-1] + compared[-1])
+
+
+def test_forms_and_passes_are_chosen():
+    rows = rows_of(replace(OPTIONS, ops=("block_sparse",), forms=("torch",), backward=False))
+    assert {quantity for quantity, _ in rows} == {SPARSE[0], SPARSE[2]}
+    assert {form for _, form in rows} == {"torch", "dense attention", block_sparse.choose()[0]}
+
+
+def test_the_number_of_blocks_is_chosen():
+    assert "64 blocks of 64" in cases("block_sparse", contexts=(4097,), blocks=64)[0].quantity
+    with pytest.raises(UserError, match="blocks = 33: 34 or more"):
+        replace(OPTIONS, blocks=33)
 
 
 def test_long_contexts_are_timed_at_the_published_sizes():

@@ -29,7 +29,7 @@ from longwave.errors import MachineError
 from longwave.plan import parse_bytes, parse_sizes
 from longwave.training.recipe import recipe_path
 
-DEFAULT_MODEL = "bench-subllm-24"
+DEFAULT_MODEL = "bench-sala-million"
 
 
 def bench_models(options: argparse.Namespace) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class OpsOptions(Options):
     """How ops are measured: at the sizes of a layer of a model, of `longwave/recipes/bench-llama.toml` by default.
 
     ops: which of them; all by default. kv_heads: as many as heads by default. window: a sliding window to time as well.
+    blocks: of 64 keys, that a query of block-sparse attention sees. forms: those to time, beside the one that models
+    run; all by default. backward: whether to time it, too.
     """
 
     ops: tuple[str, ...] = tuple(OPS)
@@ -56,6 +58,9 @@ class OpsOptions(Options):
     hidden_size: int = 768
     vocab_size: int = 32000
     window: int | None = None
+    blocks: int = 96
+    forms: tuple[str, ...] = ()
+    backward: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,13 +68,14 @@ class OpsOptions(Options):
             require(getattr(self, name) > 0, f"{name} = {getattr(self, name)}: 1 or more")
         require(self.heads % self.kv_heads == 0, f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
         require(self.window is None or self.window > 0, f"window = {self.window}: 1 or more tokens")
+        require(self.blocks >= 34, f"blocks = {self.blocks}: 34 or more, since so many are always seen")
         unknown = [name for name in self.ops if name not in OPS]
         require(not unknown, f"ops: {', '.join(unknown)} does not exist; use {', '.join(OPS)}")
 
     def shape(self, context: int, batch: int) -> Shape:
         """The sizes at one context and batch."""
         heads = (self.heads, self.kv_heads, self.head_size)
-        place = (dtype_of(self.dtype), device_of(self.device), self.seed)
+        place = (dtype_of(self.dtype), device_of(self.device), self.seed, self.blocks)
         return Shape(context, batch, *heads, self.hidden_size, self.vocab_size, self.window, *place)
 
 
@@ -94,17 +100,29 @@ def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
             say(f"{name} at {context:,} tokens, batch {batch}")
             shape = options.shape(context, batch)
             small = OPS[name](replace(shape, context=min(context, WHOLE)))
-            for case, other in zip(OPS[name](shape), small, strict=True):
+            for case, other in zip(_chosen(OPS[name](shape), options), _chosen(small, options), strict=True):
                 if (place := (case.quantity, case.context, batch)) not in done:
-                    rows += _rows(case, other, batch, peaks, options.repeats, watch)
+                    rows += _rows(case, other, batch, peaks, options.repeats, watch, options.backward)
                     done.add(place)
     return Results("ops", options, hardware(options), peaks, rows), watch
 
 
-def _rows(case: Case, small: Case, batch: int, peaks: Peaks, repeats: int, watch: Watch) -> list[Row]:
+def _chosen(cases: list[Case], options: OpsOptions) -> list[Case]:
+    """The cases, with those forms only that are asked for, and the one that models run."""
+    if not options.forms:
+        return cases
+    kept = {*options.forms}
+    return [
+        replace(case, forms={name: form for name, form in case.forms.items() if name in kept | {case.default}})
+        for case in cases
+    ]
+
+
+def _rows(case: Case, small: Case, batch: int, peaks: Peaks, repeats: int, watch: Watch, backward: bool) -> list[Row]:
     """Every form of one case, its passes apart, once all forms have been found right."""
     errors = {form: max(check_form(one, form) for one in _to_check(case, small)) for form in case.forms}
-    return [row for one in _passes(case) for row in _pass_rows(case, one, errors, batch, peaks, repeats, watch)]
+    passes = _passes(case) if backward else _passes(case)[:1]
+    return [row for one in passes for row in _pass_rows(case, one, errors, batch, peaks, repeats, watch)]
 
 
 def _to_check(case: Case, small: Case) -> list[Case]:

@@ -23,7 +23,8 @@ WHOLE = 128  # tokens at which a case is checked whole, where of a longer one on
 class Shape:
     """The sizes that ops are timed at: `batch` sequences of `context` tokens in a model with these heads and widths.
 
-    window: tokens that a sliding window sees, or None where no layer has one.
+    window: tokens that a sliding window sees, or None where no layer has one. blocks: of 64 keys, that a query of
+    block-sparse attention sees.
     """
 
     context: int
@@ -37,6 +38,7 @@ class Shape:
     dtype: torch.dtype
     device: torch.device
     seed: int = 0
+    blocks: int = 96
 
     def normal(self, name: str, *size: int, scale: float = 1.0) -> Tensor:
         """Normal draws that the seed, the name and the size decide."""

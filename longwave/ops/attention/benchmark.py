@@ -49,10 +49,14 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     )
 
 
-def dense(shape: Shape, lengths: tuple[int, ...]) -> dict[str, Beside]:
-    """Causal softmax attention over the same queries, keys and values, as what another op is compared with."""
+def dense(shape: Shape, lengths: tuple[int, ...], kv_heads: int | None = None) -> dict[str, Beside]:
+    """Causal softmax attention over the same queries, keys and values, as what another op is compared with.
+
+    kv_heads: where they are not those of the shape.
+    """
     flops = 4 * shape.heads * shape.head_size * shape.batch * visible_pairs(shape.context)
-    read = 3 * sum(lengths) * shape.heads * shape.head_size * shape.dtype.itemsize
+    heads = shape.heads + 2 * (kv_heads or shape.kv_heads)
+    read = sum(lengths) * heads * shape.head_size * shape.dtype.itemsize
     run = partial(attention, lengths=lengths, scale=shape.head_size**-0.5)
     return {"dense attention": Beside(run, Work(flops, read), Work(2 * flops, 2 * read))}
 

@@ -43,6 +43,9 @@ Denominator: TypeAlias = Literal["coarse", "exact"]
 Compressed: TypeAlias = "tuple[Float[Tensor, 'G _ K'], Float[Tensor, 'G _ K']]"
 
 
+_SPAN = 1 << 14  # queries whose lists of blocks are held at once, where no gradient needs them later
+
+
 @dataclass(frozen=True)
 class Form:
     """How blocks are chosen, and how queries attend to them, of one run: `select` and `attend` say with what."""
@@ -182,7 +185,12 @@ def _late(
     """The last queries of one run, which see the best blocks."""
     if not query.shape[0]:
         return query
-    fine, coarse = compressed or (compress(keys, *geometry.fine), compress(keys, *geometry.coarse))
-    first = keys.shape[1] - query.shape[0]
-    blocks = select(query, fine, coarse, first, geometry, scale=scale, denominator=denominator, form=form)
-    return attend(query, keys, values, blocks, first, geometry.block_size, scale=scale, form=form)
+    windows_of = compressed or (compress(keys, *geometry.fine), compress(keys, *geometry.coarse))
+    span = query.shape[0] if torch.is_grad_enabled() else _SPAN
+    first, found = keys.shape[1] - query.shape[0], []
+    for piece in query.split(span):
+        options = {"scale": scale, "form": form}
+        blocks = select(piece, *windows_of, first, geometry, denominator=denominator, **options)
+        found.append(attend(piece, keys, values, blocks, first, geometry.block_size, **options))
+        first += piece.shape[0]
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -5,13 +5,14 @@ Legend: `B` sequences of `N` tokens, `T` = B N, `H` query heads, `G` KV heads, `
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops.attention.benchmark import sample
+from longwave.ops.attention.benchmark import dense, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.block_sparse import FORMS, block_sparse_attention, choose, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
@@ -22,7 +23,8 @@ _SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_bl
 
 def cases(shape: Shape) -> list[Case]:
     """A prompt and a decoding step: at the sizes of MiniCPM-SALA where the context is longer than what they see."""
-    geometry = _PUBLISHED if shape.context > _PUBLISHED.dense(0) else _SMALL
+    published = replace(_PUBLISHED, topk=shape.blocks)
+    geometry = published if shape.context > published.dense(0) else _SMALL
     return [_prefill(shape, geometry), _decode(shape, geometry)]
 
 
@@ -51,6 +53,7 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
         Work(attended + scored, read),
         Work(2 * attended, 2 * read),
         rows,
+        dense(shape, lengths),
     )
 
 

@@ -47,7 +47,7 @@ def _prefill(shape: Shape, log_decay: Tensor) -> Case:
         Work(flops, read),
         Work(2 * flops, 2 * read),
         rows,
-        beside=dense(shape, lengths),
+        beside=dense(shape, lengths, kv_heads=shape.heads),
     )
 
 
