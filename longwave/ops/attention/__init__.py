@@ -11,9 +11,8 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.errors import UserError
-from longwave.ops import compiled
 from longwave.ops.attention import one_query, reference, sdpa
+from longwave.ops.forms import pick
 
 ByRun: TypeAlias = "list[Float[Tensor, 'G N K']]"
 Form: TypeAlias = Callable[[Tensor, ByRun, ByRun, tuple[int, ...], "int | None", float], Tensor]
@@ -27,16 +26,8 @@ FORMS: dict[str, Form] = {
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that attention will run and why."""
-    missing = compiled.why_not() if form in (None, "compiled") else None
-    if form is None and missing is None:
-        return "compiled", "single queries on a CPU; scaled_dot_product_attention elsewhere"
-    if form is None:
-        return "torch", f"scaled_dot_product_attention; no compiled kernels: {missing}"
-    if form not in FORMS:
-        raise UserError(f"attention form {form!r} does not exist; use one of {', '.join(FORMS)}")
-    if missing is not None:
-        raise UserError(f"attention form 'compiled' is not to be had here: {missing}; use torch")
-    return form, "asked for"
+    kernels, torch = "single queries on a CPU; scaled_dot_product_attention elsewhere", "scaled_dot_product_attention"
+    return pick("attention", FORMS, form, kernels=kernels, torch=torch)
 
 
 def attention(

@@ -19,11 +19,10 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from longwave.errors import UserError
-from longwave.ops import compiled
 from longwave.ops.attention import ByRun, attention, by_run
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, scored_pairs, windows
+from longwave.ops.forms import pick
 
 __all__ = [
     "FORMS",
@@ -63,16 +62,8 @@ FORMS: dict[str, Form] = {
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that block-sparse attention will run and why."""
-    missing = compiled.why_not() if form in (None, "compiled") else None
-    if form is None and missing is None:
-        return "compiled", "scores, choice and attention on a CPU; tiles of queries in torch elsewhere"
-    if form is None:
-        return "torch", f"tiles of queries; no compiled kernels: {missing}"
-    if form not in FORMS:
-        raise UserError(f"block_sparse form {form!r} does not exist; use one of {', '.join(FORMS)}")
-    if missing is not None:
-        raise UserError(f"block_sparse form 'compiled' is not to be had here: {missing}; use torch")
-    return form, "asked for"
+    kernels = "scores, choice and attention on a CPU; tiles of queries in torch elsewhere"
+    return pick("block_sparse", FORMS, form, kernels=kernels, torch="tiles of queries")
 
 
 def select(

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.errors import UserError
 from longwave.ops.decay_linear import chunked, reference
+from longwave.ops.forms import pick
 
 Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, "tuple[int, ...]", float, Tensor], "tuple[Tensor, Tensor]"]
 
@@ -25,11 +25,8 @@ FORMS: dict[str, Form] = {"reference": reference.decay_linear_attention, "torch"
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that decay linear attention will run and why."""
-    if form is None:
-        return "torch", f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
-    if form not in FORMS:
-        raise UserError(f"decay linear attention form {form!r} does not exist; use one of {', '.join(FORMS)}")
-    return form, "asked for"
+    reason = f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
+    return pick("decay_linear", FORMS, form, torch=reason)
 
 
 def decay_linear_attention(
