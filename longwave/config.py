@@ -306,7 +306,7 @@ class LightningConfig(Strict):
     silu: which of queries, keys and values go through SiLU: `none`, `qk` (TransNormer), `qkv` (MiniMax-01).
     qk_norm, rotary: whether queries and keys are normed per head, and then rotated. scale: of what is read.
     output_norm: RMSNorm over the channels of all heads. output_gate: times sigmoid of a projection of the input.
-    distance: what a head forgets by inside a resampler: tokens `kept` there, or tokens of the `original` sequence.
+    distance: what a head forgets by inside a resampler: tokens of the `original` sequence, or those `kept` there.
     state_dtype: of the recurrent matrices, in models whose activations are no wider.
     """
 
@@ -320,7 +320,7 @@ class LightningConfig(Strict):
     scale: Literal["1/sqrt(d)", "1/d", "1"] = "1/sqrt(d)"
     output_norm: bool = True
     output_gate: bool = True
-    distance: Literal["kept", "original"] = "kept"
+    distance: Literal["kept", "original"] = "original"
     state_dtype: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:

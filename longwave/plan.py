@@ -15,6 +15,7 @@ from longwave.config import ModelConfig, build
 from longwave.costs import Cost, by_kind, total
 from longwave.errors import UserError
 from longwave.model import Decoder
+from longwave.states.state import LAST_PLACE
 from longwave.training.recipe import read_values
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -44,7 +45,10 @@ def costs_at(config: ModelConfig, context: int, dtype: torch.dtype) -> list[Cost
 
 def parse_sizes(text: str) -> list[int]:
     """Token counts such as `4096,64k,1M` (k, M and G are powers of 1024)."""
-    return [_size(part, f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M") for part in text.split(",")]
+    sizes = [_size(part, f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M") for part in text.split(",")]
+    if (longest := max(sizes)) > LAST_PLACE + 1:
+        raise UserError(f"{text!r}: {longest:,} tokens; places are counted up to {LAST_PLACE:,}")
+    return sizes
 
 
 def parse_bytes(text: str) -> int:

@@ -164,6 +164,29 @@ def test_plan_refuses_what_is_no_number_of_tokens(refuses, toml: Path, context: 
     refuses("plan", toml, f"--context={context}", says=["no number of tokens"])
 
 
+def test_plan_refuses_a_place_past_32_bits(refuses, toml: Path):
+    refuses("plan", toml, "--context", "4k,4G", says=["4,294,967,296 tokens; places are counted up to 2,147,483,647"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "override", "says"),
+    [
+        ("S", "model.infllm.kernel_size=48", "infllm.kernel_size = 48: twice kernel_stride, 32"),
+        ("S", "model.infllm.block_size=72", "infllm.block_size = 72: a multiple of kernel_stride = 16"),
+        ("S", "model.infllm.topk=1", "fewer than the 34 forced ones"),
+        ("2L", "model.lightning.state_dtype=bfloat16", "'bfloat16': input should be 'float32' or 'float64'"),
+        ("2L", "model.lightning.kv_heads=3", "lightning.kv_heads = 3 does not divide lightning.heads"),
+        ("F subllm(0.5: F)", "model.lightning.rotary=false", "lightning has no effect: the layout has no L block"),
+    ],
+)
+def test_training_refuses_hybrids_that_cannot_be(
+    refuses, toml: Path, tmp_path: Path, layout: str, override: str, says: str
+):
+    output = tmp_path / "run"
+    refuses("train", toml, f"model.layout={layout}", override, "--output", output, says=[says])
+    assert not output.exists()
+
+
 def test_plan_refuses_what_is_no_model(refuses, tmp_path: Path):
     refuses("plan", tmp_path / "nothing", says=["no such file"])
     refuses("plan", tmp_path, says=["no config.json"])

@@ -7,20 +7,22 @@ import copy
 import pytest
 import torch
 
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig
+from longwave.config import AttentionConfig, InfllmConfig, MLPConfig, ModelConfig
 from longwave.model import Decoder
 from longwave.ops.block_sparse import Geometry, block_sparse_attention
 from longwave.stream import Stream, Windows
 
 pytestmark = pytest.mark.gpu
 
-LAYOUTS = ["3F", "2W 2F", "F subllm(0.64: F subllm(0.64: F) F) F"]
+LAYOUTS = ["3F", "2W 2F", "F subllm(0.64: F subllm(0.64: F) F) F", "S 2L S", "L subllm(0.64: S L) L"]
+SPARSE = InfllmConfig(kernel_size=2, kernel_stride=1, block_size=2, window_size=4, topk=2, dense_len=9)
 
 
 def decoder(layout: str) -> Decoder:
     window = 8 if "W" in layout else None
     shape = AttentionConfig(heads=4, kv_heads=2, window=window)
-    model = Decoder(ModelConfig(vocab_size=97, hidden_size=64, layout=layout, attention=shape, mlp=MLPConfig(96)))
+    sparse = SPARSE if "S" in layout else None
+    model = Decoder(ModelConfig(97, 64, layout, attention=shape, mlp=MLPConfig(96), infllm=sparse))
     for resampler in model.resamplers:
         resampler.score.weight.data *= 20
     return model

@@ -75,16 +75,28 @@ def windows(tokens: int, width: int, stride: int) -> int:
 
 def attended_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int:
     """Pairs of a query and a key that it attends to, in a run of so many tokens."""
-    dense = min(tokens, geometry.dense(dense_below))
-    late, size = torch.arange(dense, tokens), geometry.block_size
-    return dense * (dense + 1) // 2 + int(((geometry.topk - 1) * size + late % size + 1).sum())
+    dense, size = min(tokens, geometry.dense(dense_below)), geometry.block_size
+    late = (tokens - dense) * ((geometry.topk - 1) * size + 1) + _places(tokens, size) - _places(dense, size)
+    return dense * (dense + 1) // 2 + late
 
 
 def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0, exact: bool = False) -> int:
     """Pairs of a query and a window, fine or (but for an exact denominator) coarse, that it is compared with."""
-    context = torch.arange(geometry.dense(dense_below), max(tokens, geometry.dense(dense_below))) + 1
+    dense = min(tokens, geometry.dense(dense_below))
     sizes = (geometry.fine,) if exact else (geometry.fine, geometry.coarse)
-    return sum(int(((context - width) // stride + 1).clamp(min=0).sum()) for width, stride in sizes)
+    return sum(_all_windows(tokens, *size) - _all_windows(dense, *size) for size in sizes)
+
+
+def _places(tokens: int, size: int) -> int:
+    """How far each of the first tokens stands into its block, added up."""
+    whole, rest = divmod(tokens, size)
+    return whole * (size * (size - 1) // 2) + rest * (rest - 1) // 2
+
+
+def _all_windows(tokens: int, width: int, stride: int) -> int:
+    """The complete windows of 1, 2, ... tokens, added up."""
+    whole, rest = divmod(max(0, tokens - width + 1), stride)
+    return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
 
 
 @torch.no_grad()
