@@ -57,6 +57,7 @@ class Decoder(nn.Module):
         self.stack = _Builder(config).stack(self.layout, level=-1)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rotations = {block.mixer.rotation for block in self.blocks if block.mixer.rotation is not None}
         unused = config.subllm is not None and not self.resamplers
         require(not unused, "subllm has no effect: the layout has no subllm(...)")
         used = {
@@ -173,9 +174,8 @@ class Decoder(nn.Module):
 
     def _turns(self, stream: Stream) -> dict[str, Tensor]:
         """The cosines and sines that the mixers will turn heads by."""
-        rotations = {block.mixer.rotation for block in self.blocks if block.mixer.rotation is not None}
         dtype, carried = self._activation_dtype(), dict[str, Tensor]()
-        for rotation in rotations:
+        for rotation in self._rotations:
             carried |= rotation.passengers(self.config, stream.positions, dtype)
         return carried
 

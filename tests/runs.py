@@ -27,6 +27,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"layout": "3F"},
     "published": {"layout": LAYOUT, "subllm": {"balancer_steps": 6, "bypass_steps": 6}},
     "causal": {"layout": LAYOUT, "subllm": {"selection": "causal"}},
+    "around a hybrid": {
+        "layout": "S L subllm(0.64: S subllm(0.64: L) L) S",
+        "subllm": {"selection": "causal"},
+        "infllm": {
+            "kernel_size": 4,
+            "kernel_stride": 2,
+            "block_size": 4,
+            "window_size": 8,
+            "topk": 2,
+            "regime": "sparse",
+        },
+    },
 }
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "scaled_adam": {"kind": "scaled_adam", "lr": 0.03},

@@ -17,4 +17,4 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(hidden, self.weight.shape, self.weight.to(hidden.dtype), self.eps)

@@ -95,13 +95,11 @@ class LightningAttention(Mixer):
 
     def _distances(self, stream: Stream, state: State | None) -> Tensor:
         """(T,) how far each token stands behind the one that was kept before it; the first one fades nothing."""
-        pieces = stream.order.split(stream.lengths)
-        slots = stream.slots if state is not None and stream.slots is not None else [None] * len(pieces)
+        pieces, slots = stream.order.split(stream.lengths), stream.slots or ()
+        parts = [None] * len(pieces) if state is None else [state.of(self.site.name, slot) for slot in slots]
         earlier = [
-            piece[:1]
-            if state is None or slot is None or not (part := state.of(self.site.name, slot)).length
-            else part.recall("place")
-            for piece, slot in zip(pieces, slots, strict=True)
+            part.recall("place") if part is not None and part.length else piece[:1]
+            for piece, part in zip(pieces, parts, strict=True)
         ]
         gaps = [piece.diff(prepend=before[: len(piece)]) for piece, before in zip(pieces, earlier, strict=True)]
         return torch.cat(gaps) if gaps else stream.order
