@@ -166,7 +166,7 @@ def _level(
 
 def _compared(trace: LevelTrace, block: Block | None, blocks: dict[int, BlockAttention], absent: str) -> Agreement:
     if block is None:
-        return Agreement(None, reason="no block stands before this level")
+        return Agreement(None, reason="no block before this level weighs all that it could see")
     depth = block.site.depth
     return agreement(trace, blocks[depth]) if depth in blocks else Agreement(depth, reason=absent)
 
