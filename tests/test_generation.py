@@ -392,7 +392,7 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(kind: str):
 @every_model
 @pytest.mark.parametrize("layout", ["longwave", "own"])
 def test_a_saved_model_says_the_same_when_loaded(kind: str, layout: str, tmp_path: Path):
-    foreign = {"llama": "llama", "published": "longwave", "causal": "longwave"}[kind]
+    foreign = "llama" if kind == "llama" else "longwave"
     model = tiny(kind)
     model.tokenizer = tokenizer()
     lw.save(model, tmp_path / "model", layout=foreign if layout == "own" else layout)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import runs
 import torch
+from contract import CASES, decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import longwave, refuses  # noqa: F401
@@ -27,7 +28,7 @@ from longwave.inspection.attention import BlockAttention, watching_attention
 from longwave.inspection.inspect import block_before
 from longwave.inspection.source import pieces
 from longwave.inspection.spending import Spending, extremes, spending
-from longwave.mixers import MIXERS
+from longwave.layers.block import BLOCKS
 from longwave.model import Decoder
 from longwave.ops.attention import attention
 from longwave.ops.attention.weights import attention_weights
@@ -303,9 +304,9 @@ def test_flops_of_the_tokens_add_up_to_those_of_the_parts(layout: str):
     assert costs.head == model.head_flops()
 
 
-@pytest.mark.parametrize("name", MIXERS)
-def test_writing_token_by_token_costs_what_reading_at_once_does(name: str):
-    mixer = model_of("F W").blocks[list(MIXERS).index(name)].mixer
+@pytest.mark.parametrize("letter", BLOCKS)
+def test_writing_token_by_token_costs_what_reading_at_once_does(letter: str):
+    mixer = decoder(CASES[f"block {letter}"]).blocks[0].mixer
     assert sum(mixer.decode_flops(context) for context in range(50)) == mixer.prefill_flops(50)
 
 
