@@ -476,7 +476,12 @@ def test_an_interrupt_keeps_what_is_finished(recipe: Path):
     size = ["--contexts", "64,1M", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
     command = [sys.executable, "-m", "longwave.cli", "bench", "context", str(recipe), *size, "--save", str(saved)]
     started = subprocess.Popen(
-        [*command, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert started.stderr is not None
     while "up to 1,048,576" not in started.stderr.readline():
@@ -489,6 +494,24 @@ def test_an_interrupt_keeps_what_is_finished(recipe: Path):
     plain = json.loads(out.splitlines()[-1])
     assert plain == json.loads(saved.read_text())
     assert [one["context"] for one in plain["rows"]] == [64, 64]
+    patience = time.monotonic() + 20
+    while running := in_group(started.pid):
+        assert time.monotonic() < patience, f"{running} are left"
+        time.sleep(0.1)
+
+
+def test_output_that_nobody_reads_any_more_ends_the_run(recipe: Path):
+    """As in `longwave bench context | head`: not mistaken for a model whose process has died."""
+    size = ["--contexts", "64,1M", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
+    command = [sys.executable, "-m", "longwave.cli", "bench", "context", str(recipe), *size]
+    started = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert started.stderr is not None
+    while "up to 1,048,576" not in started.stderr.readline():
+        assert started.poll() is None
+    started.stderr.close()
+    assert started.wait(timeout=60) != 0
     patience = time.monotonic() + 20
     while running := in_group(started.pid):
         assert time.monotonic() < patience, f"{running} are left"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -79,16 +79,26 @@ class Worker:
         self._process.join()
 
     def _ask(self, *question: object) -> Any:
-        try:
+        with self._alive():
             self._pipe.send(question)
-            while isinstance(answer := self._pipe.recv(), int):
-                self._seen = answer
-                self._report(answer)
-        except (EOFError, OSError):
-            raise Stopped(self._death()) from None
+        while isinstance(answer := self._received(), int):
+            self._seen = answer
+            self._report(answer)
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def _received(self) -> object:
+        with self._alive():
+            return self._pipe.recv()
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        """Stopped where the other end of the pipe is gone."""
+        try:
+            yield
+        except (EOFError, OSError):
+            raise Stopped(self._death()) from None
 
     def _death(self) -> str:
         self._process.join()
