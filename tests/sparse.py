@@ -26,7 +26,6 @@ SCALE = 0.3
 HERE = [form for form in FORMS if form != "compiled" or compiled.is_available()]
 forms = pytest.mark.parametrize("form", HERE)
 fast_forms = pytest.mark.parametrize("form", [form for form in HERE if form != "reference"])
-needs_kernels = pytest.mark.skipif(not compiled.is_available(), reason=f"no compiled kernels: {compiled.why_not()}")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ERROR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}  # of the largest entry, or of one
 gqa = pytest.mark.parametrize(("heads", "groups"), [(4, 2), (16, 1), (3, 3), (12, 2)], ids=str)
@@ -75,19 +74,6 @@ def lists(groups: int, tokens: int, first: int, block_size: int, topk: int) -> T
         others = torch.randperm(own, generator=generator)[: topk - 1]
         row[: len(others) + 1] = torch.cat([others.sort().values, torch.tensor([own])])
     return found
-
-
-class Calls(TorchDispatchMode):
-    """The names of the kernels of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "longwave":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 class Peak(TorchDispatchMode):

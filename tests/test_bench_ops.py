@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernels import needs_kernels
 from torch import Tensor
 
 import longwave.ops
@@ -50,9 +51,6 @@ def cases(name: str, **changes: Any) -> list[Case]:
 
 def rows_of(options: OpsOptions) -> dict[tuple[str, str], Row]:
     return {(row.quantity, row.subject): row for row in run_ops(options)[0].rows}
-
-
-with_kernels = pytest.mark.skipif(compiled.why_not() is not None, reason=f"no kernels: {compiled.why_not()}")
 
 
 def test_every_op_with_a_benchmark_is_timed():
@@ -161,7 +159,7 @@ def test_a_form_that_is_registered_is_timed_against_the_one_that_models_run(monk
         assert [rows[quantity, form].ratio for form in ("torch", "other")] == [1.0, 2.0]
 
 
-@with_kernels
+@needs_kernels
 def test_compiled_forms_are_timed_where_they_apply():
     rows = rows_of(OPTIONS)
     of_compiled = [quantity for quantity, form in rows if form == "compiled"]

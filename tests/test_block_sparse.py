@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import Calls, needs_kernels
 from sparse import (
     ERROR,
     PUBLISHED,
     SCALE,
     TINY,
-    Calls,
     Peak,
     chosen,
     close,
@@ -26,7 +26,6 @@ from sparse import (
     geometries,
     gqa,
     lists,
-    needs_kernels,
     normals,
     random,
 )

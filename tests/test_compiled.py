@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import Calls, needs_kernels
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave import doctor
 from longwave.errors import UserError
@@ -22,22 +22,8 @@ from longwave.ops import linear as linear_op
 from longwave.ops.attention import attention
 from longwave.ops.linear import few_rows, linear
 
-needs_kernels = pytest.mark.skipif(not compiled.is_available(), reason=f"no compiled kernels: {compiled.why_not()}")
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 5e-3}  # of the largest entry; bf16 rounds its result to 2^-9
-
-
-class Calls(TorchDispatchMode):
-    """Counts the kernels of ours that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "longwave":
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
