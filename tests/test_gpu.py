@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from longwave.config import AttentionConfig, InfllmConfig, MLPConfig, ModelConfig
+from longwave.config import AttentionConfig, InfllmConfig, MLPConfig, ModelConfig, SubllmConfig
 from longwave.model import Decoder
+from longwave.ops.attention import attention
 from longwave.ops.block_sparse import Geometry, block_sparse_attention
 from longwave.stream import Stream, Windows
 
@@ -74,3 +75,59 @@ def test_block_sparse_attention_is_that_of_the_cpu():
         found.append([output, *torch.autograd.grad(output.square().sum(), own)])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs.cpu(), mine, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 1000])
+@pytest.mark.parametrize("lengths", [(300, 4, 41), (0, 130, 1), (64, 64), (500,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_over_ragged_runs(lengths: tuple[int, ...], window: int | None, dtype: torch.dtype):
+    """All runs in one kernel in bf16, one after the other in fp32; against the plain form over the same inputs."""
+    shapes = [(sum(lengths), heads, 64) for heads in (6, 2, 2)]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    found = []
+    for device, wide, form in (("cuda", dtype, "torch"), ("cpu", torch.float64, "reference")):
+        own = [one.to(device, wide).requires_grad_() for one in inputs]
+        output = attention(*own, lengths, window=window, scale=0.125, form=form)
+        found.append([output, *torch.autograd.grad(output.square().sum(), own)])
+    for mine, theirs in zip(*found, strict=True):
+        error = (mine.cpu().double() - theirs).norm() / theirs.norm()
+        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@torch.no_grad()
+def test_a_chunk_after_a_long_past_holds_no_mask(dtype: torch.dtype):
+    """2,048 queries against 32,768 keys: their scores would take 1.5 GiB in bf16."""
+    query = torch.randn(2048, 12, 64, dtype=dtype, device="cuda")
+    keys, values = (torch.randn(4, 32768, 64, dtype=dtype, device="cuda") for _ in range(2))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = attention(query, [keys], [values], (2048,), scale=0.125)
+    assert torch.cuda.max_memory_allocated() - before < 300 << 20
+    rows = torch.tensor([0, 1, 1000, 2047], device="cuda")
+    for row in rows:
+        past = 32768 - 2048 + int(row) + 1
+        one = (query[row : row + 1], [keys[:, :past]], [values[:, :past]])
+        alone = attention(*one, (1,), scale=0.125, form="reference")
+        torch.testing.assert_close(found[row : row + 1], alone, atol=1e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("selection", ["published", "causal"])
+def test_a_training_step_in_bf16_over_documents(selection: str):
+    """Ragged documents under autocast: the loss and the gradients of the CPU in fp32, within bf16's precision."""
+    shape = {"attention": AttentionConfig(heads=4, kv_heads=2), "mlp": MLPConfig(192)}
+    layout = "F subllm(0.64: F subllm(0.64: F) F) F"
+    model = Decoder(ModelConfig(97, 128, layout, **shape, subllm=SubllmConfig(selection=selection)))
+    other = copy.deepcopy(model).cuda()
+    tokens, sizes = torch.randint(0, 97, (512,)), (256, 256)
+    losses = []
+    for one, device in ((model, "cpu"), (other, "cuda")):
+        one.set_step(0)
+        stream = Stream.of((100, 156, 7, 249), windows=Windows(sizes, (0, 1)), device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = one.loss(tokens.to(device), tokens.roll(-1).to(device), stream)
+        loss.backward()
+        losses.append(float(loss))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    mine, theirs = (torch.cat([p.grad.flatten().cpu() for p in one.parameters()]) for one in (model, other))
+    assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.98

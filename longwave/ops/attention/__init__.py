@@ -11,7 +11,7 @@ from typing import TypeAlias
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.attention import one_query, reference, sdpa
+from longwave.ops.attention import one_query, ragged, reference, sdpa
 from longwave.ops.forms import pick
 
 ByRun: TypeAlias = "list[Float[Tensor, 'G N K']]"
@@ -48,8 +48,11 @@ def attention(
     if isinstance(key, Tensor) and isinstance(value, Tensor):
         if not query.shape[0]:
             return query + (key.sum() + value.sum())  # of nothing, but every projection gets its gradient
-        if form != "reference" and len(set(lengths)) == 1:
-            return sdpa.packed(query, key, value, len(lengths), window, scale)
+        if form != "reference":
+            if ragged.takes(query) and (window is not None or len(set(lengths)) > 1):
+                return ragged.attention(query, key, value, lengths, window, scale)
+            if len(set(lengths)) == 1:
+                return sdpa.packed(query, key, value, len(lengths), window, scale)
         key, value = by_run(key, lengths), by_run(value, lengths)
     assert isinstance(key, list)
     assert isinstance(value, list)
