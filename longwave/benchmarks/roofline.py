@@ -15,16 +15,18 @@ from longwave.benchmarks.timing import Task, seconds_of, swift_collections
 from longwave.costs import Peaks, Work, weight_bytes
 from longwave.model import Decoder
 
-_BYTES, _SIDE, _REPEATS = 1 << 28, 2048, 5
+_REPEATS = 5
+_SIZES = {"cpu": (1 << 28, 2048), "cuda": (1 << 32, 8192)}  # bytes that are read; rows of the matrices
 
 
 def measure_peaks(dtype: torch.dtype, device: torch.device | str = "cpu") -> Peaks:
-    """Measured here and now, on the threads that the models will have."""
-    large, row = torch.ones(_BYTES // (4 * _SIDE), _SIDE, device=device), torch.ones(_SIDE, device=device)
-    square = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    """Measured here and now, on the threads that the models will have, at sizes beside which a launch is nothing."""
+    size, side = _SIZES[torch.device(device).type]
+    large, row = torch.ones(size // (4 * side), side, device=device), torch.ones(side, device=device)
+    square = torch.randn(side, side, device=device).to(dtype)  # a GPU is faster on zeros and ones
     with swift_collections():
         reading = min(_best(large.sum), _best(lambda: large @ row))
-        return Peaks(_BYTES / reading, 2 * _SIDE**3 / _best(lambda: square @ square))
+        return Peaks(size / reading, 2 * side**3 / _best(lambda: square @ square))
 
 
 def _best(task: Task) -> float:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,7 +34,7 @@ from longwave.model import Decoder
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
 from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
 
-_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device"}
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -80,7 +81,7 @@ class Trainer:
         self._compile()
         self.model.set_step(self.step, run.seed)
         try:
-            with _stop_signals() as stopped:
+            with _stop_signals() as stopped, _deterministic(run.deterministic and self.device.type == "cuda"):
                 while not self.finished:
                     self._one_step()
                     if stopped and not self.finished:
@@ -260,6 +261,23 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """Kernels that add in one order, so that the same step has the same bits every time; a CPU's all do."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is refused
+    mode, memory = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
+    filling, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False  # which would take its time
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        memory.fill_uninitialized_memory = filling
 
 
 def with_training(recipe: Recipe, **changes: Any) -> Recipe:

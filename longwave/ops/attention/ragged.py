@@ -8,13 +8,14 @@ from __future__ import annotations
 from functools import lru_cache
 from inspect import signature
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 # PyTorch 2.11 takes grouped heads as they come; later it wants to be told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def takes(query: Tensor) -> bool:
@@ -31,7 +32,9 @@ def attention(
     bounds, longest = _bounds(lengths, query.device), max(lengths)
     seen = (-1 if window is None else window - 1, 0)
     places = (bounds, bounds, longest, longest)
-    return varlen_attn(query, key, value, *places, scale=scale, window_size=seen, **_GROUPED)
+    output = varlen_attn(query, key, value, *places, scale=scale, window_size=seen, **_GROUPED)
+    assert isinstance(output, Tensor)
+    return output
 
 
 @lru_cache(maxsize=16)  # for all layers of a level, forward and recomputed
