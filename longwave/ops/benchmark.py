@@ -90,7 +90,12 @@ class Case:
         return "all" if self.rows is None else f"{len(self.rows)} rows, all of {WHOLE} tokens"
 
 
-def forms_here(forms: Iterable[str]) -> list[str]:
+def forms_here(forms: Iterable[str], device: torch.device) -> list[str]:
     """Of an op's forms those that can be timed: not the reference, and compiled ones only where there are any."""
-    absent = {"reference", *(["compiled"] if compiled.why_not() else [])}
+    absent = {"reference", *(["compiled"] if device.type != "cpu" or compiled.why_not() else [])}
     return [name for name in forms if name not in absent]
+
+
+def default_of(forms: Iterable[str]) -> str:
+    """Of the forms that can be timed the one that models run."""
+    return "compiled" if "compiled" in forms else "torch"

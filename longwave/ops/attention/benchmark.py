@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from longwave.costs import Work, visible_pairs
-from longwave.ops.attention import FORMS, attention, choose, reference
-from longwave.ops.benchmark import Beside, Case, Shape, forms_here
+from longwave.ops.attention import FORMS, attention, reference
+from longwave.ops.benchmark import Beside, Case, Shape, default_of, forms_here
 
 _OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
 _FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
@@ -34,7 +34,7 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     options = {"window": window, "scale": shape.head_size**-0.5}
     pairs = shape.batch * visible_pairs(shape.context, window)
     flops, read = 4 * shape.heads * shape.head_size * pairs, sum(one.nbytes for one in (query, key, value))
-    names = [name for name in forms_here(FORMS) if name not in _OF_ONE_QUERY]
+    names = [name for name in forms_here(FORMS, shape.device) if name not in _OF_ONE_QUERY]
     return Case(
         f"attention prefill{_suffix(window)}",
         shape.context,
@@ -85,8 +85,8 @@ def _decode(shape: Shape, window: int | None) -> Case:
         shape.context,
         shape.batch,
         (query, keys, values),
-        {name: partial(run, form=name) for name in forms_here(FORMS)},
-        choose()[0],
+        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        default_of(forms_here(FORMS, shape.device)),
         partial(run, form="reference"),
         Work(4 * shape.heads * shape.head_size * shape.batch * seen, 2 * keys[:, :, :seen].nbytes),
     )

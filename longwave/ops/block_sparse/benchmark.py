@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longwave.costs import Work
 from longwave.ops.attention.benchmark import dense, sample
-from longwave.ops.benchmark import Case, Shape, forms_here
-from longwave.ops.block_sparse import FORMS, block_sparse_attention, choose, compress
+from longwave.ops.benchmark import Case, Shape, default_of, forms_here
+from longwave.ops.block_sparse import FORMS, block_sparse_attention, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
 
 _PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
@@ -47,8 +47,8 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
         shape.context,
         tokens,
         (query, key, value),
-        {name: partial(run, form=name) for name in forms_here(FORMS)},
-        choose()[0],
+        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        default_of(forms_here(FORMS, shape.device)),
         partial(_rows_of_prefill, rows=rows, shape=shape, geometry=geometry),
         Work(attended + scored, read),
         Work(2 * attended, 2 * read),
@@ -93,8 +93,8 @@ def _decode(shape: Shape, geometry: Geometry) -> Case:
         shape.context,
         shape.batch,
         (query, keys, values, fine, coarse),
-        {name: partial(run, form=name) for name in forms_here(FORMS)},
-        choose()[0],
+        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        default_of(forms_here(FORMS, shape.device)),
         partial(run, form="reference"),
         Work(shape.batch * shape.heads * shape.head_size * work, token * (2 * attended + scored)),
     )

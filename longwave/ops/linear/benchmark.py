@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops.benchmark import Case, Shape, forms_here
-from longwave.ops.linear import FORMS, Form, choose, reference
+from longwave.ops.benchmark import Case, Shape, default_of, forms_here
+from longwave.ops.linear import FORMS, Form, reference
 
 
 def cases(shape: Shape) -> list[Case]:
@@ -25,8 +25,8 @@ def _product(shape: Shape, outputs: int) -> Case:
         1,
         shape.batch,
         (hidden, weight),
-        {name: partial(_run, form=FORMS[name]) for name in forms_here(FORMS)},
-        choose()[0],
+        {name: partial(_run, form=FORMS[name]) for name in forms_here(FORMS, shape.device)},
+        default_of(forms_here(FORMS, shape.device)),
         partial(_run, form=reference),
         Work(2 * shape.batch * width * outputs, hidden.nbytes + weight.nbytes),
     )
