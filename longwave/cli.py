@@ -17,7 +17,7 @@ from longwave.version import __version__
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
     try:
-        options = _parsed(arguments)
+        options = parsed(arguments)
         result = options.verb(options)
         if getattr(options, "json", False) and result is not None:
             print(json.dumps(result))
@@ -41,6 +41,9 @@ def _fail(problem: object, code: int) -> int:
     return code
 
 
+_DEVICES = "auto, cpu, cuda or cuda:N (auto: a GPU where there is one)"
+
+
 class _Parser(argparse.ArgumentParser):
     """A wrong command line is one line and exit code 2."""
 
@@ -48,9 +51,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of a command line; overrides may also follow options, which argparse alone does not take."""
-    parser = _parser()
+    parser = command_line()
     options, rest = parser.parse_known_args(arguments)
     if any(one.startswith("-") for one in rest) or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -59,7 +62,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of every verb."""
     parser = _Parser(prog="longwave", description="Language models whose cost does not explode with context length.")
     parser.add_argument("--version", action="version", version=f"longwave {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
@@ -126,7 +130,7 @@ def _prepare(verbs: Any) -> None:
     parser.add_argument("--held-out", type=float, default=0.02, help="share of documents kept from training (0.02)")
     parser.add_argument("--text-field", help="field of the text in JSONL rows, whatever else they hold (text)")
     parser.add_argument("--loss-on", choices=("assistant", "all"), help="what is learned of conversations (assistant)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of what is held out (0)")
 
 
 def _run_prepare(options: argparse.Namespace) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def _eval(verbs: Any) -> None:
     parser.add_argument("model", help="a model folder")
     parser.add_argument("data", help="prepared data, written with the model's own tokenizer")
     parser.add_argument("--window", type=int, help="tokens of a window (the model's context window)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help=_DEVICES)
 
 
 def _run_eval(options: argparse.Namespace) -> dict[str, Any]:
@@ -195,13 +199,15 @@ def _generate(verbs: Any) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="can be given several times; stdin without any")
     parser.add_argument("--prompt-file", action="append", default=[], help="a file that holds one prompt")
     parser.add_argument("--chat", action="store_true", help="prompts are what a user says, answered by the assistant")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens (all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest of this total share (1.0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, where there is a temperature (0)")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends a text")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help=_DEVICES)
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of the weights; as saved by default")
 
 
@@ -243,7 +249,7 @@ def _inspect(verbs: Any) -> None:
     parser.add_argument("--heads", help="heads to draw beside the mean of all, such as 0,3 (the first two)")
     parser.add_argument("--first", type=int, metavar="N", help="the first N tokens of the text alone")
     parser.add_argument("--output", default="inspect.html", help="the page to write (inspect.html)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help=_DEVICES)
 
 
 def _run_inspect(options: argparse.Namespace) -> dict[str, Any]:
@@ -318,9 +324,9 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
 
 def _running(parser: argparse.ArgumentParser) -> None:
     """Where a measurement runs, and what it leaves."""
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of activations (fp32)")
     parser.add_argument("--threads", type=int, help="threads of the CPU (as PyTorch takes them)")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help=_DEVICES)
     parser.add_argument("--save", metavar="FILE.json", help="keep the results, for bench compare")
     parser.add_argument("--plot", metavar="FILE.svg|png", help="a picture (takes the extra 'plot')")
     parser.add_argument("--profile", metavar="FILE.json[.gz]", help="a trace of one more run of each, for Perfetto")

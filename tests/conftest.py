@@ -11,7 +11,10 @@ CHECKED = install_import_hook("longwave", "checked.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from command_line import Result  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from longwave.cli import main  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("dev", deadline=None, max_examples=25)
@@ -53,3 +56,32 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def longwave(capsys: pytest.CaptureFixture[str]):
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(one) for one in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refuses(longwave):
+    """Runs a command that has to be refused: exit code, and one line on stderr that holds every one of some words."""
+
+    def run(*arguments: object, says: list[str], code: int = 2) -> str:
+        result = longwave(*arguments)
+        line = result.err.splitlines()[-1]
+        assert result.code == code, result.err
+        assert line.startswith("longwave: ")
+        assert result.err.count("longwave: ") == 1
+        assert "Traceback" not in result.err
+        assert [word for word in says if word not in line] == [], line
+        return line
+
+    return run

@@ -12,7 +12,6 @@ import chats
 import pytest
 from chats import talk
 from runs import losses
-from test_cli import longwave, refuses, shell  # noqa: F401 (fixtures)
 
 from longwave.cli import main
 from longwave.data.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ def tuned(chat_file: Path) -> Path:
     return folder
 
 
-def test_conversations_are_prepared_and_reported(longwave, chat_file: Path, tmp_path: Path):  # noqa: F811
+def test_conversations_are_prepared_and_reported(longwave, chat_file: Path, tmp_path: Path):
     result = longwave("prepare", chat_file, tmp_path / "data", "--vocab-size", "300", "--held-out", "0.1", "--json")
     count = len(chat_file.read_text().splitlines())
     train, held_out = result.json["train"], result.json["held_out"]
@@ -89,7 +88,7 @@ def test_conversations_are_prepared_and_reported(longwave, chat_file: Path, tmp_
     assert everything.json["tokenizer"] == result.json["tokenizer"]
 
 
-def test_a_model_learns_to_answer(longwave, tuned: Path):  # noqa: F811
+def test_a_model_learns_to_answer(longwave, tuned: Path):
     """The held-out loss falls well below that of a model that knows the frequencies alone, and answers end."""
     entries = losses(tuned / "run")
     held_out = [entry["held_out_loss"] for entry in entries if "held_out_loss" in entry]
@@ -105,7 +104,7 @@ def test_a_model_learns_to_answer(longwave, tuned: Path):  # noqa: F811
     assert not any("assistant" in text for text in answered.json["texts"])
 
 
-def test_a_chat_prompt_is_what_was_trained_on(longwave, tuned: Path):  # noqa: F811
+def test_a_chat_prompt_is_what_was_trained_on(longwave, tuned: Path):
     """Without --chat the same words are a text to go on with, and go on otherwise."""
     words = ["generate", tuned / "run" / "model", "--prompt", "What does os.nowhere do?", "--json"]
     plain, chat = longwave(*words).json["texts"], longwave(*words, "--chat").json["texts"]
@@ -119,7 +118,7 @@ def test_a_chat_prompt_is_what_was_trained_on(longwave, tuned: Path):  # noqa: F
     assert theirs.apply_chat_template(talk("Why?", "So."))["input_ids"] == ours.encode(text, parse_special=True)
 
 
-def test_training_goes_on_from_the_model_with_its_tokenizer(longwave, tuned: Path, tmp_path: Path):  # noqa: F811
+def test_training_goes_on_from_the_model_with_its_tokenizer(longwave, tuned: Path, tmp_path: Path):
     """The whole way of a fine-tuning: the folder's tokenizer, its shape, its weights."""
     model, chat = tuned / "run" / "model", tmp_path / "chat.jsonl"
     rows = [{"prompt": f"Say {number}", "completion": f"{number} it is"} for number in range(80)]
@@ -138,7 +137,7 @@ def test_training_goes_on_from_the_model_with_its_tokenizer(longwave, tuned: Pat
     assert again.json == result.json
 
 
-def test_conversations_too_long_for_a_window_are_told_of(longwave, tuned: Path, tmp_path: Path):  # noqa: F811
+def test_conversations_too_long_for_a_window_are_told_of(longwave, tuned: Path, tmp_path: Path):
     output = ["--output", tmp_path / "run"]
     result = longwave(
         "train", tuned / "chat.toml", "training.steps=1", "training.window=40", "schedule.warmup_steps=0", *output
@@ -165,7 +164,7 @@ def row(role: str = "user", content: Any = "a") -> str:
         ('{"messages": ', ["chat.jsonl:2: not a line of JSON"]),
     ],
 )
-def test_a_bad_line_is_refused(refuses, tmp_path: Path, line: str, says: list[str]):  # noqa: F811
+def test_a_bad_line_is_refused(refuses, tmp_path: Path, line: str, says: list[str]):
     chat = tmp_path / "chat.jsonl"
     chat.write_text(json.dumps({"messages": talk("a", "b")}) + "\n" + line + "\n")
     refuses("prepare", chat, tmp_path / "data", "--vocab-size", "260", "--held-out", "0", says=says)
@@ -181,7 +180,7 @@ def test_a_bad_line_is_refused(refuses, tmp_path: Path, line: str, says: list[st
         (None, None, ["tokenizer: it names no eos_token"]),
     ],
 )
-def test_a_tokenizer_that_cannot_do_it_is_refused(refuses, tmp_path: Path, template, eos, says):  # noqa: F811
+def test_a_tokenizer_that_cannot_do_it_is_refused(refuses, tmp_path: Path, template, eos, says):
     chat = tmp_path / "chat.jsonl"
     chat.write_text(json.dumps({"messages": talk("a", "b")}) + "\n")
     chats.tokenizer(template, eos=eos).save(tmp_path / "tokenizer")
@@ -190,7 +189,7 @@ def test_a_tokenizer_that_cannot_do_it_is_refused(refuses, tmp_path: Path, templ
     assert not (tmp_path / "data").exists()
 
 
-def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: Path, tmp_path: Path):  # noqa: F811
+def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: Path, tmp_path: Path):
     text = tmp_path / "a.txt"
     text.write_text("line\n" * 50)
     refuses("prepare", text, tmp_path / "data", "--loss-on", "all", says=["loss_on=all: has no effect on texts"])
@@ -210,7 +209,7 @@ def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: 
     assert not (tmp_path / "run").exists()
 
 
-def test_chat_prompts_need_a_template(refuses, tuned: Path, tmp_path: Path):  # noqa: F811
+def test_chat_prompts_need_a_template(refuses, tuned: Path, tmp_path: Path):
     import longwave as lw
 
     model = lw.load(tuned / "run" / "model")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -16,61 +16,14 @@ from typing import Any
 import pytest
 import runs
 import torch
+from command_line import shell
 from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
 from longwave import durable
 from longwave.benchmarks.roofline import Peaks
-from longwave.cli import main
+from longwave.cli import command_line, main
 from longwave.training.loop import Interrupted
 from longwave.version import __version__
-
-
-class Result:
-    """What one call of the command line gave."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        """The object in the last line of stdout."""
-        return json.loads(self.out.splitlines()[-1])
-
-
-@pytest.fixture
-def longwave(capsys: pytest.CaptureFixture[str]):
-    """Runs the command line in this process."""
-
-    def run(*arguments: object) -> Result:
-        capsys.readouterr()
-        code = main([str(one) for one in arguments])
-        return Result(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def refuses(longwave):
-    """Runs a command that has to be refused: exit code, and one line on stderr that holds every one of some words."""
-
-    def run(*arguments: object, says: list[str], code: int = 2) -> str:
-        result = longwave(*arguments)
-        line = result.err.splitlines()[-1]
-        assert result.code == code, result.err
-        assert line.startswith("longwave: ")
-        assert result.err.count("longwave: ") == 1
-        assert "Traceback" not in result.err
-        assert [word for word in says if word not in line] == [], line
-        return line
-
-    return run
-
-
-def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "longwave.cli", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +67,18 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
     assert f"usage: longwave {verb}" in capsys.readouterr().out
+
+
+def test_every_option_has_help():
+    def check(parser: argparse.ArgumentParser) -> None:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for verb in action.choices.values():
+                    check(verb)
+            else:
+                assert action.help, f"{parser.prog} {action.option_strings or action.dest}"
+
+    check(command_line())
 
 
 @pytest.mark.parametrize(

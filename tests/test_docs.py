@@ -124,7 +124,7 @@ def test_the_readme_names_every_module_of_the_package():
 
 def test_the_readme_names_every_verb():
     usage = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("longwave quickstart"))
-    assert sorted(set(re.findall(r"^longwave (\w+)", usage, re.MULTILINE))) == sorted(verbs(cli._parser()))
+    assert sorted(set(re.findall(r"^longwave (\w+)", usage, re.MULTILINE))) == sorted(verbs(cli.command_line()))
 
 
 def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -189,7 +189,7 @@ def test_the_site_tells_every_verb_and_option(site: Path):
                 missing = [name for name in names if f"<code>{name}" not in section]
                 assert missing == [] or set(names) <= {"-h", "--help", "--json"}, parser.prog
 
-    check(cli._parser())
+    check(cli.command_line())
     assert "<code>--json</code>" in page
 
 

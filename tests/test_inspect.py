@@ -14,7 +14,6 @@ import torch
 from contract import CASES, decoder
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import longwave, refuses  # noqa: F401
 from test_report import HOSTILE, Page, drawn_file, is_ready
 
 import longwave as lw
@@ -354,7 +353,7 @@ def test_a_character_of_several_tokens_stands_with_the_last(tokenizer: Tokenizer
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_the_short_of_it_and_writes_the_page(longwave, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_inspect_tells_the_short_of_it_and_writes_the_page(longwave, folders, text: Path, tmp_path: Path):
     words = ["--against", folders["llama"], "--first", 400, "--output", tmp_path / "page.html", "--json"]
     result = longwave("inspect", folders["nested"], text, *words)
     assert result.code == 0, result.err
@@ -377,7 +376,7 @@ def test_inspect_tells_the_short_of_it_and_writes_the_page(longwave, folders, te
     assert shown == result.json["levels"][0]["other"]["overlap"]
 
 
-def test_a_model_compared_with_itself_agrees_with_itself(longwave, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_a_model_compared_with_itself_agrees_with_itself(longwave, folders, text: Path, tmp_path: Path):
     words = ["--first", 300, "--output", tmp_path / "page.html", "--json"]
     result = longwave("inspect", folders["siblings"], text, "--against", folders["siblings"], *words)
     levels = result.json["levels"]
@@ -385,7 +384,7 @@ def test_a_model_compared_with_itself_agrees_with_itself(longwave, folders, text
     assert all(level["own"] == level["other"] for level in levels)
 
 
-def test_a_llama_has_attention_and_cost(longwave, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_a_llama_has_attention_and_cost(longwave, folders, text: Path, tmp_path: Path):
     words = ["--layers", "5,0", "--heads", "3", "--first", 200, "--output", tmp_path / "page.html", "--json"]
     result = longwave("inspect", folders["llama"], text, *words)
     assert (result.json["levels"], result.json["cheapest"]) == ([], [])
@@ -397,7 +396,7 @@ def test_a_llama_has_attention_and_cost(longwave, folders, text: Path, tmp_path:
     ]
 
 
-def test_another_model_may_have_fewer_blocks(longwave, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_another_model_may_have_fewer_blocks(longwave, folders, text: Path, tmp_path: Path):
     model = model_of("4F subllm(0.64: F) F")
     model.tokenizer = Tokenizer.load(folders["llama"])
     lw.save(model, tmp_path / "deep")
@@ -408,7 +407,7 @@ def test_another_model_may_have_fewer_blocks(longwave, folders, text: Path, tmp_
 
 
 @pytest.mark.parametrize("odd", [ODD, HOSTILE, "x", "\n", "🦙", "word " * 90, "-" * 400])
-def test_odd_texts_come_through_to_the_letter(longwave, folders, tmp_path: Path, monkeypatch, odd: str):  # noqa: F811
+def test_odd_texts_come_through_to_the_letter(longwave, folders, tmp_path: Path, monkeypatch, odd: str):
     (tmp_path / "odd.txt").write_bytes(odd.encode())
     from_file = longwave("inspect", folders["nested"], tmp_path / "odd.txt", "--output", tmp_path / "a.html")
     from_words = longwave("inspect", folders["nested"], f"--text={odd}", "--output", tmp_path / "b.html")
@@ -423,7 +422,7 @@ def test_odd_texts_come_through_to_the_letter(longwave, folders, tmp_path: Path,
         assert "<img" not in page.text
 
 
-def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):
     def no(*words: object, says: list[str], model: Path = folders["nested"]) -> None:
         refuses("inspect", model, *words, "--output", tmp_path / "page.html", says=says)
 
@@ -454,7 +453,7 @@ def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):  # noqa:
     )
 
 
-def test_inspect_refuses_models_that_do_not_fit(refuses, folders, text: Path, tmp_path: Path):  # noqa: F811
+def test_inspect_refuses_models_that_do_not_fit(refuses, folders, text: Path, tmp_path: Path):
     bare = model_of(NESTED)
     lw.save(bare, tmp_path / "bare")
     output = ["--output", tmp_path / "page.html"]

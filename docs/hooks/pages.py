@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from longwave.cli import _parser
+from longwave.cli import command_line
 
 _OPTION = re.compile(r"\[-[^]]*\] ?")
 _DRAWING = re.compile(r'<img alt="(?P<alt>[^"]*)" src="(?P<source>[^"]*drawings/[^"]*\.svg)" ?/?>')
@@ -17,7 +17,7 @@ _DRAWING = re.compile(r'<img alt="(?P<alt>[^"]*)" src="(?P<source>[^"]*drawings/
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Puts the commands in place of the mark on their page."""
-    return markdown.replace("<!-- commands -->", "\n".join(commands(_parser())))
+    return markdown.replace("<!-- commands -->", "\n".join(commands(command_line())))
 
 
 def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
