@@ -26,8 +26,8 @@ FORMS: dict[str, Form] = {
 
 def choose(form: str | None = None) -> tuple[str, str]:
     """The form that attention will run and why."""
-    kernels, torch = "single queries on a CPU; scaled_dot_product_attention elsewhere", "scaled_dot_product_attention"
-    return pick("attention", FORMS, form, kernels=kernels, torch=torch)
+    torch = "scaled_dot_product_attention; on a GPU its variable-length kernel for ragged runs"
+    return pick("attention", FORMS, form, kernels=f"single queries on a CPU; elsewhere {torch}", torch=torch)
 
 
 def attention(
