@@ -162,7 +162,7 @@ def test_check_23_the_gap_to_a_dense_model_is_small(seed: int):
 
 
 def test_check_23_the_gap_shrinks():
-    """Over twice the steps, once both have left the plateau on which they know no more than how often each byte comes."""
+    """Over twice the steps, once both have left the plateau where they know only how often each byte comes."""
     resampled, dense = toy("published", steps=2 * STEPS), toy("published", dense=True, steps=2 * STEPS)
     gaps = {step: resampled.held_out(step) / dense.held_out(step) - 1 for step in range(400, 2 * STEPS + 1, 100)}
     assert sum(gaps[step] for step in (1100, 1200, 1300, 1400)) < sum(gaps[step] for step in (400, 500, 600, 700))
