@@ -202,9 +202,7 @@ def _generate(verbs: Any) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens (all)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw among the likeliest of this total share (1.0)"
-    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest of this total share (1.0)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws, where there is a temperature (0)")
     parser.add_argument("--stop", action="append", default=[], help="a string that ends a text")
     parser.add_argument("--device", default="auto", help=_DEVICES)

@@ -252,7 +252,7 @@ def test_short_calls_run_over_many_copies(monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
     case = cases("attention")[1]
     form: Any = lambda query, keys, values: seen.append(keys.data_ptr()) or query  # noqa: E731
-    case = replace(case, forms={"torch": form}, default="torch")
+    case = replace(case, forms={"torch": form})
     timing = ops._timed(case, ops._passes(case)[0], repeats=2)["torch"]
     assert (len(set(seen)), len(seen)) == (7, 21)  # one round warms up
     assert len(timing.seconds) == 2

@@ -65,7 +65,7 @@ class Case:
     quantity: the op and its use, such as `attention prefill`. tokens: new ones that it is for. context: tokens of each
         sequence that it looks at; one where it makes no difference how many there are.
     inputs: what every form takes; where there is a `backward`, the floating ones get gradients.
-    forms: from the inputs to an output of one tensor. default: the form that models run, the others' yardstick.
+    forms: from the inputs to an output of one tensor.
     reference: the same in double precision, for inputs in double precision; it can be differentiated. Where all of it
         would take too long, it gives those of the output's rows that `rows` names.
     forward, backward: what the two passes take at least.
@@ -77,12 +77,16 @@ class Case:
     tokens: int
     inputs: tuple[Tensor, ...]
     forms: Mapping[str, Callable[..., Tensor]]
-    default: str
     reference: Callable[..., Tensor]
     forward: Work
     backward: Work | None = None
     rows: Tensor | None = None
     beside: Mapping[str, Beside] = field(default_factory=dict)
+
+    @property
+    def default(self) -> str:
+        """The form that models run, the others' yardstick."""
+        return "compiled" if "compiled" in self.forms else "torch"
 
     @property
     def checked(self) -> str:
@@ -94,8 +98,3 @@ def forms_here(forms: Iterable[str], device: torch.device) -> list[str]:
     """Of an op's forms those that can be timed: not the reference, and compiled ones only where there are any."""
     absent = {"reference", *(["compiled"] if device.type != "cpu" or compiled.why_not() else [])}
     return [name for name in forms if name not in absent]
-
-
-def default_of(forms: Iterable[str]) -> str:
-    """Of the forms that can be timed the one that models run."""
-    return "compiled" if "compiled" in forms else "torch"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longwave.costs import Work, visible_pairs
 from longwave.ops.attention import FORMS, attention, reference
-from longwave.ops.benchmark import Beside, Case, Shape, default_of, forms_here
+from longwave.ops.benchmark import Beside, Case, Shape, forms_here
 
 _OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
 _FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
@@ -41,7 +41,6 @@ def _prefill(shape: Shape, window: int | None) -> Case:
         tokens,
         (query, key, value),
         {name: partial(_stream, form=name, lengths=lengths, **options) for name in names},
-        "torch",
         partial(_rows_of_prefill, rows=rows, context=shape.context, **options),
         Work(flops, read),
         Work(2 * flops, 2 * read),
@@ -86,7 +85,6 @@ def _decode(shape: Shape, window: int | None) -> Case:
         shape.batch,
         (query, keys, values),
         {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(run, form="reference"),
         Work(4 * shape.heads * shape.head_size * shape.batch * seen, 2 * keys[:, :, :seen].nbytes),
     )

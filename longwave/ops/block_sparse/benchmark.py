@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longwave.costs import Work
 from longwave.ops.attention.benchmark import dense, sample
-from longwave.ops.benchmark import Case, Shape, default_of, forms_here
+from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.block_sparse import FORMS, block_sparse_attention, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
 
@@ -48,7 +48,6 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
         tokens,
         (query, key, value),
         {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(_rows_of_prefill, rows=rows, shape=shape, geometry=geometry),
         Work(attended + scored, read),
         Work(2 * attended, 2 * read),
@@ -94,7 +93,6 @@ def _decode(shape: Shape, geometry: Geometry) -> Case:
         shape.batch,
         (query, keys, values, fine, coarse),
         {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(run, form="reference"),
         Work(shape.batch * shape.heads * shape.head_size * work, token * (2 * attended + scored)),
     )

@@ -27,7 +27,6 @@ def cases(shape: Shape) -> list[Case]:
             rows,
             (hidden, weight, targets),
             {"torch": cross_entropy},
-            "torch",
             _by_chunks,
             Work(flops, read),
             Work(2 * flops, 2 * read),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longwave.costs import Work
 from longwave.ops.attention.benchmark import dense, sample
-from longwave.ops.benchmark import Case, Shape, default_of, forms_here
+from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.decay_linear import FORMS, decay_linear_attention
 
 
@@ -42,7 +42,6 @@ def _prefill(shape: Shape, log_decay: Tensor) -> Case:
         tokens,
         inputs,
         {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(_rows_of_prefill, log_decay=log_decay, rows=rows, context=shape.context, scale=scale),
         Work(flops, read),
         Work(2 * flops, 2 * read),
@@ -81,7 +80,6 @@ def _decode(shape: Shape, log_decay: Tensor) -> Case:
         shape.batch,
         (*inputs, states),
         {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(run, form="reference"),
         Work(4 * states.numel(), 2 * states.nbytes),
     )

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops.benchmark import Case, Shape, default_of, forms_here
+from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.linear import FORMS, Form, reference
 
 
@@ -26,7 +26,6 @@ def _product(shape: Shape, outputs: int) -> Case:
         shape.batch,
         (hidden, weight),
         {name: partial(_run, form=FORMS[name]) for name in forms_here(FORMS, shape.device)},
-        default_of(forms_here(FORMS, shape.device)),
         partial(_run, form=reference),
         Work(2 * shape.batch * width * outputs, hidden.nbytes + weight.nbytes),
     )
