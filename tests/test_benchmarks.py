@@ -239,8 +239,7 @@ def test_the_bound_is_of_bytes_or_flops():
 
 
 def test_peaks_are_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(roofline, "_BYTES", 1 << 22)
-    monkeypatch.setattr(roofline, "_SIDE", 128)
+    monkeypatch.setitem(roofline._SIZES, "cpu", (1 << 22, 128))
     assert all(value > 1e6 for value in vars(measure_peaks(torch.float32)).values())
 
 
