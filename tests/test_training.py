@@ -23,6 +23,7 @@ from longwave.data.shards import prepare
 from longwave.errors import UserError
 from longwave.evaluation.held_out import batch_loss
 from longwave.resamplers import subllm
+from longwave.training import loop
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.metrics import read_metrics
 from longwave.training.recipe import Recipe
@@ -119,10 +120,20 @@ def test_how_often_a_run_logs_and_saves_can_be_changed_on_the_way(tmp_path: Path
     with pytest.raises(Interrupted):
         trained(recipe("llama", keep=1, checkpoint_every=1), tmp_path / "changed", StopAt(3))
     assert [one.step for one in durable.checkpoints(tmp_path / "changed" / "checkpoints")] == [3]
-    changed = trained(recipe("llama", log_every=5, checkpoint_every=2, keep=3), tmp_path / "changed")
+    changes = {"log_every": 5, "checkpoint_every": 2, "keep": 3, "deterministic": True}
+    changed = trained(recipe("llama", **changes), tmp_path / "changed")
     assert [one.step for one in durable.checkpoints(tmp_path / "changed" / "checkpoints")] == [4, 6, 8]
     assert [entry["step"] for entry in losses(tmp_path / "changed")] == [1, 2, 3, 4, 5, 8]
     assert differing(contents(changed), contents(straight)) == []
+
+
+def test_determinism_is_put_back_as_it_was():
+    """The run's own switch, as it is on a GPU; what it is for is tested there (`tests/test_gpu.py`)."""
+    before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    with loop._deterministic(True):
+        assert torch.get_deterministic_debug_mode() == 2
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert (torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory) == before
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
