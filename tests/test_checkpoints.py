@@ -24,8 +24,8 @@ from longwave.checkpoints import families, load, save, subllm
 from longwave.checkpoints.foreign import Row, disassemble, holdings
 from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
-from longwave.durable import MANIFEST
 from longwave.errors import UserError
+from longwave.files import MANIFEST
 from longwave.model import Decoder
 
 LLAMAS: dict[str, dict[str, Any]] = {

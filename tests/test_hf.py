@@ -16,8 +16,8 @@ import longwave.hf
 from longwave.checkpoints import load, save
 from longwave.config import ModelConfig, build
 from longwave.data.tokenizer import Tokenizer
-from longwave.durable import MANIFEST
 from longwave.errors import UserError
+from longwave.files import MANIFEST
 from longwave.hf import LongwaveCache, LongwaveConfig, LongwaveForCausalLM
 from longwave.hf.cache import NAME
 from longwave.model import Decoder

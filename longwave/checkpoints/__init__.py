@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longwave import durable
+from longwave import files
 from longwave.checkpoints import huggingface, native, subllm
 from longwave.checkpoints.families import FAMILIES, Family
 from longwave.checkpoints.foreign import respelled
@@ -20,7 +20,7 @@ from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.jsonfile import read_object, shown
+from longwave.files.jsonfile import read_object, shown
 from longwave.model import Decoder
 
 __all__ = ["LAYOUTS", "Format", "find", "is_hub_id", "layout_of", "load", "load_config", "save"]
@@ -67,7 +67,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     quantised family, a file that differs from its checksum.
     """
     folder = find(path)
-    durable.verify(folder, unread=".safetensors")  # those are compared while they are read
+    files.verify(folder, unread=".safetensors")  # those are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
     layout = layout_of(values, folder)
@@ -89,7 +89,7 @@ def save(
     if layout not in LAYOUTS:
         raise UserError(f"layout = {layout!r}; use one of {', '.join(LAYOUTS)}")
     generation = completed(model.generation, tokenizer)
-    with durable.folder(path) as staging:
+    with files.folder(path) as staging:
         LAYOUTS[layout].write(model, staging, generation)
         if layout in model.carried:
             _respell(staging / "config.json", model.carried[layout], LAYOUTS[layout])

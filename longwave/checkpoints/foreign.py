@@ -17,7 +17,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
 from longwave.config import MOST, ModelConfig
 from longwave.errors import UserError
-from longwave.jsonfile import plain, shown
+from longwave.files.jsonfile import plain, shown
 from longwave.model import Decoder
 
 T = TypeVar("T")
