@@ -213,7 +213,7 @@ def test_training_starts_from_the_weights_of_a_folder(tmp_path: Path, model: str
 
 def test_a_hugging_face_folder_and_one_in_bf16_are_starts_too(tmp_path: Path):
     model = lw.load(start(), dtype=torch.bfloat16)
-    lw.save(model, tmp_path / "llama", layout="llama")
+    lw.save(model, tmp_path / "llama", format="llama")
     trainer = Trainer(further(tmp_path / "llama"), tmp_path / "run")
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert differing(trainer.model.state_dict(), model.float().state_dict()) == []

@@ -376,7 +376,7 @@ def test_tokenizer_of_the_folder_ends_generation(tmp_path: Path):
 
 
 def test_published_llama_folder_loads_through_the_class_too(tmp_path: Path):
-    save(decoder("llama"), tmp_path / "hf", layout="llama")
+    save(decoder("llama"), tmp_path / "hf", format="llama")
     loaded = LongwaveForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
         near(loaded(ROWS[:1]).logits[0], alone(decoder("llama"), ROWS[0]))

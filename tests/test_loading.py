@@ -111,12 +111,12 @@ def test_without_a_manifest_what_is_not_wanted_is_not_read(stored: Any):
     same(saved.load(["odd"]), {"odd": tensors["odd"]})
 
 
-@pytest.mark.parametrize("layout", ["longwave", "llama"])
+@pytest.mark.parametrize("format", ["longwave", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, layout: str, dtype: torch.dtype):
+def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, format: str, dtype: torch.dtype):
     """Odd sizes, so that tensors lie at odd places in the file."""
     model = small("3F", hidden_size=34, attention={"heads": 1}, mlp={"size": 37}, vocab_size=31).to(dtype)
-    save(model, tmp_path / "m", layout=layout)
+    save(model, tmp_path / "m", format=format)
     again = load(tmp_path / "m")
     same(again.state_dict(), model.state_dict())
     for length in (1, 5, len(TOKENS)):
@@ -124,8 +124,8 @@ def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, layout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["longwave", "llama"])
-def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tmp_path: Path, layout: str):
+@pytest.mark.parametrize("format", ["longwave", "llama"])
+def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tmp_path: Path, format: str):
     """Peak memory at most 1.1 times the weights; at least 0.8 times the speed of reading them into new memory."""
     config = ModelConfig(32000, 2048, "8F", AttentionConfig(16, 8), MLPConfig(5504))
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tm
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(0.01)
-    save(model, tmp_path / "m", layout=layout)
+    save(model, tmp_path / "m", format=format)
     del model
     measured = json.loads(child("loading_child.py", str(tmp_path / "m")))
     assert measured["gigabytes"] > 1
