@@ -32,10 +32,10 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.device import dtype_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
-from longwave.evaluation.trace import by_token, trace_levels
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
+from longwave.inspection.trace import by_token, trace_levels
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.reports import report as page

@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.evaluation.trace import LevelTrace
 from longwave.inspection.attention import BlockAttention
+from longwave.inspection.trace import LevelTrace
 from longwave.keyed import key, tensor_of_keys, uniforms
 
 STRETCH = 64  # tokens that count as neighbours
