@@ -23,7 +23,7 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longwave import keyed
+from longwave import draws
 from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
 
@@ -62,7 +62,7 @@ class WindowSampler:
     def window(self, position: int) -> int:
         """The window, in [0, count), at a position that grows on through the epochs."""
         epoch, place = divmod(position, self.count)
-        key = keyed.key(self.seed, epoch)
+        key = draws.key(self.seed, epoch)
         place = self._permuted(place, key)
         while place >= self.count:
             place = self._permuted(place, key)
@@ -72,7 +72,7 @@ class WindowSampler:
         side = isqrt(self.count - 1) + 1
         left, right = divmod(place, side)
         for number in range(_ROUNDS):
-            left, right = right, (left + keyed.key(key, number << 32 | right)) % side
+            left, right = right, (left + draws.key(key, number << 32 | right)) % side
         return left * side + right
 
 
