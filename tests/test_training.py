@@ -21,7 +21,6 @@ from longwave import files
 from longwave.config import build
 from longwave.data.shards import prepare
 from longwave.errors import UserError
-from longwave.evaluation.held_out import batch_loss
 from longwave.resamplers import subllm
 from longwave.training import checkpoints, loop
 from longwave.training.loop import Interrupted, Trainer
@@ -296,7 +295,7 @@ def gradients(trainer: Trainer, recompute: bool) -> tuple[float, dict[str, torch
     trainer.model.checkpoint_blocks(recompute)
     trainer.model.set_step(0)
     trainer.model.zero_grad()
-    loss = batch_loss(trainer.model, trainer.data.batch(range(4), trainer.sampler))
+    loss = trainer.model.loss(*trainer.data.batch(range(4), trainer.sampler).inputs("cpu"))
     loss.backward()
     for hook in hooks:
         hook.remove()

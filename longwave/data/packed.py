@@ -26,6 +26,7 @@ from torch import Tensor
 from longwave import draws
 from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
+from longwave.stream import Stream, Windows
 
 NO_TARGET = -100  # what torch's cross-entropy leaves out
 _ROUNDS = 6
@@ -46,6 +47,16 @@ class Batch:
     runs: tuple[int, ...]
     windows: tuple[int, ...]
     samples: tuple[int, ...]
+
+    def inputs(self, device: torch.device | str) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"], Stream]:
+        """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream."""
+        stream = Stream.of(self.runs, windows=Windows(self.windows, self.samples), device=device)
+        return self.tokens.to(device), self.targets.to(device), stream
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.targets != NO_TARGET).sum())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.device import device_of
 from longwave.errors import UserError
-from longwave.evaluation.held_out import batch_loss, held_out_loss, targets_in
+from longwave.evaluation.held_out import held_out_loss
 from longwave.model import Decoder
 from longwave.training import checkpoints
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
@@ -117,11 +117,11 @@ class Trainer:
         """One optimizer step; returns the loss per target, the optimizer's report and the schedule's factor."""
         run = self.recipe.training
         batches = self._batches()
-        targets = sum(map(targets_in, batches))
+        targets = sum(batch.predicted for batch in batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                part = batch_loss(self.model, batch) / max(targets, 1)
+                part = self.model.loss(*batch.inputs(self.device)) / max(targets, 1)
             part.backward()
             loss += part.detach()
         scale = self.recipe.schedule.scale(self.step, self.tokens, run.steps)
