@@ -15,7 +15,7 @@ from longwave.model import Decoder
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
-    """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported layout, or a hub id.
+    """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported format, or a hub id.
 
     dtype: of the weights; as they were saved by default. Raises UserError for a folder that does not fit.
     """
@@ -25,12 +25,15 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     return model
 
 
-def save(model: Decoder, path: str | Path, *, layout: str = "longwave") -> None:
+def save(model: Decoder, path: str | Path, *, format: str = "longwave", layout: str | None = None) -> None:
     """Saves a model with its tokenizer; the folder appears whole or not at all.
 
-    layout: "longwave", or the foreign layout to write, such as "llama" for an ordinary `transformers` folder.
+    format: "longwave", or the foreign format to write, such as "llama" for an ordinary `transformers` folder.
+    layout: a former name of `format`; a UserError says so.
     """
-    checkpoints.save(model, path, tokenizer=model.tokenizer, layout=layout)
+    if layout is not None:
+        raise UserError(f"layout = {layout!r}: a folder's kind is its format; write format={layout!r}")
+    checkpoints.save(model, path, tokenizer=model.tokenizer, format=format)
 
 
 def generate(

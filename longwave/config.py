@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
 from longwave.errors import UserError
-from longwave.jsonfile import plain, shown
+from longwave.files.jsonfile import plain, shown
 from longwave.layout import parse
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from longwave.keyed import key
+from longwave.draws import key
 
 if TYPE_CHECKING:
     from longwave.model import Decoder

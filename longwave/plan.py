@@ -22,7 +22,7 @@ _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def model_config(path: str | Path) -> ModelConfig:
-    """The model that a recipe describes, or a folder or hub id of any supported layout (only `config.json` is read)."""
+    """The model that a recipe describes, or a folder or hub id of any supported format (only `config.json` is read)."""
     if Path(path).is_dir() or checkpoints.is_hub_id(path):
         return checkpoints.load_config(path)
     values = read_values(path)

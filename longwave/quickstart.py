@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from longwave import doctor, durable
+from longwave import doctor, files
 from longwave.api import load
 from longwave.benchmarks.bench import BenchOptions, bench_inference, bench_training
 from longwave.benchmarks.results import Row
@@ -33,15 +32,15 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.device import dtype_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
-from longwave.evaluation.trace import by_token, trace_levels
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
+from longwave.inspection.trace import by_token, trace_levels
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.reports import report as page
 from longwave.training.loop import Trainer
-from longwave.training.metrics import read_metrics
+from longwave.training.metrics import read_metrics, write_metrics
 from longwave.training.recipe import Recipe, read_recipe, recipe_path
 
 NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
@@ -109,7 +108,7 @@ def _train(name: str, recipe: Recipe, output: Path) -> float:
     """Trains one of the two, or goes on with it; returns the seconds of all its sessions."""
     folder = output / name
     trainer = Trainer(recipe, folder)
-    if not (trainer.finished and (folder / "model" / durable.MANIFEST).exists()):
+    if not (trainer.finished and (folder / "model" / files.MANIFEST).exists()):
         trainer.watch(TrainingProgress(NAMES[name], recipe.training.steps, trainer.step))
         trainer.run()
     tokens = recipe.training.batch_windows * recipe.training.window
@@ -302,9 +301,7 @@ def _command(text: str | None, output: Path, overrides: Sequence[str]) -> str:
 def _merge_metrics(output: Path) -> None:
     """`metrics.jsonl`: both runs' entries, each with the model's name."""
     entries = [{"model": name, **entry} for name in NAMES for entry in read_metrics(output / name / "metrics.jsonl")]
-    staging = output / ".metrics.jsonl.partial"
-    staging.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf8")
-    os.replace(staging, output / "metrics.jsonl")
+    write_metrics(output / "metrics.jsonl", entries)
 
 
 def _figures(data: page.Report) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from longwave.config import ModelConfig, build
-from longwave.durable import MANIFEST
+from longwave.files import MANIFEST
 from longwave.model import Decoder
 from longwave.stream import Stream
 

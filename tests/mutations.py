@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from longwave.durable import MANIFEST
+from longwave.files import MANIFEST
 
 Mutation = Callable[[random.Random, Path], str]
 

@@ -187,7 +187,7 @@ def publish(
     softmax_norms: bool = False,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """A folder with random weights in the published layout; its tensors."""
+    """A folder with random weights in the published format; its tensors."""
     tensors = {name: torch.empty(shape) for name, shape in shapes(config, softmax_norms).items()}
     filled(tensors, seed)
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

@@ -25,7 +25,7 @@ from longwave.data.shards import PreparedInfo, SplitTokens, prepare
 from longwave.data.sources import Conversation
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.evaluation.held_out import batch_loss, evaluate_folder, held_out_loss, targets_in
+from longwave.evaluation.held_out import evaluate_folder, held_out_loss
 from longwave.model import Decoder
 from longwave.plan import model_config
 from longwave.stream import Stream
@@ -110,7 +110,7 @@ def test_the_loss_of_packed_conversations_is_the_sum_of_each_alone(model: str, m
     data = PackedTokens(prepared(), "train", WINDOW)
     batch = data.batch(range(len(data)))
     assert len(batch.runs) > 2 * len(batch.windows)
-    both = [batch_loss(made, batch), torch.stack(alone(made, "train", WINDOW)).sum()]
+    both = [made.loss(*batch.inputs("cpu")), torch.stack(alone(made, "train", WINDOW)).sum()]
     grads = [torch.autograd.grad(loss, list(made.parameters()), allow_unused=True) for loss in both]
     torch.testing.assert_close(both[0], both[1], rtol=1e-12, atol=0)
     for one, other in zip(*grads, strict=True):
@@ -125,7 +125,7 @@ def test_windows_that_cut_conversations_would_show(monkeypatch: pytest.MonkeyPat
     data, made = PackedTokens(prepared(), "train", WINDOW), model_in_double("llama")
     with torch.no_grad():
         apart, together = (
-            batch_loss(made, data.batch(range(len(data)))),
+            made.loss(*data.batch(range(len(data))).inputs("cpu")),
             torch.stack(alone(made, "train", WINDOW)).sum(),
         )
     assert abs(apart - together) > 1e-6 * apart  # the law holds to 1e-12
@@ -141,7 +141,7 @@ def test_what_is_not_an_answer_moves_nothing():
     stream = Stream.of(batch.runs)
     learned = batch.targets != NO_TARGET
     assert 0.2 < learned.double().mean() < 0.8
-    assert targets_in(batch) == int(learned.sum())
+    assert batch.predicted == int(learned.sum())
     hidden = made.hidden(batch.tokens, stream)
     [slope] = torch.autograd.grad(made.loss(batch.tokens, batch.targets, stream), [made.embed.weight])
     logits = (hidden @ made.head_weight.T)[learned]
@@ -154,7 +154,7 @@ def test_what_is_not_an_answer_moves_nothing():
 def test_micro_batches_weigh_by_their_answers(tmp_path: Path, micro: int):
     one = in_double(recipe(steps=3), tmp_path / "whole")
     other = in_double(recipe(steps=3, micro_windows=micro), tmp_path / "parts")
-    counts = [targets_in(one.data.batch([place], one.sampler)) for place in range(12)]
+    counts = [one.data.batch([place], one.sampler).predicted for place in range(12)]
     assert len(set(counts)) > 3
     one.run(), other.run()
     assert furthest(contents(one), contents(other)) < 1e-9
@@ -165,7 +165,7 @@ def test_micro_batches_weigh_by_their_answers(tmp_path: Path, micro: int):
 def test_a_step_without_any_answer_leaves_numbers_numbers(tmp_path: Path, model: str, optimizer: str):
     """At a window that the longest questions fill."""
     trainer = trained(recipe(model, optimizer, batch_windows=1, window=40, steps=20), tmp_path)
-    counts = [targets_in(trainer.data.batch([place], trainer.sampler)) for place in range(20)]
+    counts = [trainer.data.batch([place], trainer.sampler).predicted for place in range(20)]
     entries = losses(tmp_path)
     assert [entry["step"] for entry in entries if entry["loss"] == 0] == [i + 1 for i, n in enumerate(counts) if n == 0]
     assert 0 in counts
@@ -213,7 +213,7 @@ def test_training_starts_from_the_weights_of_a_folder(tmp_path: Path, model: str
 
 def test_a_hugging_face_folder_and_one_in_bf16_are_starts_too(tmp_path: Path):
     model = lw.load(start(), dtype=torch.bfloat16)
-    lw.save(model, tmp_path / "llama", layout="llama")
+    lw.save(model, tmp_path / "llama", format="llama")
     trainer = Trainer(further(tmp_path / "llama"), tmp_path / "run")
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float32}
     assert differing(trainer.model.state_dict(), model.float().state_dict()) == []

@@ -1,4 +1,4 @@
-"""Model folders: the Llama layout in depth, the published SUBLLM layout, and every way a folder can fail.
+"""Model folders: the Llama format in depth, the published SUBLLM format, and every way a folder can fail.
 
 What the other families add is in `test_families.py`, damage of every kind in `test_damaged_folders.py`.
 """
@@ -24,8 +24,8 @@ from longwave.checkpoints import families, load, save, subllm
 from longwave.checkpoints.foreign import Row, disassemble, holdings
 from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
-from longwave.durable import MANIFEST
 from longwave.errors import UserError
+from longwave.files import MANIFEST
 from longwave.model import Decoder
 
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -174,7 +174,7 @@ def test_tied_folder_may_hold_an_equal_head_only(tmp_path: Path):
 def test_written_llama_is_loaded_by_transformers_bit_by_bit(tmp_path: Path, keys: dict[str, Any]):
     theirs = their_llama(tmp_path / "hf", **keys)
     ours = load(tmp_path / "hf")
-    save(ours, tmp_path / "back", layout="llama")
+    save(ours, tmp_path / "back", format="llama")
     again, report = LlamaForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report.values()), report
     same(again.state_dict(), theirs.state_dict())
@@ -187,7 +187,7 @@ def test_written_llama_is_loaded_by_transformers_bit_by_bit(tmp_path: Path, keys
 
 def test_written_llama_in_bfloat16_stays_so(tmp_path: Path):
     theirs = their_llama(tmp_path / "hf", torch.bfloat16)
-    save(load(tmp_path / "hf"), tmp_path / "back", layout="llama")
+    save(load(tmp_path / "hf"), tmp_path / "back", format="llama")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "back")
     assert again.dtype == torch.bfloat16
     same(again.state_dict(), theirs.state_dict())
@@ -195,7 +195,7 @@ def test_written_llama_in_bfloat16_stays_so(tmp_path: Path):
 
 def test_written_llama_carries_its_tokenizer_and_its_ids(tmp_path: Path):
     tokenizer = Tokenizer.train(["some text of some words"], 280)
-    save(small(vocab_size=280), tmp_path / "back", layout="llama", tokenizer=tokenizer)
+    save(small(vocab_size=280), tmp_path / "back", format="llama", tokenizer=tokenizer)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "back")
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (0, 1)
@@ -215,7 +215,7 @@ def test_written_llama_carries_its_tokenizer_and_its_ids(tmp_path: Path):
 )
 def test_what_is_no_plain_llama_is_not_written_as_one(tmp_path: Path, keys: dict[str, Any], named: str):
     with pytest.raises(UserError, match=named):
-        save(small(**keys), tmp_path / "out", layout="llama")
+        save(small(**keys), tmp_path / "out", format="llama")
     assert not (tmp_path / "out").exists()
 
 
@@ -249,7 +249,7 @@ def test_unsupported_llama_key_is_named(tmp_path: Path, key: str, value: Any, na
     assert "config.json" in str(caught.value)
 
 
-# --- the published SUBLLM layout --------------------------------------------------------------------------------------
+# --- the published SUBLLM format --------------------------------------------------------------------------------------
 
 
 def test_every_published_tensor_lands_in_its_module(tmp_path: Path):
@@ -359,7 +359,7 @@ def test_logits_are_those_of_the_published_formulas(tmp_path: Path, structure: s
 def test_published_folder_is_written_back_bit_by_bit(tmp_path: Path, dtype: torch.dtype):
     theirs = published(tmp_path / "xiaomi", dtype)
     model = load(tmp_path / "xiaomi")
-    save(model, tmp_path / "back", layout="subllm")
+    save(model, tmp_path / "back", format="subllm")
     same(load_file(tmp_path / "back/model.safetensors"), theirs)
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert {key: PUBLISHED[key] for key in written} == {**written, "n_positions": 128}
@@ -477,7 +477,7 @@ def test_published_model_is_tied_unless_its_config_says_otherwise(tmp_path: Path
     )
     model = load(tmp_path / "xiaomi")
     assert model.head is None
-    save(model, tmp_path / "back", layout="subllm")
+    save(model, tmp_path / "back", format="subllm")
     same(load(tmp_path / "back").state_dict(), model.state_dict())
 
 
@@ -499,7 +499,7 @@ def test_published_model_is_tied_unless_its_config_says_otherwise(tmp_path: Path
 )
 def test_what_the_published_code_cannot_be_is_not_written_so(tmp_path: Path, keys: dict[str, Any], named: str):
     with pytest.raises(UserError, match=named):
-        save(small(**keys), tmp_path / "out", layout="subllm")
+        save(small(**keys), tmp_path / "out", format="subllm")
     assert not (tmp_path / "out").exists()
 
 
@@ -530,14 +530,14 @@ def test_closing_order_counts_the_brackets_that_close(structure: str):
         assert all(inside[:at].count(")") <= inside[:at].count("(") for at in range(len(inside)))
 
 
-# --- every layout -----------------------------------------------------------------------------------------------------
+# --- every format -----------------------------------------------------------------------------------------------------
 
 FOLDERS: dict[str, Callable[[Path], object]] = {
     "longwave": lambda path: save(small("F subllm(0.5: F)"), path),
     "llama": their_llama,
     "subllm": published,
 }
-every_layout = pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS)
+every_format = pytest.mark.parametrize("make", FOLDERS.values(), ids=FOLDERS)
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,7 @@ def test_table_read_backwards_is_its_inverse(table: tuple[Row, ...], layout: str
     same(back, own)
 
 
-@every_layout
+@every_format
 def test_missing_tensor_is_named(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     for name in load_file(tmp_path / "m/model.safetensors"):
@@ -573,7 +573,7 @@ def test_missing_tensor_is_named(tmp_path: Path, make: Callable[[Path], object])
         assert str(caught.value).endswith(f"missing tensor {name}")
 
 
-@every_layout
+@every_format
 def test_unexpected_tensor_is_named(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     rewrite(tmp_path / "m", lambda tensors: tensors.update(extra=torch.ones(1), more=torch.ones(1)))
@@ -581,7 +581,7 @@ def test_unexpected_tensor_is_named(tmp_path: Path, make: Callable[[Path], objec
         load(tmp_path / "m")
 
 
-@every_layout
+@every_format
 def test_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     for name, tensor in load_file(tmp_path / "m/model.safetensors").items():
@@ -594,7 +594,7 @@ def test_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path, make: Callab
         assert str(caught.value).endswith(shapes)
 
 
-@every_layout
+@every_format
 def test_cut_weights_are_refused(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     path = tmp_path / "m/model.safetensors"
@@ -604,7 +604,7 @@ def test_cut_weights_are_refused(tmp_path: Path, make: Callable[[Path], object])
         load(tmp_path / "m")
 
 
-@every_layout
+@every_format
 def test_dtype_is_that_of_every_weight(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     model, as_saved = load(tmp_path / "m", dtype=torch.bfloat16), load(tmp_path / "m")
@@ -615,7 +615,7 @@ def test_dtype_is_that_of_every_weight(tmp_path: Path, make: Callable[[Path], ob
     assert not model.training
 
 
-@every_layout
+@every_format
 def test_training_a_loaded_model_leaves_its_folder_alone(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     model, expected = load(tmp_path / "m"), load(tmp_path / "m").double().state_dict()
@@ -625,7 +625,7 @@ def test_training_a_loaded_model_leaves_its_folder_alone(tmp_path: Path, make: C
     same(load(tmp_path / "m").double().state_dict(), expected)
 
 
-@every_layout
+@every_format
 def test_native_folder_of_any_model_is_the_same_model(tmp_path: Path, make: Callable[[Path], object]):
     make(tmp_path / "m")
     model = load(tmp_path / "m")
@@ -666,8 +666,8 @@ def test_bad_config_is_named(tmp_path: Path, text: str, named: str):
         load(tmp_path)
 
 
-def test_folder_without_config_and_unknown_layout_are_named(tmp_path: Path):
+def test_folder_without_config_and_unknown_format_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
-    with pytest.raises(UserError, match=f"layout = 'gguf'; use one of {NAMES}"):
-        save(small(), tmp_path / "out", layout="gguf")
+    with pytest.raises(UserError, match=f"format = 'gguf'; use one of {NAMES}"):
+        save(small(), tmp_path / "out", format="gguf")

@@ -19,7 +19,7 @@ import torch
 from command_line import shell
 from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
-from longwave import durable
+from longwave import files
 from longwave.benchmarks.roofline import Peaks
 from longwave.cli import command_line, main
 from longwave.training.loop import Interrupted
@@ -361,7 +361,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(toml: Path, tmp_
     assert "nothing was changed" in line
     assert "Traceback" not in failed.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000002"]
-    assert durable.verify(tmp_path / "run" / "checkpoints" / "step-00000002")
+    assert files.verify(tmp_path / "run" / "checkpoints" / "step-00000002")
     assert not (tmp_path / "run" / "model").exists()
     assert shell("train", toml, "--output", tmp_path / "run").returncode == 0
     trained(recipe("published"), tmp_path / "straight")
@@ -452,7 +452,7 @@ def test_generate_refuses_a_terminal_without_a_prompt(refuses, model: Path, monk
     refuses("generate", model, says=["no prompt: give --prompt"])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", durable.MANIFEST])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", files.MANIFEST])
 def test_a_damaged_model_is_refused(refuses, model: Path, tmp_path: Path, name: str):
     shutil.copytree(model, tmp_path / "model")
     raw = bytearray((tmp_path / "model" / name).read_bytes())
@@ -516,7 +516,7 @@ def test_quickstart_in_a_process_of_its_own_with_everything_measured(tmp_path: P
 
 def test_quickstart_leaves_models_metrics_and_a_report(compared: Path):
     for name in ("llama", "subllm"):
-        assert durable.verify(compared / name / "model")
+        assert files.verify(compared / name / "model")
     figures = json.loads((compared / "results.json").read_text())
     logged = [json.loads(line) for line in (compared / "metrics.jsonl").read_text().splitlines()]
     assert [(entry["model"], entry["step"]) for entry in logged] == [

@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = Decoder(dataclasses.replace(runs.recipe(kind).model, context_window=256))
         save(model, folder / "quickstart" / name / "model", tokenizer=tokenizer)
         if name == "llama":
-            save(model, folder / "my-llama", tokenizer=tokenizer, layout="llama")
+            save(model, folder / "my-llama", tokenizer=tokenizer, format="llama")
     shutil.copytree(ROOT / "longwave/recipes", folder / "longwave/recipes")
     shutil.copy(ROOT / "README.md", folder)
     return folder

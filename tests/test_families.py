@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import longwave
-from longwave.checkpoints import LAYOUTS, huggingface, load, load_config, save
+from longwave.checkpoints import FORMATS, huggingface, load, load_config, save
 from longwave.checkpoints.families import FAMILIES, TABLE, family_of
 from longwave.checkpoints.foreign import disassemble, holdings
 from longwave.checkpoints.huggingface import _times
@@ -285,7 +285,7 @@ def test_what_transformers_has_no_class_for_is_named(tmp_path: Path):
 def test_written_folder_is_loaded_by_transformers_bit_by_bit(tmp_path: Path, family: str, keys: dict[str, Any]):
     model = theirs(tmp_path / "hf", family, **keys)
     ours = load(tmp_path / "hf")
-    save(ours, tmp_path / "back", layout=family)
+    save(ours, tmp_path / "back", format=family)
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert type(again) is type(model)
     assert not any(report.values()), report
@@ -309,7 +309,7 @@ def test_written_folder_is_loaded_by_transformers_bit_by_bit(tmp_path: Path, fam
 def test_written_minicpm_is_the_same_folder(tmp_path: Path, keys: dict[str, Any], dtype: torch.dtype):
     published = minicpm(tmp_path / "hf", **keys)
     ours = load(tmp_path / "hf", dtype=dtype)
-    save(ours, tmp_path / "back", layout="minicpm")
+    save(ours, tmp_path / "back", format="minicpm")
     same(load_file(tmp_path / "back/model.safetensors"), {name: one.to(dtype) for name, one in published.items()})
     assert load(tmp_path / "back").config == ours.config
     written, original = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("back", "hf"))
@@ -350,7 +350,7 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
 
 
 @pytest.mark.parametrize(
-    ("layout", "keys", "named"),
+    ("format", "keys", "named"),
     [
         ("qwen2", {}, "attention.qkv_bias = False; qkv_bias is True and output_bias False"),
         ("qwen3", {}, "attention.qk_norm = False; it is True"),
@@ -382,9 +382,9 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
         ),
     ],
 )
-def test_a_model_of_another_family_is_not_written(tmp_path: Path, layout: str, keys: dict[str, Any], named: str):
-    with pytest.raises(UserError, match=re.escape(f"layout = '{layout}' cannot hold this model: {named}")):
-        save(small(**keys), tmp_path / "out", layout=layout)
+def test_a_model_of_another_family_is_not_written(tmp_path: Path, format: str, keys: dict[str, Any], named: str):
+    with pytest.raises(UserError, match=re.escape(f"format = '{format}' cannot hold this model: {named}")):
+        save(small(**keys), tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
 
 
@@ -399,7 +399,7 @@ def test_a_family_is_known_by_what_sets_it_apart():
     found = {name: family_of(small(**keys).config) for name, keys in shapes.items()}
     assert {name: family and family.model_type for name, family in found.items()} == {name: name for name in shapes}
     assert family_of(small("F subllm(0.5: F)").config) is None
-    assert {family.model_type for family in FAMILIES} <= LAYOUTS.keys()
+    assert {family.model_type for family in FAMILIES} <= FORMATS.keys()
 
 
 # --- what a folder says beside its weights ----------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_published_configs_are_read_as_what_they_are():
 
 
 def read(family: str, values: dict[str, Any]) -> Any:
-    return LAYOUTS[family].config(values, "config.json")
+    return FORMATS[family].config(values, "config.json")
 
 
 def test_scaling_takes_its_original_window_and_factor_from_where_transformers_does():
@@ -566,18 +566,18 @@ def chatty(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["qwen2", "longwave"])
-def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, layout: str):
+@pytest.mark.parametrize("format", ["qwen2", "longwave"])
+def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, format: str):
     model = longwave.load(chatty)
     assert model.generation["eos_token_id"] == [1, 7]
-    longwave.save(model, tmp_path / "back", layout=layout)
+    longwave.save(model, tmp_path / "back", format=format)
     written = json.loads((tmp_path / "back/generation_config.json").read_text())
     ids = {"bos_token_id": 3, "eos_token_id": [1, 7], "pad_token_id": 5}
     assert written == {**ids, "temperature": 0.6, "do_sample": True, "top_k": 20}
     again = longwave.load(tmp_path / "back")
     assert again.generation == model.generation
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
-    if layout == "qwen2":
+    if format == "qwen2":
         config = AutoConfig.from_pretrained(tmp_path / "back")
         assert {name: getattr(config, name) for name in ids} == ids
 
@@ -619,10 +619,10 @@ def test_keys_that_nothing_here_knows_are_written_back(tmp_path: Path, family: s
     minicpm(tmp_path / "hf") if family == "minicpm" else theirs(tmp_path / "hf", family, head_dim=8)
     reconfigure(tmp_path / "hf", pretraining_tp=2, a_key_of_tomorrow={"deep": [None]}, max_position_embeddings=64)
     model = load(tmp_path / "hf")
-    save(model, tmp_path / "back", layout=family)
+    save(model, tmp_path / "back", format=family)
     said, written = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
     assert written == said
-    save(load(tmp_path / "hf", dtype=torch.float16), tmp_path / "half", layout=family)
+    save(load(tmp_path / "hf", dtype=torch.float16), tmp_path / "half", format=family)
     key = "torch_dtype" if family == "minicpm" else "dtype"
     assert json.loads((tmp_path / "half/config.json").read_text()) == said | {key: "float16"}
 
@@ -634,7 +634,7 @@ def test_a_key_that_would_change_a_changed_model_is_left_behind(tmp_path: Path):
     reconfigure(tmp_path / "hf", rope_parameters=..., rope_scaling=yarn, original_max_position_embeddings=16, other=1)
     model = load(tmp_path / "hf")
     model.config = replace(model.config, rotary=RotaryConfig(scaling=YarnScaling(2.0, 32)))
-    save(model, tmp_path / "back", layout="qwen2")
+    save(model, tmp_path / "back", format="qwen2")
     assert load(tmp_path / "back").config == model.config
     assert "original_max_position_embeddings" not in json.loads((tmp_path / "back/config.json").read_text())
 

@@ -390,12 +390,12 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(kind: str):
 
 
 @every_model
-@pytest.mark.parametrize("layout", ["longwave", "own"])
-def test_a_saved_model_says_the_same_when_loaded(kind: str, layout: str, tmp_path: Path):
+@pytest.mark.parametrize("format", ["longwave", "own"])
+def test_a_saved_model_says_the_same_when_loaded(kind: str, format: str, tmp_path: Path):
     foreign = "llama" if kind == "llama" else "longwave"
     model = tiny(kind)
     model.tokenizer = tokenizer()
-    lw.save(model, tmp_path / "model", layout=foreign if layout == "own" else layout)
+    lw.save(model, tmp_path / "model", format=foreign if format == "own" else format)
     loaded = lw.load(tmp_path / "model")
     assert loaded.embed.weight.dtype == torch.float64
     for options in ({}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3}):
@@ -404,6 +404,12 @@ def test_a_saved_model_says_the_same_when_loaded(kind: str, layout: str, tmp_pat
         assert said
     cut = lw.generate(loaded, "import ", max_new_tokens=25, stop=(said[4:7],), **options)
     assert cut == said[: said.find(said[4:7])]
+
+
+def test_the_former_name_of_the_format_says_the_new_one(tmp_path: Path):
+    with pytest.raises(UserError, match="layout = 'llama': a folder's kind is its format; write format='llama'"):
+        lw.save(tiny("llama"), tmp_path / "model", layout="llama")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_can_be_loaded_in_another_dtype(tmp_path: Path):

@@ -16,8 +16,8 @@ import longwave.hf
 from longwave.checkpoints import load, save
 from longwave.config import ModelConfig, build
 from longwave.data.tokenizer import Tokenizer
-from longwave.durable import MANIFEST
 from longwave.errors import UserError
+from longwave.files import MANIFEST
 from longwave.hf import LongwaveCache, LongwaveConfig, LongwaveForCausalLM
 from longwave.hf.cache import NAME
 from longwave.model import Decoder
@@ -376,7 +376,7 @@ def test_tokenizer_of_the_folder_ends_generation(tmp_path: Path):
 
 
 def test_published_llama_folder_loads_through_the_class_too(tmp_path: Path):
-    save(decoder("llama"), tmp_path / "hf", layout="llama")
+    save(decoder("llama"), tmp_path / "hf", format="llama")
     loaded = LongwaveForCausalLM.from_pretrained(tmp_path / "hf")
     with torch.no_grad():
         near(loaded(ROWS[:1]).logits[0], alone(decoder("llama"), ROWS[0]))

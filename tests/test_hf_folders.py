@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from longwave import durable
+from longwave import files
 from longwave.checkpoints import load, save
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
@@ -58,7 +58,7 @@ def test_trust_remote_code_finds_longwave_without_an_import(tmp_path: Path):
 
 def test_the_module_for_trust_remote_code_is_under_the_manifest(tmp_path: Path):
     save(decoder("llama"), tmp_path / "m")
-    assert durable.verify(tmp_path / "m")
+    assert files.verify(tmp_path / "m")
     stub = tmp_path / "m/modeling_longwave.py"
     stub.write_text(stub.read_text().replace("longwave.hf", "longwave.xx"))
     with pytest.raises(UserError, match=r"modeling_longwave\.py is damaged"):
@@ -67,7 +67,7 @@ def test_the_module_for_trust_remote_code_is_under_the_manifest(tmp_path: Path):
 
 def test_a_folder_from_before_that_module_still_loads(tmp_path: Path):
     save(decoder("llama"), tmp_path / "m")
-    for name in ("modeling_longwave.py", durable.MANIFEST):
+    for name in ("modeling_longwave.py", files.MANIFEST):
         (tmp_path / "m" / name).unlink()
     config = json.loads((tmp_path / "m/config.json").read_text())
     del config["auto_map"]
@@ -116,12 +116,12 @@ def test_saving_keeps_what_else_a_folder_holds(layout: str, tmp_path: Path):
 @both
 def test_saving_in_shards_and_in_one_file_again(layout: str, tmp_path: Path):
     ours = wrapped(decoder(layout))
-    for size, files in (("4KB", 3), (None, 1), (5000, 3)):
+    for size, count in (("4KB", 3), (None, 1), (5000, 3)):
         ours.save_pretrained(tmp_path / "m", max_shard_size=size, safe_serialization=True)
         found = sorted(path.name for path in (tmp_path / "m").glob("*.safetensors"))
-        assert len(found) == 1 if files == 1 else len(found) >= files
-        assert (tmp_path / "m/model.safetensors.index.json").exists() == (files > 1)
-        assert durable.verify(tmp_path / "m")
+        assert len(found) == 1 if count == 1 else len(found) >= count
+        assert (tmp_path / "m/model.safetensors.index.json").exists() == (count > 1)
+        assert files.verify(tmp_path / "m")
         with torch.no_grad():
             near(AutoModelForCausalLM.from_pretrained(tmp_path / "m")(ROWS).logits, ours(ROWS).logits)
 

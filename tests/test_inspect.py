@@ -20,13 +20,13 @@ import longwave as lw
 from longwave.cli import main
 from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
-from longwave.evaluation.trace import LevelTrace, by_token, trace_levels, watching_levels
 from longwave.inspection import attention as attention_module
 from longwave.inspection.agreement import Statistic, agreement
 from longwave.inspection.attention import BlockAttention, watching_attention
 from longwave.inspection.inspect import block_before
 from longwave.inspection.source import pieces
 from longwave.inspection.spending import Spending, extremes, spending
+from longwave.inspection.trace import LevelTrace, by_token, trace_levels, watching_levels
 from longwave.layers.block import BLOCKS
 from longwave.model import Decoder
 from longwave.ops.attention import attention

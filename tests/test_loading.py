@@ -22,13 +22,13 @@ from model_folders import TOKENS, logits, same, small, theirs
 from safetensors.torch import save_file
 
 import longwave
-from longwave import durable, plan
+from longwave import files, plan
 from longwave.checkpoints import load, load_config, save, weights
 from longwave.checkpoints.weights import WeightFiles
-from longwave.checksum import joined
 from longwave.config import AttentionConfig, MLPConfig, ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
+from longwave.files.checksum import joined
 from longwave.model import Decoder
 
 
@@ -61,7 +61,7 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         "flags": torch.tensor([True, False, True]),
         "empty": torch.zeros(0, 4),
     }
-    with durable.folder(tmp_path / "saved") as staging:
+    with files.folder(tmp_path / "saved") as staging:
         save_file(tensors, staging / "model.safetensors")
     return tmp_path / "saved", tensors
 
@@ -70,9 +70,9 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_tensors_come_as_they_were_saved(stored: Any, monkeypatch: pytest.MonkeyPatch, block: int):
     folder, tensors = stored
     monkeypatch.setattr(weights, "_BLOCK", block)
-    files = WeightFiles(folder)
-    assert files.names() == tensors.keys()
-    read = files.load(files.names())
+    saved = WeightFiles(folder)
+    assert saved.names() == tensors.keys()
+    read = saved.load(saved.names())
     same(read, tensors)
     assert all(tensor.data_ptr() % 64 == 0 for tensor in read.values())
     assert len({tensor.untyped_storage().data_ptr() for tensor in read.values() if tensor.numel()}) == len(tensors) - 1
@@ -88,35 +88,35 @@ def test_every_damaged_byte_is_refused_whatever_is_read(stored: Any):
     """In the header, in what is read, and in what is not."""
     folder, _ = stored
     path = folder / "model.safetensors"
-    whole, files = path.read_bytes(), WeightFiles(folder)
-    places = {"header": 5 + 8 * 3, **{name: found.begin for name, found in files.found.items() if found.bytes}}
+    whole, saved = path.read_bytes(), WeightFiles(folder)
+    places = {"header": 5 + 8 * 3, **{name: found.begin for name, found in saved.found.items() if found.bytes}}
     for place in places.values():
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"model\.safetensors is damaged: its crc32 is"):
-            files.load(["odd"])
+            saved.load(["odd"])
     path.write_bytes(whole[:-9])
     with pytest.raises(UserError, match=r"cut while it was being read"):
-        files.load(["odd"])
+        saved.load(["odd"])
     path.write_bytes(whole)
-    files.load(["odd"])
+    saved.load(["odd"])
 
 
 def test_without_a_manifest_what_is_not_wanted_is_not_read(stored: Any):
     folder, tensors = stored
-    (folder / durable.MANIFEST).unlink()
+    (folder / files.MANIFEST).unlink()
     path = folder / "model.safetensors"
-    files = WeightFiles(folder)
-    place = files.found["large"].begin
+    saved = WeightFiles(folder)
+    place = saved.found["large"].begin
     path.write_bytes(path.read_bytes()[:place] + b"\xff" + path.read_bytes()[place + 1 :])
-    same(files.load(["odd"]), {"odd": tensors["odd"]})
+    same(saved.load(["odd"]), {"odd": tensors["odd"]})
 
 
-@pytest.mark.parametrize("layout", ["longwave", "llama"])
+@pytest.mark.parametrize("format", ["longwave", "llama"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, layout: str, dtype: torch.dtype):
+def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, format: str, dtype: torch.dtype):
     """Odd sizes, so that tensors lie at odd places in the file."""
     model = small("3F", hidden_size=34, attention={"heads": 1}, mlp={"size": 37}, vocab_size=31).to(dtype)
-    save(model, tmp_path / "m", layout=layout)
+    save(model, tmp_path / "m", format=format)
     again = load(tmp_path / "m")
     same(again.state_dict(), model.state_dict())
     for length in (1, 5, len(TOKENS)):
@@ -124,8 +124,8 @@ def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, layout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["longwave", "llama"])
-def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tmp_path: Path, layout: str):
+@pytest.mark.parametrize("format", ["longwave", "llama"])
+def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tmp_path: Path, format: str):
     """Peak memory at most 1.1 times the weights; at least 0.8 times the speed of reading them into new memory."""
     config = ModelConfig(32000, 2048, "8F", AttentionConfig(16, 8), MLPConfig(5504))
     with torch.device("meta"):
@@ -134,7 +134,7 @@ def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tm
     with torch.no_grad():
         for weight in model.parameters():
             weight.fill_(0.01)
-    save(model, tmp_path / "m", layout=layout)
+    save(model, tmp_path / "m", format=format)
     del model
     measured = json.loads(child("loading_child.py", str(tmp_path / "m")))
     assert measured["gigabytes"] > 1

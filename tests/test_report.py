@@ -323,7 +323,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch)
     def refuse(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("os.replace", refuse)
+    monkeypatch.setattr("os.rename", refuse)
     with pytest.raises(OSError, match="no space"):
         write_report(bare_report(), path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]

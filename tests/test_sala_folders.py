@@ -1,4 +1,4 @@
-"""Folders in the layouts of MiniCPM-SALA and HypeNet: inventory, the published maths, there and back."""
+"""Folders in the formats of MiniCPM-SALA and HypeNet: inventory, the published maths, there and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from longwave import cli
-from longwave.checkpoints import LAYOUTS, load, load_config, save
+from longwave.checkpoints import FORMATS, load, load_config, save
 from longwave.checkpoints.families import TABLE
 from longwave.checkpoints.foreign import disassemble
 from longwave.config import InfllmConfig, LightningConfig
@@ -99,7 +99,7 @@ def in_pieces(model: Decoder, tokens: Tensor, sizes: list[int]) -> Tensor:
 
 
 def inventory(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    model = meta_model(LAYOUTS[config["model_type"]].config(config, "config.json"))
+    model = meta_model(FORMATS[config["model_type"]].config(config, "config.json"))
     return {name: tuple(tensor.shape) for name, tensor in disassemble(model, TABLE).items()}
 
 
@@ -108,7 +108,7 @@ def test_sala_has_its_395_tensors_and_9_477_203_968_parameters():
     assert found == shapes(SALA_9B)
     assert len(found) == 395
     assert sum(map(math.prod, found.values())) == 9_477_203_968
-    model = meta_model(LAYOUTS["minicpm_sala"].config(SALA_9B, "config.json"))
+    model = meta_model(FORMATS["minicpm_sala"].config(SALA_9B, "config.json"))
     assert model.config.layout == "S 8L S 6L 2S 4L S 6L 3S"
     assert model.config.scales.residual == pytest.approx(0.24748737, abs=1e-8)
     assert (model.config.scales.embedding, model.config.scales.logits) == (12.0, 1 / 16)
@@ -254,7 +254,7 @@ def test_mup_factors_stand_where_they_are_published(tmp_path: Path):
 def test_a_folder_is_written_back_bit_by_bit(tmp_path: Path, config: dict[str, Any], shards: int):
     tensors = publish(tmp_path / "m", config | {"a_key_of_tomorrow": {"deep": [1, None]}}, shards=shards)
     model = load(tmp_path / "m")
-    save(model, tmp_path / "back", layout=config["model_type"])
+    save(model, tmp_path / "back", format=config["model_type"])
     same(load_file(tmp_path / "back/model.safetensors"), tensors)
     written = json.loads((tmp_path / "back/config.json").read_text())
     assert written == config | {"a_key_of_tomorrow": {"deep": [1, None]}}
@@ -265,11 +265,11 @@ def test_a_folder_is_written_back_bit_by_bit(tmp_path: Path, config: dict[str, A
 
 @every_config
 def test_a_folder_that_is_written_anew_is_the_same_model(tmp_path: Path, config: dict[str, Any]):
-    """Through longwave's own layout, which carries nothing of the published config.json."""
+    """Through longwave's own format, which carries nothing of the published config.json."""
     tensors = publish(tmp_path / "m", config)
     model = load(tmp_path / "m")
     save(model, tmp_path / "own")
-    save(load(tmp_path / "own"), tmp_path / "back", layout=config["model_type"])
+    save(load(tmp_path / "own"), tmp_path / "back", format=config["model_type"])
     same(load_file(tmp_path / "back/model.safetensors"), tensors)
     assert load(tmp_path / "back").config == model.config
     written = json.loads((tmp_path / "back/config.json").read_text())
@@ -284,7 +284,7 @@ def test_a_changed_model_keeps_only_what_is_still_true(tmp_path: Path):
     model = load(tmp_path / "m", dtype=torch.float32)
     model.config = dataclasses.replace(model.config, context_window=4096)
     model.generation |= {"eos_token_id": 5}
-    save(model, tmp_path / "back", layout="minicpm_sala")
+    save(model, tmp_path / "back", format="minicpm_sala")
     written = json.loads((tmp_path / "back/config.json").read_text())
     changed = {"dtype": "float32", "max_position_embeddings": 4096, "eos_token_id": 5}
     assert {name: written[name] for name in SALA} == SALA | changed
@@ -294,7 +294,7 @@ def test_a_changed_model_keeps_only_what_is_still_true(tmp_path: Path):
 def test_blocks_of_the_default_shape_are_written_as_what_they_are(tmp_path: Path):
     """A config without tables for S and L blocks has the published ones."""
     model = small("S L", hidden_size=32)
-    save(model, tmp_path / "m", layout="minicpm_sala")
+    save(model, tmp_path / "m", format="minicpm_sala")
     found = load(tmp_path / "m")
     assert (found.config.infllm, found.config.lightning) == (InfllmConfig(), LightningConfig(2, 2, 16))
     assert torch.equal(logits(found, TOKENS % 29), logits(model, TOKENS % 29))
@@ -307,7 +307,7 @@ def test_norms_in_softmax_layers_are_applied_where_a_folder_has_them(tmp_path: P
     model = load(tmp_path / "m", dtype=torch.float64)
     assert model.config.attention.qk_norm
     torch.testing.assert_close(logits(model, TOKENS), Published(SALA, tensors, 64).logits(TOKENS), atol=1e-10, rtol=0)
-    save(load(tmp_path / "m"), tmp_path / "back", layout="minicpm_sala")
+    save(load(tmp_path / "m"), tmp_path / "back", format="minicpm_sala")
     same(load_file(tmp_path / "back/model.safetensors"), tensors)
     rewrite(tmp_path / "m", lambda tensors: tensors.pop("model.layers.3.self_attn.k_norm.weight"))
     with pytest.raises(UserError, match=r"missing tensor model\.layers\.3\.self_attn\.k_norm\.weight"):
@@ -318,7 +318,7 @@ def test_buffers_of_rotation_are_passed_over(tmp_path: Path):
     tensors = publish(tmp_path / "m", SALA)
     name = "model.layers.1.self_attn.rotary_emb.inv_freq"
     rewrite(tmp_path / "m", lambda tensors: tensors.update({name: torch.ones(8)}))
-    save(load(tmp_path / "m"), tmp_path / "back", layout="minicpm_sala")
+    save(load(tmp_path / "m"), tmp_path / "back", format="minicpm_sala")
     same(load_file(tmp_path / "back/model.safetensors"), tensors)
 
 
@@ -327,7 +327,7 @@ def test_names_of_published_hypenets(tmp_path: Path, model_type: str):
     """The files that are published call the class otherwise than the repository does."""
     config = HYPENET | {"architectures": ["HybridForCausalLM"], "model_type": model_type}
     tensors = publish(tmp_path / "m", config)
-    save(load(tmp_path / "m"), tmp_path / "back", layout=model_type)
+    save(load(tmp_path / "m"), tmp_path / "back", format=model_type)
     same(load_file(tmp_path / "back/model.safetensors"), tensors)
     assert json.loads((tmp_path / "back/config.json").read_text()) == config
 

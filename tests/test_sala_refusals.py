@@ -199,7 +199,7 @@ HYBRID = {"hidden_size": 32, "attention": {"heads": 2, "qk_norm": True}}
 
 
 @pytest.mark.parametrize(
-    ("layout", "keys", "named"),
+    ("format", "keys", "named"),
     [
         ("minicpm_sala", {"layout": "F L"}, "layout = 'F L'; S and L blocks only"),
         ("minicpm_sala", {"layout": "L subllm(0.5: L)"}, "layout = 'L subllm(0.5: L)'; S and L blocks only"),
@@ -226,9 +226,9 @@ HYBRID = {"hidden_size": 32, "attention": {"heads": 2, "qk_norm": True}}
         ("hypenet", {"layout": "S", "attention": {"heads": 2}}, "attention.qk_norm = False; it is True"),
     ],
 )
-def test_a_model_that_the_layout_cannot_hold_is_not_written(
-    tmp_path: Path, layout: str, keys: dict[str, Any], named: str
+def test_a_model_that_the_format_cannot_hold_is_not_written(
+    tmp_path: Path, format: str, keys: dict[str, Any], named: str
 ):
-    with pytest.raises(UserError, match=re.escape(f"layout = '{layout}' cannot hold this model: {named}")):
-        save(small(**(HYBRID | keys)), tmp_path / "out", layout=layout)
+    with pytest.raises(UserError, match=re.escape(f"format = '{format}' cannot hold this model: {named}")):
+        save(small(**(HYBRID | keys)), tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longwave.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, SubllmConfig, retention_of
-from longwave.keyed import uniform
+from longwave.draws import uniform
 from longwave.layers.rotary import Rotation, angles
 from longwave.model import Decoder
 from longwave.resamplers import Clock, Subllm

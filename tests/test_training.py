@@ -17,13 +17,12 @@ import torch
 from runs import STEPS, CrashAt, StopAt, contents, differing, losses, recipe, trained, write_recipe
 
 import longwave as lw
-from longwave import durable
+from longwave import files
 from longwave.config import build
 from longwave.data.shards import prepare
 from longwave.errors import UserError
-from longwave.evaluation.held_out import batch_loss
 from longwave.resamplers import subllm
-from longwave.training import loop
+from longwave.training import checkpoints, loop
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.metrics import read_metrics
 from longwave.training.recipe import Recipe
@@ -119,10 +118,10 @@ def test_how_often_a_run_logs_and_saves_can_be_changed_on_the_way(tmp_path: Path
     straight = trained(recipe("llama"), tmp_path / "straight")
     with pytest.raises(Interrupted):
         trained(recipe("llama", keep=1, checkpoint_every=1), tmp_path / "changed", StopAt(3))
-    assert [one.step for one in durable.checkpoints(tmp_path / "changed" / "checkpoints")] == [3]
+    assert [one.step for one in checkpoints.complete(tmp_path / "changed" / "checkpoints")] == [3]
     changes = {"log_every": 5, "checkpoint_every": 2, "keep": 3, "deterministic": True}
     changed = trained(recipe("llama", **changes), tmp_path / "changed")
-    assert [one.step for one in durable.checkpoints(tmp_path / "changed" / "checkpoints")] == [4, 6, 8]
+    assert [one.step for one in checkpoints.complete(tmp_path / "changed" / "checkpoints")] == [4, 6, 8]
     assert [entry["step"] for entry in losses(tmp_path / "changed")] == [1, 2, 3, 4, 5, 8]
     assert differing(contents(changed), contents(straight)) == []
 
@@ -142,7 +141,7 @@ def test_determinism_is_put_back_as_it_was():
 @every_model
 def test_a_checkpoint_is_a_model_folder(tmp_path: Path, model: str):
     trainer = trained(recipe(model), tmp_path)
-    newest = durable.newest(tmp_path / "checkpoints")
+    newest = checkpoints.newest(tmp_path / "checkpoints")
     assert newest is not None
     for folder in (newest.path, tmp_path / "model"):
         loaded = lw.load(folder)
@@ -198,7 +197,7 @@ def test_data_whose_tokenizer_was_changed_is_refused(tmp_path: Path):
         Trainer(run, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", durable.MANIFEST])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json", files.MANIFEST])
 def test_a_flipped_bit_in_the_newest_checkpoint_is_refused(tmp_path: Path, name: str):
     with pytest.raises(ConnectionAbortedError):
         trained(recipe("llama", checkpoint_every=2), tmp_path, CrashAt(5))
@@ -215,8 +214,8 @@ def test_a_cut_or_missing_file_in_the_newest_checkpoint_is_refused_until_it_is_r
     os.truncate(newest / "optimizer.safetensors", 100)
     with pytest.raises(UserError, match=r"optimizer\.safetensors has 100 bytes"):
         Trainer(run, tmp_path)
-    (newest / durable.MANIFEST).unlink()
-    with pytest.raises(UserError, match=durable.MANIFEST):
+    (newest / files.MANIFEST).unlink()
+    with pytest.raises(UserError, match=files.MANIFEST):
         Trainer(run, tmp_path)
     shutil.rmtree(newest)
     assert Trainer(run, tmp_path).step == 2
@@ -296,7 +295,7 @@ def gradients(trainer: Trainer, recompute: bool) -> tuple[float, dict[str, torch
     trainer.model.checkpoint_blocks(recompute)
     trainer.model.set_step(0)
     trainer.model.zero_grad()
-    loss = batch_loss(trainer.model, trainer.data.batch(range(4), trainer.sampler))
+    loss = trainer.model.loss(*trainer.data.batch(range(4), trainer.sampler).inputs("cpu"))
     loss.backward()
     for hook in hooks:
         hook.remove()
@@ -403,7 +402,7 @@ def uninterrupted(signal_recipe: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_costs_nothing(signal_recipe: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals):
     code, errors = interrupt(signal_recipe, tmp_path / "run", number, after=25)
-    saved = durable.newest(tmp_path / "run" / "checkpoints")
+    saved = checkpoints.newest(tmp_path / "run" / "checkpoints")
     assert saved is not None
     reached = len(losses(tmp_path / "run"))
     assert 25 <= reached < SIGNAL_STEPS

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from longwave import durable
+from longwave import files
 from longwave.benchmarks.bench import BenchOptions, run
 from longwave.benchmarks.compare import compare, compared_table, read
 from longwave.benchmarks.context.options import ContextOptions
@@ -136,7 +136,7 @@ def _where(spent: Mapping[str, dict[str, Spent]]) -> list[Table]:
 
 def _save(results: Results, options: argparse.Namespace) -> None:
     if options.save is not None:
-        durable.write_file(options.save, (json.dumps(results.plain(), indent=1) + "\n").encode())
+        files.write_file(options.save, (json.dumps(results.plain(), indent=1) + "\n").encode())
 
 
 def _check_file(path: Path) -> None:

@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from longwave import durable
+from longwave import files
 from longwave.benchmarks.results import Results, Row
 from longwave.benchmarks.table import beside_bound, by_place, heading
 from longwave.config import require
@@ -66,7 +66,7 @@ def drawing(path: str | Path, size: tuple[float, float], results: Results, legen
         figure = Figure(figsize=size, facecolor=_PAPER, layout=layout)
         _head(figure, results, legend, size[1])
         yield figure
-        durable.write_file(path, _encoded(figure, Path(path).suffix[1:]))
+        files.write_file(path, _encoded(figure, Path(path).suffix[1:]))
 
 
 def colours_of(subjects: Iterable[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
 
-from longwave import durable
+from longwave import files
 from longwave.benchmarks.results import Row
 from longwave.benchmarks.timing import Task, synchronise
 
@@ -88,7 +88,7 @@ class Watch:
         with tempfile.TemporaryDirectory() as folder:
             staging = Path(folder) / f"trace.json{'.gz' if path.suffix == '.gz' else ''}"
             profiler.export_chrome_trace(str(staging))
-            durable.write_file(path, staging.read_bytes())
+            files.write_file(path, staging.read_bytes())
         return _spent(list(profiler.events() or []), list(self.kept.values()), self.device)
 
 

@@ -1,4 +1,4 @@
-"""Models in folders: `load` any layout that the registry knows, `save` in one of them."""
+"""Models in folders: `load` any format of the table `FORMATS`, `save` in one of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longwave import durable
+from longwave import files
 from longwave.checkpoints import huggingface, native, subllm
 from longwave.checkpoints.families import FAMILIES, Family
 from longwave.checkpoints.foreign import respelled
@@ -20,17 +20,17 @@ from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.jsonfile import read_object, shown
+from longwave.files.jsonfile import read_object, shown
 from longwave.model import Decoder
 
-__all__ = ["LAYOUTS", "Format", "find", "is_hub_id", "layout_of", "load", "load_config", "save"]
+__all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "save"]
 
 _Values = dict[str, Any]  # of a parsed config.json
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout of model folders.
+    """A kind of model folder, and how it is read and written.
 
     config: parsed `config.json` and where it comes from -> the model's config.
     read: folder, parsed `config.json` and the dtype that is asked for -> model.
@@ -50,7 +50,7 @@ def _of_family(family: Family) -> Format:
     )
 
 
-LAYOUTS: dict[str, Format] = {
+FORMATS: dict[str, Format] = {
     native.MODEL_TYPE: Format(
         native.config_from, native.read_model, lambda model, path, _: native.write_model(model, path)
     ),
@@ -60,39 +60,39 @@ LAYOUTS: dict[str, Format] = {
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
-    """Loads a model folder: longwave's own, a published SUBLLM, or a Hugging Face folder of a family in `LAYOUTS`.
+    """Loads a model folder: longwave's own, a published SUBLLM, or a Hugging Face folder of a family in `FORMATS`.
 
     path: a folder, or a hub id (`org/name`), which needs a network the first time. dtype: of the weights; as they were
     saved by default. UserError for a folder that does not fit: a missing, unexpected or misshapen tensor, an unknown or
     quantised family, a file that differs from its checksum.
     """
     folder = find(path)
-    durable.verify(folder, unread=".safetensors")  # those are compared while they are read
+    files.verify(folder, unread=".safetensors")  # those are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
-    layout = layout_of(values, folder)
-    model = LAYOUTS[layout].read(folder, values, dtype).to(device)
+    format = format_of(values, folder)
+    model = FORMATS[format].read(folder, values, dtype).to(device)
     model.generation = generation
-    model.carried = {} if layout == native.MODEL_TYPE else {layout: values}
+    model.carried = {} if format == native.MODEL_TYPE else {format: values}
     return model
 
 
 def save(
-    model: Decoder, path: str | Path, *, tokenizer: Tokenizer | None = None, layout: str = native.MODEL_TYPE
+    model: Decoder, path: str | Path, *, tokenizer: Tokenizer | None = None, format: str = native.MODEL_TYPE
 ) -> None:
     """Saves a model so that the folder appears whole or not at all.
 
-    layout: "longwave"; "subllm" for the published layout of a SUBLLM; or a family such as "llama" or "qwen3", for an
-    ordinary `transformers` folder. A model that was loaded from that layout keeps the spelling and the unknown keys of
-    its `config.json`. UserError for a model that the layout cannot hold.
+    format: "longwave"; "subllm" for the published format of a SUBLLM; or a family such as "llama" or "qwen3", for an
+    ordinary `transformers` folder. A model that was loaded from that format keeps the spelling and the unknown keys of
+    its `config.json`. UserError for a model that the format cannot hold.
     """
-    if layout not in LAYOUTS:
-        raise UserError(f"layout = {layout!r}; use one of {', '.join(LAYOUTS)}")
+    if format not in FORMATS:
+        raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
     generation = completed(model.generation, tokenizer)
-    with durable.folder(path) as staging:
-        LAYOUTS[layout].write(model, staging, generation)
-        if layout in model.carried:
-            _respell(staging / "config.json", model.carried[layout], LAYOUTS[layout])
+    with files.folder(path) as staging:
+        FORMATS[format].write(model, staging, generation)
+        if format in model.carried:
+            _respell(staging / "config.json", model.carried[format], FORMATS[format])
         write_generation(generation, staging)
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -102,14 +102,14 @@ def load_config(path: str | Path) -> ModelConfig:
     """The config of the model in a folder or under a hub id, of which only `config.json` need exist."""
     folder = find(path, CONFIGS)
     values = read_object(_config_file(folder))
-    return LAYOUTS[layout_of(values, folder)].config(values, str(folder / "config.json"))
+    return FORMATS[format_of(values, folder)].config(values, str(folder / "config.json"))
 
 
-def layout_of(values: dict[str, Any], folder: Path) -> str:
-    """Which layout a `config.json` speaks of; a published SUBLLM is known by its `structure`."""
+def format_of(values: dict[str, Any], folder: Path) -> str:
+    """The format of the folder of a `config.json`; a published SUBLLM is known by the key `structure`."""
     name = subllm.MODEL_TYPE if "structure" in values else values.get("model_type")
-    if not isinstance(name, str) or name not in LAYOUTS:
-        raise UserError(f"{folder / 'config.json'}: model_type = {shown(name)}; supported: {', '.join(LAYOUTS)}")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise UserError(f"{folder / 'config.json'}: model_type = {shown(name)}; supported: {', '.join(FORMATS)}")
     return name
 
 

@@ -1,4 +1,4 @@
-"""Foreign layouts: one declarative table of names per layout, read in both directions, and configs read strictly."""
+"""Foreign formats: one declarative table of names per format, read in both directions, and configs read strictly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
 from longwave.config import MOST, ModelConfig
 from longwave.errors import UserError
-from longwave.jsonfile import plain, shown
+from longwave.files.jsonfile import plain, shown
 from longwave.model import Decoder
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def assemble(
     *,
     numbering: Numbering | None = None,
 ) -> Decoder:
-    """A model with the weights of a foreign folder; what that layout does not store (thresholds) has its default.
+    """A model with the weights of a foreign folder; what that format does not store (thresholds) has its default.
 
     source: where the config comes from. UserError for a missing, unexpected or misshapen tensor, by its foreign name.
     """
@@ -137,7 +137,7 @@ class ForeignConfig:
 def respelled(
     written: dict[str, Any], carried: dict[str, Any], read: Callable[[dict[str, Any], str], ModelConfig]
 ) -> dict[str, Any]:
-    """The `config.json` to write for a model that came with another one in the same layout.
+    """The `config.json` to write for a model that came with another one in the same format.
 
     That one, with the dtype and the special tokens of now, while it still describes the model; else the one written
     anew, with what only the other says, unless that changes its meaning. read: as of a `Format`.
@@ -152,7 +152,7 @@ def respelled(
     return written
 
 
-def refuse_unless(condition: bool, layout: str, field_: str, value: object, legal: str) -> None:
-    """A UserError that a model cannot be written in a foreign layout because of one field of its config."""
+def refuse_unless(condition: bool, format: str, field_: str, value: object, legal: str) -> None:
+    """A UserError that a model cannot be written in a foreign format because of one field of its config."""
     if not condition:
-        raise UserError(f"layout = {layout!r} cannot hold this model: {field_} = {value!r}; {legal}")
+        raise UserError(f"format = {format!r} cannot hold this model: {field_} = {value!r}; {legal}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.jsonfile import read_object, shown
+from longwave.files.jsonfile import read_object, shown
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from longwave import durable
+from longwave import files
 from longwave.errors import UserError
-from longwave.jsonfile import brief
+from longwave.files.jsonfile import brief
 
 CONFIGS = ("config.json",)
 WHOLE = (
@@ -20,21 +20,21 @@ FETCHING = ("revision", "token", "cache_dir", "force_download", "local_files_onl
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find(path: str | Path, files: tuple[str, ...] = WHOLE, **options: Any) -> Path:
+def find(path: str | Path, patterns: tuple[str, ...] = WHOLE, **options: Any) -> Path:
     """The folder of a model: `path` if there is one, or else what the hub has under that id (`org/name`).
 
-    files: patterns of what is fetched. options: how it is, by the names in `FETCHING`. UserError if it is neither, or
-    the hub cannot be reached or does not have it.
+    patterns: of the names of the files to fetch. options: huggingface_hub's, by the names in `FETCHING`. UserError if
+    it is neither, or the hub cannot be reached or does not have it.
     """
     folder = Path(path)
-    durable.recover(folder)
+    files.recover(folder)
     if folder.is_dir():
         return folder
     if folder.exists():
         raise UserError(f"{path}: a file; give a model folder, or a hub id such as org/name")
     if not is_hub_id(path):
         raise UserError(f"{path}: no such folder, and no hub id (those read org/name); give a model folder")
-    return _fetched(str(path), files, options)
+    return _fetched(str(path), patterns, options)
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -42,11 +42,11 @@ def is_hub_id(path: str | Path) -> bool:
     return _ID.fullmatch(str(path)) is not None and Path(path).suffix != ".toml" and not Path(path).exists()
 
 
-def _fetched(name: str, files: tuple[str, ...], options: dict[str, Any]) -> Path:
+def _fetched(name: str, patterns: tuple[str, ...], options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=["*/*"], **options))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"], **options))
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         said = brief(error)
         raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {said}") from None

@@ -1,4 +1,4 @@
-"""Names of tensors in a longwave folder; `foreign.py` maps them to other layouts and back."""
+"""Names of tensors in a longwave folder; `foreign.py` maps them to other formats and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders in the published SUBLLM layout (github XiaoMi/subllm, arXiv 2406.06571), read and written.
+"""Folders in the published SUBLLM format (github XiaoMi/subllm, arXiv 2406.06571), read and written.
 
 `config.json` has no `model_type`; its `structure` tells it. The weights lie in `model.safetensors`, or in one file that
 `torch.save` wrote, of which nothing but tensors is ever unpickled.
@@ -6,7 +6,7 @@
 What the published code does whatever its config says is done here too: `scale_token_embedding` is ignored (the scale is
 1), norms have an epsilon of 1e-5, and rotation has base 10000. `attn_type` and `use_fused` choose among equal forms and
 the remaining keys (window of training, ids, dropout) do not change the model. Writing keeps the model, but not the
-settings of its training (`subllm.*`, `init.*`), for which this layout has no keys.
+settings of its training (`subllm.*`, `init.*`), for which this format has no keys.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading and writing safetensors: whole folders, sharded or not; every mismatch is an error that names the tensor.
 
 Files are read once, by as many threads as there are cores. The checksums that a folder was saved with
-(`durable.checksums`) are compared in the same pass; a folder without a manifest has none, so that there a changed bit
+(`files.checksums`) are compared in the same pass; a folder without a manifest has none, so that there a changed bit
 inside a tensor's data cannot be seen. Weights land in memory of their own, aligned as torch aligns it: products on a
 CPU may differ in the last bit with the alignment of their operands, and mapped tensors lie where the file puts them.
 """
@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longwave import durable
-from longwave.checksum import joined
+from longwave import files
 from longwave.errors import UserError
-from longwave.jsonfile import brief, plain, read_object, shown
+from longwave.files.checksum import joined
+from longwave.files.jsonfile import brief, plain, read_object, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -97,7 +97,7 @@ class WeightFiles:
     def __init__(self, folder: Path, file: str = WEIGHTS, ignoring: str | None = None) -> None:
         sharded = file == WEIGHTS and (folder / INDEX).exists()
         self.source = str(folder / (INDEX if sharded else file))
-        self._saved = durable.checksums(folder)
+        self._saved = files.checksums(folder)
         self._files = _shards(folder) if sharded else {folder / file: _stored(folder / file)}
         stored = {name: one for tensors in self._files.values() for name, one in tensors.items()}
         self.found = {name: one for name, one in stored.items() if not (ignoring and name.endswith(ignoring))}
@@ -139,14 +139,14 @@ class _Reader:
 
     def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         wanted = [piece for piece in self._pieces() if self.saved or piece.name in dtypes]
-        with open(self.path, "rb", buffering=0) as file, durable.reading(self.path):
+        with open(self.path, "rb", buffering=0) as file, files.reading(self.path):
             descriptor = file.fileno()
             results = list(self.pool.map(lambda piece: self._take(descriptor, piece, dtypes), wanted))
         if self.saved:
             checksum = 0
             for piece, (_, own) in zip(wanted, results, strict=True):
                 checksum = joined(checksum, own, piece.bytes)
-            durable.refuse_damaged(self.path, f"{checksum:08x}", self.saved)
+            files.refuse_damaged(self.path, f"{checksum:08x}", self.saved)
         return {
             piece.name: tensor
             for piece, (tensor, _) in zip(wanted, results, strict=True)

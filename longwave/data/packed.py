@@ -23,9 +23,10 @@ from jaxtyping import Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longwave import keyed
+from longwave import draws
 from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
+from longwave.stream import Stream, Windows
 
 NO_TARGET = -100  # what torch's cross-entropy leaves out
 _ROUNDS = 6
@@ -47,6 +48,16 @@ class Batch:
     windows: tuple[int, ...]
     samples: tuple[int, ...]
 
+    def inputs(self, device: torch.device | str) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"], Stream]:
+        """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream."""
+        stream = Stream.of(self.runs, windows=Windows(self.windows, self.samples), device=device)
+        return self.tokens.to(device), self.targets.to(device), stream
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are predicted."""
+        return int((self.targets != NO_TARGET).sum())
+
 
 @dataclass(frozen=True)
 class WindowSampler:
@@ -62,7 +73,7 @@ class WindowSampler:
     def window(self, position: int) -> int:
         """The window, in [0, count), at a position that grows on through the epochs."""
         epoch, place = divmod(position, self.count)
-        key = keyed.key(self.seed, epoch)
+        key = draws.key(self.seed, epoch)
         place = self._permuted(place, key)
         while place >= self.count:
             place = self._permuted(place, key)
@@ -72,7 +83,7 @@ class WindowSampler:
         side = isqrt(self.count - 1) + 1
         left, right = divmod(place, side)
         for number in range(_ROUNDS):
-            left, right = right, (left + keyed.key(key, number << 32 | right)) % side
+            left, right = right, (left + draws.key(key, number << 32 | right)) % side
         return left * side + right
 
 

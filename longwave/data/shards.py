@@ -8,7 +8,7 @@
         learned.bin                   conversations only: where in the split each answer starts and ends (int64)
 
 A document is bos, its ids, eos, as far as the vocabulary has these two, or a conversation as its template writes it.
-Shards end at a fixed number of tokens, documents run across. The folder appears whole or not at all (`durable.folder`).
+Shards end at a fixed number of tokens, documents run across. The folder appears whole or not at all (`files.folder`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from longwave import durable
+from longwave import files
 from longwave.data.chat import ChatEncoder, LossOn
 from longwave.data.encoding import Encoded, Encoder, Kind, TextEncoder
 from longwave.data.sources import Conversation, Document, Source, documents, split_held_out
@@ -105,8 +105,8 @@ class PreparedInfo:
             ) from error
         if info.format != FORMAT:
             raise UserError(f"{path}: format={info.format}: this version reads {FORMAT}; prepare the data again")
-        if not durable.verify(folder, full=False):
-            raise UserError(f"{folder}: has no {durable.MANIFEST} to check its shards against; prepare the data again")
+        if not files.verify(folder, full=False):
+            raise UserError(f"{folder}: has no {files.MANIFEST} to check its shards against; prepare the data again")
         return info
 
     def to_json(self) -> bytes:
@@ -158,7 +158,7 @@ def prepare(
         pairs = split_held_out(documents(source), held_out, seed)
         return _reporting(pairs, stage, progress) if progress else pairs
 
-    with durable.folder(out, overwrite=False) as folder:
+    with files.folder(out, overwrite=False) as folder:
         if tokenizer is None:
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
             tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from longwave.errors import UserError
-from longwave.jsonfile import read_object
+from longwave.files.jsonfile import read_object
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"

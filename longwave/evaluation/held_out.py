@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from longwave.checkpoints import find, load
-from longwave.data.packed import Batch, PackedTokens
+from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.device import device_of
 from longwave.model import Decoder
-from longwave.stream import Stream, Windows
 
 
 @dataclass(frozen=True)
@@ -37,26 +36,15 @@ def held_out_loss(
     tokens, so its loss is no quality figure; the gap between the two is worth watching).
     """
     count = len(data) if windows == 0 else min(windows, len(data))
+    device = model.embed.weight.device
     with _mode(model, training=selection == "training"), torch.no_grad():
         total, tokens = 0.0, 0
         for start in range(0, count, batch_windows):
             batch = data.batch(range(start, min(start + batch_windows, count)))
-            total += float(batch_loss(model, batch))
-            tokens += targets_in(batch)
+            total += float(model.loss(*batch.inputs(device)))
+            tokens += batch.predicted
     kept = [resampler.kept_of for resampler in model.resamplers]
     return HeldOut(total / max(tokens, 1), tokens, tuple(some / max(met, 1) for some, met in kept))
-
-
-def batch_loss(model: Decoder, batch: Batch) -> torch.Tensor:
-    """Sum of the losses of a batch of packed windows, in nats."""
-    device = model.embed.weight.device
-    stream = Stream.of(batch.runs, windows=Windows(batch.windows, batch.samples), device=device)
-    return model.loss(batch.tokens.to(device), batch.targets.to(device), stream)
-
-
-def targets_in(batch: Batch) -> int:
-    """How many tokens of a batch are predicted."""
-    return int((batch.targets != -100).sum())
 
 
 def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:

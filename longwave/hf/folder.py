@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
-from longwave import durable
+from longwave import files
 from longwave.checkpoints import native
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import INDEX, check, write
@@ -58,7 +58,7 @@ def save_decoder(
         check({f"{_TREE}{name}": own[name].shape for name in own}, weights, "save_pretrained: state_dict")
         own = {name: weights[f"{_TREE}{name}"] for name in own}
     tensors = {names[name]: tensor for name, tensor in own.items()}
-    with durable.files(target) as staging:
+    with files.add_to(target) as staging:
         native.write_description(decoder, staging)
         _write_shards(tensors, staging, max_shard_size or sum(tensor.nbytes for tensor in tensors.values()))
         written = {path.name for path in staging.iterdir()}

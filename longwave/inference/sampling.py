@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.config import Strict, require
-from longwave.keyed import uniform
+from longwave.draws import uniform
 
 
 @dataclass(frozen=True)

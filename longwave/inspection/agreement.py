@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.evaluation.trace import LevelTrace
+from longwave.draws import key, tensor_of_keys, uniforms
 from longwave.inspection.attention import BlockAttention
-from longwave.keyed import key, tensor_of_keys, uniforms
+from longwave.inspection.trace import LevelTrace
 
 STRETCH = 64  # tokens that count as neighbours
 _EDGE = 32  # queries that must be able to see a token

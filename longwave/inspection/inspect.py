@@ -11,11 +11,11 @@ from longwave.api import load
 from longwave.config import require
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.evaluation.trace import LevelTrace, TracedToken, by_token, watching_levels
 from longwave.inspection.agreement import Agreement, agreement
 from longwave.inspection.attention import BlockAttention, has_weights, watching_attention
 from longwave.inspection.source import Piece, encode, pieces
 from longwave.inspection.spending import Passage, Spending, extremes, spending
+from longwave.inspection.trace import LevelTrace, TracedToken, by_token, watching_levels
 from longwave.layers.block import Block
 from longwave.model import Decoder
 from longwave.progress import say

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from longwave.evaluation.trace import LevelTrace
+from longwave.inspection.trace import LevelTrace
 from longwave.model import Decoder
 
 

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from longwave import files
 from longwave.inspection.agreement import STRETCH, Agreement
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
 from longwave.plan import short
-from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite, write
+from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite
 
 _PAGE = Kind("inspect", ("passage", "heatmap"))
 
@@ -26,7 +27,7 @@ _PAGE = Kind("inspect", ("passage", "heatmap"))
 def write_inspection(found: Inspection, path: Path, machine: dict[str, str], command: str) -> None:
     """Writes the page to `path`, in one step."""
     title = f"{Path(found.source).name or found.source} as {found.model} reads it"
-    write(_PAGE.render(title, _payload(found, title, machine, command)), path)
+    files.write_file(path, _PAGE.render(title, _payload(found, title, machine, command)).encode())
 
 
 def _payload(found: Inspection, title: str, machine: dict[str, str], command: str) -> dict[str, Any]:

@@ -13,12 +13,10 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 
@@ -84,16 +82,6 @@ class Kind:
         }
         # One pass, so that a placeholder inside the data stays text.
         return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], self._text("page.html"))
-
-
-def write(page: str, path: Path) -> None:
-    """Writes a page in one step: whoever opens it sees the old page or the whole new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(page.encode())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:

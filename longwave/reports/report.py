@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite, write
+from longwave import files
+from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite
 
 _PAGE = Kind("report", ("passage",))
 
@@ -158,7 +159,7 @@ class Report:
 
 def write_report(data: Report, path: Path) -> None:
     """Write the page of `data` to `path` in one step: whoever opens it sees the old page or the whole new one."""
-    write(_PAGE.render(data.title, _payload(data)), path)
+    files.write_file(path, _PAGE.render(data.title, _payload(data)).encode())
 
 
 # The headline: four figures in words ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from longwave.keyed import key, tensor_of_keys, uniform, uniforms
+from longwave.draws import key, tensor_of_keys, uniform, uniforms
 
 Sampler = Callable[[Tensor, int, "list[int]"], Tensor]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from longwave.config import ModelConfig, SubllmConfig, require, retention_of
 from longwave.costs import Cost, weight_bytes
+from longwave.draws import uniform
 from longwave.errors import UserError
-from longwave.keyed import uniform
 from longwave.laws import ALL, Law, Laws
 from longwave.layers.block import Stack
 from longwave.mixers import Site

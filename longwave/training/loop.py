@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 
-from longwave import durable
+from longwave import files
 from longwave.checkpoints import find, load, native
 from longwave.checkpoints.generation import completed, write_generation
 from longwave.checkpoints.weights import WeightFiles, write
@@ -29,8 +29,9 @@ from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.device import device_of
 from longwave.errors import UserError
-from longwave.evaluation.held_out import batch_loss, held_out_loss, targets_in
+from longwave.evaluation.held_out import held_out_loss
 from longwave.model import Decoder
+from longwave.training import checkpoints
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
 from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
 
@@ -116,11 +117,11 @@ class Trainer:
         """One optimizer step; returns the loss per target, the optimizer's report and the schedule's factor."""
         run = self.recipe.training
         batches = self._batches()
-        targets = sum(map(targets_in, batches))
+        targets = sum(batch.predicted for batch in batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                part = batch_loss(self.model, batch) / max(targets, 1)
+                part = self.model.loss(*batch.inputs(self.device)) / max(targets, 1)
             part.backward()
             loss += part.detach()
         scale = self.recipe.schedule.scale(self.step, self.tokens, run.steps)
@@ -163,17 +164,17 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         parent = self.output / "checkpoints"
-        durable.sweep(parent)
-        with durable.folder(durable.step_folder(parent, self.step)) as staging:
+        files.sweep(parent)
+        with files.folder(checkpoints.step_folder(parent, self.step)) as staging:
             self._write_folder(staging)
             write(self.optimizer.tensors(), staging / "optimizer.safetensors")
             progress = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
             progress["tokenizer"] = self.tokenizer.fingerprint
             (staging / "trainer.json").write_text(json.dumps(progress, indent=2) + "\n")
-        durable.prune(parent, self.recipe.training.keep)
+        checkpoints.prune(parent, self.recipe.training.keep)
 
     def _write_model(self) -> None:
-        with durable.folder(self.output / "model") as staging:
+        with files.folder(self.output / "model") as staging:
             self._write_folder(staging)
 
     def _write_folder(self, staging: Path) -> None:
@@ -182,7 +183,7 @@ class Trainer:
         write_generation(completed(self.model.generation, self.tokenizer), staging)
 
     def _resumed_model(self) -> Decoder | None:
-        newest = _newest_checkpoint(self.output / "checkpoints")
+        newest = checkpoints.newest_undamaged(self.output / "checkpoints")
         if newest is None:
             return None
         progress = json.loads((newest.path / "trainer.json").read_text())
@@ -210,26 +211,13 @@ class Trainer:
 
     def _resume_optimizer(self) -> None:
         if self.step:
-            folder = durable.step_folder(self.output / "checkpoints", self.step)
-            files = WeightFiles(folder, "optimizer.safetensors")
-            self.optimizer.load_tensors({name: tensor.clone() for name, tensor in files.load(files.names()).items()})
+            folder = checkpoints.step_folder(self.output / "checkpoints", self.step)
+            saved = WeightFiles(folder, "optimizer.safetensors")
+            self.optimizer.load_tensors({name: tensor.clone() for name, tensor in saved.load(saved.names()).items()})
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _newest_checkpoint(parent: Path) -> durable.Checkpoint | None:
-    """The newest checkpoint; damage to it, or to one beyond it, is refused, since no crash of ours can leave that."""
-    newest = durable.newest(parent)
-    beyond = [path for path in parent.glob("step-*") if newest is None or path.name > newest.path.name]
-    last = max(beyond, default=None if newest is None else newest.path)
-    try:
-        if last is not None and not durable.verify(last):
-            raise UserError(f"{last} has no {durable.MANIFEST}")
-    except UserError as error:
-        raise UserError(f"{error}; remove the folder to go on from an earlier one") from None
-    return newest
 
 
 def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from longwave import files
 from longwave.errors import UserError
 
 
@@ -29,9 +30,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_at: int, every: int = 1) -> None:
         self._every = every
         kept = [entry for entry in read_metrics(path) if entry["step"] <= resumed_at] if resumed_at else []
-        staging = path.with_name(f".{path.name}.partial")
-        staging.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf8")
-        os.replace(staging, path)
+        write_metrics(path, kept)
         self._file = path.open("a", encoding="utf8")
 
     def record(self, entry: dict[str, Any]) -> None:
@@ -57,6 +56,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return entries
+
+
+def write_metrics(path: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """Writes a whole metrics file in one step."""
+    files.write_file(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
 class TensorBoard:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from longwave import checkpoints, durable, plan
+from longwave import checkpoints, files, plan
 from longwave.benchmarks.context.growth import DECODE, PREFILL, Growth, growths
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.sequence import Reading, Stopped
@@ -163,7 +163,7 @@ class Traces:
     def write(self, path: Path) -> None:
         """Chrome's format; a name that ends in `.gz` is compressed."""
         content = json.dumps(self._about | {"traceEvents": self._events}).encode()
-        durable.write_file(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+        files.write_file(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 class _Progress:

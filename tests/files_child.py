@@ -1,4 +1,4 @@
-"""Saves checkpoints until it is killed: `durable_child.py ROOT STATE SEED exchange|renames`.
+"""Saves checkpoints until it is killed: `files_child.py ROOT STATE SEED exchange|renames`.
 
 STATE is a shared file of two integers: what is going on now (a phase), and the last save that returned. Each is written
 at once, so that a kill cannot tear it. Standard library only, so that it starts in an instant.
@@ -10,7 +10,9 @@ import struct
 import sys
 from pathlib import Path
 
-from longwave import durable
+from longwave import files
+from longwave.files import storage
+from longwave.training import checkpoints
 
 IDLE, WRITING, COMMITTING, PRUNING = range(4)
 STATE = struct.Struct("@QQ")
@@ -28,7 +30,7 @@ def one_number(step: int, version: int) -> int:
 
 def save(root: Path, step: int, version: int, enter=lambda phase: None) -> None:
     enter(WRITING)
-    with durable.folder(durable.step_folder(root, step)) as staging:
+    with files.folder(checkpoints.step_folder(root, step)) as staging:
         (staging / "version").write_text(str(version))
         (staging / "optimizer").mkdir()
         for name in ("model.safetensors", "optimizer/part-0", "optimizer/part-1"):
@@ -43,8 +45,8 @@ def run(root: Path, state: mmap.mmap, draw: random.Random) -> None:
     def enter(phase: int) -> None:
         STATE.pack_into(state, 0, phase, one_number(step, version))
 
-    durable.sweep(root)
-    newest = durable.newest(root)
+    files.sweep(root)
+    newest = checkpoints.newest(root)
     step = newest.step if newest else 0
     version = int((newest.path / "version").read_text()) if newest else 0
     while True:
@@ -52,12 +54,12 @@ def run(root: Path, state: mmap.mmap, draw: random.Random) -> None:
         save(root, *following, enter)
         step, version = following
         enter(PRUNING)
-        durable.prune(root, KEEP)
+        checkpoints.prune(root, KEEP)
         enter(IDLE)
 
 
 if __name__ == "__main__":
     if sys.argv[4] == "renames":
-        durable.Disk.renameat2 = None
+        storage.Disk.renameat2 = None
     with open(sys.argv[2], "r+b") as file:
         run(Path(sys.argv[1]), mmap.mmap(file.fileno(), STATE.size), random.Random(int(sys.argv[3])))

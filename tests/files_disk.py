@@ -1,17 +1,17 @@
-"""Disks that die, for tests/test_durable.py."""
+"""Disks that die, for tests/test_files.py."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from longwave import durable
+from longwave.files import storage
 
 
 class Crash(BaseException):
     """The process is gone: nothing catches this, and no later operation happens."""
 
 
-class CrashingDisk(durable.Disk):
+class CrashingDisk(storage.Disk):
     """The real disk for `crash_at` operations, dead from there on. It knows what a power cut would take.
 
     A power cut is the worst that POSIX allows: content never synced is gone, names in a folder never synced are gone,
@@ -71,7 +71,7 @@ class CrashingDisk(durable.Disk):
         self._step()
         if not self.exchanges or not super().exchange(one, other):
             return False
-        self.pending.append(lambda: durable.Disk().exchange(one, other))
+        self.pending.append(lambda: storage.Disk().exchange(one, other))
         return True
 
     def remove(self, path: Path) -> None:
@@ -105,7 +105,7 @@ class InterruptedDisk(CrashingDisk):
             raise KeyboardInterrupt
 
 
-class FailingDisk(durable.Disk):
+class FailingDisk(storage.Disk):
     """The real disk, whose operation number `fails_at` raises an OSError once."""
 
     def __init__(self, fails_at: int, code: int) -> None:

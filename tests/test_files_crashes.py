@@ -1,4 +1,4 @@
-"""longwave.durable: a crash at any operation, a power cut at any operation and kill -9 at any moment lose nothing."""
+"""longwave.files: a crash at any operation, a power cut at any operation and kill -9 at any moment lose nothing."""
 
 import os
 import random
@@ -11,20 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import durable_child as child
+import files_child as child
 import pytest
-from durable_disk import Crash, CrashingDisk, InterruptedDisk
-from durable_folders import content, hidden, save, version_of
+from files_disk import Crash, CrashingDisk, InterruptedDisk
+from files_folders import content, hidden, save, version_of
 
-from longwave import durable
+from longwave import files
 from longwave.errors import UserError
+from longwave.files import storage
+from longwave.training import checkpoints
 
 
 @pytest.fixture(autouse=True)
 def real_disk() -> Iterator[None]:
     """Whatever a test did to the disk, the next one starts with the real one."""
     yield
-    durable.disk = durable.Disk()
+    storage.disk = storage.Disk()
 
 
 # --- a crash at every operation ---------------------------------------------------------------------------------------
@@ -40,30 +42,30 @@ class Scenario:
 
     def prepare(self, root: Path) -> None:
         for step, version in self.before.items():
-            save(durable.step_folder(root, step), version)
+            save(checkpoints.step_folder(root, step), version)
 
 
 def saving(step: int, version: int) -> Callable[[Path], None]:
-    return lambda root: save(durable.step_folder(root, step), version)
+    return lambda root: save(checkpoints.step_folder(root, step), version)
 
 
 def save_and_prune(root: Path) -> None:
     saving(4, 0)(root)
-    durable.prune(root, 2)
+    checkpoints.prune(root, 2)
 
 
 SCENARIOS = {
     "very first save": Scenario({}, saving(1, 0), {1: 0}),
     "next save": Scenario({1: 0}, saving(2, 0), {1: 0, 2: 0}),
     "overwrite": Scenario({1: 0, 2: 0}, saving(2, 1), {1: 0, 2: 1}),
-    "prune": Scenario({1: 0, 2: 0, 3: 0, 4: 0}, lambda root: durable.prune(root, 2), {3: 0, 4: 0}),
+    "prune": Scenario({1: 0, 2: 0, 3: 0, 4: 0}, lambda root: checkpoints.prune(root, 2), {3: 0, 4: 0}),
     "save and prune": Scenario({1: 0, 2: 0, 3: 0}, save_and_prune, {3: 0, 4: 0}),
 }
 
 
 def crashes(scenario: Scenario, root: Path, disk: CrashingDisk) -> bool:
     """Play the scenario on `disk`; whether it crashed."""
-    durable.disk = disk
+    storage.disk = disk
     crash_at, disk.crash_at = disk.crash_at, None
     root.mkdir()
     scenario.prepare(root)
@@ -73,13 +75,13 @@ def crashes(scenario: Scenario, root: Path, disk: CrashingDisk) -> bool:
     except (Crash, KeyboardInterrupt):
         return True
     finally:
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
     return False
 
 
 def check_nothing_lost(scenario: Scenario, root: Path, finished: bool) -> None:
-    found = {step: version_of(path) for step, path in durable.checkpoints(root)}
-    assert {durable.step_folder(root, step).name for step in found} == set(os.listdir(root)) - set(hidden(root))
+    found = {step: version_of(path) for step, path in checkpoints.complete(root)}
+    assert {checkpoints.step_folder(root, step).name for step in found} == set(os.listdir(root)) - set(hidden(root))
     if finished:
         assert found == scenario.after
     for step in scenario.before.keys() & scenario.after.keys():
@@ -89,9 +91,9 @@ def check_nothing_lost(scenario: Scenario, root: Path, finished: bool) -> None:
 
 
 def check_next_save(root: Path) -> None:
-    save(durable.step_folder(root, 9), 7)
-    durable.sweep(root)
-    newest = durable.newest(root)
+    save(checkpoints.step_folder(root, 9), 7)
+    files.sweep(root)
+    newest = checkpoints.newest(root)
     assert newest is not None
     assert (newest.step, version_of(newest.path)) == (9, 7)
     assert hidden(root) == []
@@ -127,18 +129,18 @@ def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(power_cut, 
     for operation in range(100):
         root = tmp_path / str(operation)
         root.mkdir()
-        durable.disk = disk = CrashingDisk()
-        durable.write_file(root / "results.json", b"old")
+        storage.disk = disk = CrashingDisk()
+        files.write_file(root / "results.json", b"old")
         disk.crash_at = disk.count + operation
         try:
-            durable.write_file(root / "results.json", b"new")
+            files.write_file(root / "results.json", b"new")
         except Crash:
             crashed = True
         else:
             crashed = False
         if power_cut:
             disk.cut_power(root)
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
         assert (root / "results.json").read_bytes() in ((b"old", b"new") if crashed else (b"new",))
         if not crashed:
             assert operation >= 4
@@ -168,9 +170,9 @@ FEW = ("model.safetensors", "config.json")
 
 
 def save_few(path: Path, version: int) -> None:
-    with durable.files(path) as staging:
+    with files.add_to(path) as staging:
         for name in FEW:
-            durable.disk.write(staging / name, content(name, version))
+            storage.disk.write(staging / name, content(name, version))
 
 
 @pytest.mark.parametrize("power_cut", [False, True], ids=["process dies", "power cut"])
@@ -181,16 +183,16 @@ def test_a_crash_while_files_are_changed_leaves_all_old_or_all_new_or_a_folder_t
     outcomes: list[str] = []
     for operation in range(1000):
         path = tmp_path / str(operation) / "model"
-        durable.disk = disk = CrashingDisk()
+        storage.disk = disk = CrashingDisk()
         save(path)
         if not ours:
-            (path / durable.MANIFEST).unlink()
+            (path / files.MANIFEST).unlink()
         disk.crash_at = disk.count + operation
         with suppress(Crash):
             save_few(path, 1)
         if power_cut:
             disk.cut_power(path.parent)
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
         outcomes.append(outcome_of_few(path))
         assert (path / "optimizer/part-0").read_bytes() == content("optimizer/part-0", 0)
         save_few(path, 2)
@@ -203,7 +205,7 @@ def test_a_crash_while_files_are_changed_leaves_all_old_or_all_new_or_a_folder_t
 
 def outcome_of_few(path: Path) -> str:
     try:
-        durable.verify(path)
+        files.verify(path)
     except UserError:
         return "refused"
     found = [next(v for v in (0, 1) if (path / name).read_bytes() == content(name, v)) for name in FEW]
@@ -220,7 +222,7 @@ def test_a_crash_while_recovering_from_a_crash_loses_nothing(exchanges, tmp_path
             root = tmp_path / f"{operation}-{again}"
             crashed = crashes(first, root, CrashingDisk(operation, exchanges=exchanges))
             second_crashed = resave(root, CrashingDisk(again, exchanges=exchanges))
-            version = version_of(durable.newest(root).path)  # type: ignore[union-attr]
+            version = version_of(checkpoints.newest(root).path)  # type: ignore[union-attr]
             assert version in ((0, 1, 2) if second_crashed else (2,))
             trials += 1
             if not second_crashed:
@@ -238,13 +240,13 @@ def test_an_interrupt_at_any_operation_and_then_a_power_cut_lose_nothing(scenari
 
 
 def resave(root: Path, disk: CrashingDisk) -> bool:
-    durable.disk = disk
+    storage.disk = disk
     try:
         saving(2, 2)(root)
     except Crash:
         return True
     finally:
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
     return False
 
 
@@ -258,7 +260,7 @@ def kill_once(root: Path, state: Path, seed: int) -> int:
     state.write_bytes(blank)
     tests = Path(__file__).parent
     arguments = [str(root), str(state), str(seed), draw.choice(["exchange", "renames"])]
-    command = [sys.executable, "-S", str(tests / "durable_child.py"), *arguments]
+    command = [sys.executable, "-S", str(tests / "files_child.py"), *arguments]
     with subprocess.Popen(command, env={"PYTHONPATH": str(tests.parent)}) as dying:
         while state.read_bytes() == blank and dying.poll() is None:
             time.sleep(0.001)
@@ -270,17 +272,17 @@ def kill_once(root: Path, state: Path, seed: int) -> int:
 
 def check_after_kill(root: Path, state: Path) -> None:
     _, returned = child.STATE.unpack(state.read_bytes())
-    newest = durable.newest(root)
+    newest = checkpoints.newest(root)
     if newest is None:
         assert returned == 0, "a save that returned is gone"
         return
     assert child.one_number(newest.step, child_version(newest)) >= returned, "a save that returned is gone"
-    for checkpoint in durable.checkpoints(root):
+    for checkpoint in checkpoints.complete(root):
         child_version(checkpoint)
 
 
-def child_version(checkpoint: durable.Checkpoint) -> int:
-    assert durable.verify(checkpoint.path)
+def child_version(checkpoint: checkpoints.Checkpoint) -> int:
+    assert files.verify(checkpoint.path)
     version = int((checkpoint.path / "version").read_text())
     for name in ("model.safetensors", "optimizer/part-0", "optimizer/part-1"):
         assert (checkpoint.path / name).read_bytes() == child.content(name, checkpoint.step, version)
@@ -297,10 +299,10 @@ def test_kill_9_loses_nothing(kills: int, inside: int, tmp_path: Path):
         died_in[kill_once(root, state, seed=died_in.total())] += 1
         check_after_kill(root, state)
         assert died_in.total() < 5 * kills, f"too few kills fell within a save: {died_in}"
-    durable.sweep(root)
-    durable.prune(root, child.KEEP)
+    files.sweep(root)
+    checkpoints.prune(root, child.KEEP)
     assert hidden(root) == []
-    assert len(os.listdir(root)) == len(durable.checkpoints(root)) == child.KEEP
+    assert len(os.listdir(root)) == len(checkpoints.complete(root)) == child.KEEP
     print(
         f"killed: {died_in[child.WRITING]} writing, {died_in[child.COMMITTING]} committing, "
         f"{died_in[child.PRUNING]} pruning, {died_in[child.IDLE]} between"

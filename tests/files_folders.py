@@ -1,9 +1,10 @@
-"""What the tests of longwave.durable save and look at."""
+"""What the tests of longwave.files save and look at."""
 
 import os
 from pathlib import Path
 
-from longwave import durable
+from longwave import files
+from longwave.files import storage
 
 NAMES = ("model.safetensors", "config.json", "optimizer/part-0")
 
@@ -13,15 +14,15 @@ def content(name: str, version: int) -> bytes:
 
 
 def save(path: Path, version: int = 0) -> None:
-    with durable.folder(path) as staging:
-        durable.disk.mkdir(staging / "optimizer")
+    with files.folder(path) as staging:
+        storage.disk.mkdir(staging / "optimizer")
         for name in NAMES:
-            durable.disk.write(staging / name, content(name, version))
+            storage.disk.write(staging / name, content(name, version))
 
 
 def version_of(path: Path) -> int:
     """The version of a whole folder, every byte of which is looked at."""
-    assert durable.verify(path)
+    assert files.verify(path)
     version = int((path / "config.json").read_text().split()[1])
     assert all((path / name).read_bytes() == content(name, version) for name in NAMES)
     return version

@@ -1,4 +1,4 @@
-"""longwave.durable: no flipped bit, cut file or full disk lets half a save pass for a whole one."""
+"""longwave.files: no flipped bit, cut file or full disk lets half a save pass for a whole one."""
 
 import errno
 import os
@@ -10,22 +10,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from durable_disk import FailingDisk
-from durable_folders import NAMES, content, hidden, save, version_of
+from files_disk import FailingDisk
+from files_folders import NAMES, content, hidden, save, version_of
 
-from longwave import durable
+from longwave import files
 from longwave.errors import MachineError, UserError
+from longwave.files import leftovers, storage
+from longwave.training import checkpoints
 
 
 @pytest.fixture(autouse=True)
 def real_disk() -> Iterator[None]:
     """Whatever a test did to the disk, the next one starts with the real one."""
     yield
-    durable.disk = durable.Disk()
+    storage.disk = storage.Disk()
 
 
 def test_importing_does_not_import_torch():
-    code = "import sys, longwave.durable; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    imports = "import sys, longwave.files, longwave.training.checkpoints"
+    code = f"{imports}; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
 
@@ -40,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def some_file(path: Path, draw: random.Random) -> Path:
-    return path / draw.choice([*NAMES, durable.MANIFEST])
+    return path / draw.choice([*NAMES, files.MANIFEST])
 
 
 def test_a_flipped_bit_anywhere_is_refused(saved: Path):
@@ -53,100 +56,100 @@ def test_a_flipped_bit_anywhere_is_refused(saved: Path):
         bad[bit // 8] ^= 1 << bit % 8
         file.write_bytes(bad)
         with pytest.raises(UserError, match=file.name):
-            durable.verify(saved)
+            files.verify(saved)
         file.write_bytes(good)
-    assert durable.verify(saved)
+    assert files.verify(saved)
 
 
 def test_every_bit_of_the_manifest_is_guarded(tmp_path: Path):
     saved = tmp_path / "small"
-    with durable.folder(saved) as staging:
+    with files.folder(saved) as staging:
         (staging / "x").write_text("x")
-    file = saved / durable.MANIFEST
+    file = saved / files.MANIFEST
     good = file.read_bytes()
     for bit in range(8 * len(good)):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         file.write_bytes(bad)
         with pytest.raises(UserError):
-            durable.verify(saved, full=False)
+            files.verify(saved, full=False)
 
 
 @pytest.mark.parametrize("full", [True, False])
 def test_a_cut_or_grown_file_is_refused_and_its_step_is_not_complete(full: bool, tmp_path: Path):
     draw = random.Random(1)
-    save(durable.step_folder(tmp_path, 1))
-    path = durable.step_folder(tmp_path, 2)
+    save(checkpoints.step_folder(tmp_path, 1))
+    path = checkpoints.step_folder(tmp_path, 2)
     save(path)
     for _ in range(100):
         file = some_file(path, draw)
         good = file.read_bytes()
         file.write_bytes(draw.choice([good[: draw.randrange(len(good))], good + b"\0"]))
         with pytest.raises(UserError, match=file.name):
-            durable.verify(path, full=full)
-        assert [step for step, _ in durable.checkpoints(tmp_path)] == [1]
+            files.verify(path, full=full)
+        assert [step for step, _ in checkpoints.complete(tmp_path)] == [1]
         file.write_bytes(good)
-    assert [step for step, _ in durable.checkpoints(tmp_path)] == [1, 2]
+    assert [step for step, _ in checkpoints.complete(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_refused_by_name(saved: Path, name: str):
     (saved / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing"):
-        durable.verify(saved, full=False)
+        files.verify(saved, full=False)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"version": 1, "files": 3}'])
 def test_a_garbled_manifest_is_refused_and_not_overwritten(saved: Path, raw: bytes):
-    (saved / durable.MANIFEST).write_bytes(raw)
+    (saved / files.MANIFEST).write_bytes(raw)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-        durable.verify(saved)
+        files.verify(saved)
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         save(saved)
 
 
 def test_another_version_of_the_format_is_refused(saved: Path):
-    file = saved / durable.MANIFEST
+    file = saved / files.MANIFEST
     file.write_bytes(file.read_bytes().replace(b'"version": 1', b'"version": 2'))
     with pytest.raises(UserError, match="has version 2; this longwave reads version 1"):
-        durable.verify(saved)
+        files.verify(saved)
 
 
 def test_an_extra_weight_file_is_refused_and_another_extra_file_is_not(saved: Path):
     (saved / "notes.txt").write_text("mine")
-    assert durable.verify(saved)
+    assert files.verify(saved)
     (saved / "optimizer" / "more.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"more\.safetensors was not saved"):
-        durable.verify(saved, full=False)
+        files.verify(saved, full=False)
 
 
 def test_weights_in_a_subfolder_of_somebody_else_are_none_of_ours(saved: Path):
     (saved / "checkpoint-5").mkdir()
     (saved / "checkpoint-5" / "model.safetensors").write_bytes(b"")
-    assert durable.verify(saved)
+    assert files.verify(saved)
 
 
 def test_files_join_a_folder_that_holds_others(saved: Path, tmp_path: Path):
     (saved / "notes.txt").write_text("mine")
     for path in (saved, tmp_path / "new"):
-        with durable.files(path) as staging:
-            durable.disk.write(staging / "config.json", b"other")
+        with files.add_to(path) as staging:
+            storage.disk.write(staging / "config.json", b"other")
         assert (path / "config.json").read_bytes() == b"other"
         assert hidden(tmp_path) == []
     assert os.listdir(tmp_path / "new") in (["config.json", "manifest.json"], ["manifest.json", "config.json"])
     assert (saved / "notes.txt").read_text() == "mine"
     assert (saved / "optimizer/part-0").read_bytes() == content("optimizer/part-0", 0)
     with pytest.raises(UserError, match=r"model\.safetensors was not saved with this folder"):
-        durable.verify(saved)  # the files before were nobody's to keep track of
+        files.verify(saved)  # the files before were nobody's to keep track of
     (saved / "model.safetensors").unlink()
-    assert durable.verify(saved)
+    assert files.verify(saved)
 
 
 def test_sizes_alone_do_not_read_content(saved: Path):
     (saved / "config.json").write_bytes(content("config.json", 0).swapcase())
-    assert durable.verify(saved, full=False)
+    assert files.verify(saved, full=False)
     with pytest.raises(UserError, match=r"config\.json is damaged"):
-        durable.verify(saved)
+        files.verify(saved)
 
 
 # --- a machine that fails ---------------------------------------------------------------------------------------------
@@ -158,13 +161,13 @@ def test_a_failing_operation_is_one_line_and_changes_nothing(code: int, tmp_path
     for operation in range(1000):
         path = tmp_path / str(operation) / "model"
         save(path)
-        durable.disk = disk = FailingDisk(operation, code)
+        storage.disk = disk = FailingDisk(operation, code)
         outcome = outcome_of_saving(path, code)
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
         assert version_of(path) == (0 if "nothing was changed" in outcome else 1)
         if "nothing was changed" in outcome:
             assert hidden(path.parent) == []
-        durable.sweep(path.parent)
+        files.sweep(path.parent)
         assert hidden(path.parent) == []
         if disk.count <= operation:
             break
@@ -198,10 +201,10 @@ FULL = {
 def test_a_file_that_the_machine_cannot_hold(saved: Path, write: str):
     """A real failure: the process may not write files of more than 20,000 bytes."""
     code = (
-        "import resource, sys; from pathlib import Path; from longwave import durable, errors\n"
+        "import resource, sys; from pathlib import Path; from longwave import files, errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "try:\n"
-        "    with durable.folder(sys.argv[1]) as staging:\n"
+        "    with files.folder(sys.argv[1]) as staging:\n"
         f"        {write}\n"
         "except errors.MachineError as error:\n"
         "    print(error)"
@@ -216,7 +219,7 @@ def test_a_file_that_the_machine_cannot_hold(saved: Path, write: str):
 
 def test_any_other_exception_passes_and_changes_nothing(saved: Path):
     for failure in (KeyboardInterrupt, FileNotFoundError, ValueError):
-        with pytest.raises(failure), durable.folder(saved) as staging:  # noqa: PT012
+        with pytest.raises(failure), files.folder(saved) as staging:  # noqa: PT012
             (staging / "config.json").write_text("half")
             raise failure
     assert version_of(saved) == 0
@@ -229,7 +232,7 @@ def test_any_other_exception_passes_and_changes_nothing(saved: Path):
 def test_a_foreign_folder_is_unverified_and_never_overwritten(tmp_path: Path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    assert durable.verify(tmp_path / "hf") is False
+    assert files.verify(tmp_path / "hf") is False
     with pytest.raises(UserError, match="longwave did not write"):
         save(tmp_path / "hf")
     assert os.listdir(tmp_path) == ["hf"]
@@ -237,7 +240,7 @@ def test_a_foreign_folder_is_unverified_and_never_overwritten(tmp_path: Path):
 
 
 def test_a_folder_that_became_foreign_during_the_save_is_not_overwritten(tmp_path: Path):
-    with pytest.raises(UserError, match="longwave did not write"), durable.folder(tmp_path / "out"):  # noqa: PT012
+    with pytest.raises(UserError, match="longwave did not write"), files.folder(tmp_path / "out"):  # noqa: PT012
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "thesis.tex").write_text("mine")
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
@@ -255,7 +258,7 @@ def test_files_are_never_overwritten_and_empty_folders_may_be(tmp_path: Path):
 
 
 def test_overwriting_can_be_forbidden(saved: Path):
-    with pytest.raises(UserError, match="it exists"), durable.folder(saved, overwrite=False):
+    with pytest.raises(UserError, match="it exists"), files.folder(saved, overwrite=False):
         raise AssertionError("it is refused before anything is written")
     assert version_of(saved) == 0
 
@@ -263,9 +266,9 @@ def test_overwriting_can_be_forbidden(saved: Path):
 def test_overwriting_replaces_the_whole_folder_and_follows_links(saved: Path):
     link = saved.with_name("link")
     link.symlink_to(saved)
-    with durable.folder(link) as staging:
+    with files.folder(link) as staging:
         (staging / "only.txt").write_text("new")
-    assert sorted(os.listdir(saved)) == [durable.MANIFEST, "only.txt"]
+    assert sorted(os.listdir(saved)) == [files.MANIFEST, "only.txt"]
     assert link.is_symlink()
     assert hidden(saved.parent) == []
 
@@ -276,18 +279,18 @@ def test_parents_are_made(tmp_path: Path):
 
 
 def test_only_plain_files_can_be_saved(tmp_path: Path):
-    with pytest.raises(UserError, match="link: it is not a plain file"), durable.folder(tmp_path / "out") as staging:
+    with pytest.raises(UserError, match="link: it is not a plain file"), files.folder(tmp_path / "out") as staging:
         (staging / "link").symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match="the name is reserved"), durable.folder(tmp_path / "out") as staging:
-        (staging / durable.MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match="the name is reserved"), files.folder(tmp_path / "out") as staging:
+        (staging / files.MANIFEST).write_text("{}")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="there is no folder"):
-        durable.verify(tmp_path / "nothing")
-    assert durable.checkpoints(tmp_path / "nothing") == []
-    assert durable.newest(tmp_path / "nothing") is None
+        files.verify(tmp_path / "nothing")
+    assert checkpoints.complete(tmp_path / "nothing") == []
+    assert checkpoints.newest(tmp_path / "nothing") is None
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -298,14 +301,14 @@ def test_a_file_is_written_whole_or_not_at_all(code: int, tmp_path: Path):
     """Each operation fails once: before the rename the old file stands, after it the new one; nothing lies around."""
     for operation in range(1000):
         path = tmp_path / str(operation) / "new" / "results.json"
-        durable.write_file(path, b"old")
-        durable.disk = disk = FailingDisk(operation, code)
+        files.write_file(path, b"old")
+        storage.disk = disk = FailingDisk(operation, code)
         outcome = ""
         try:
-            durable.write_file(path, b"new")
+            files.write_file(path, b"new")
         except MachineError as error:
             outcome = str(error)
-        durable.disk = durable.Disk()
+        storage.disk = storage.Disk()
         assert path.read_bytes() == (b"old" if "nothing was changed" in outcome else b"new")
         assert os.listdir(path.parent) == ["results.json"]
         if disk.count <= operation:
@@ -316,7 +319,7 @@ def test_a_file_is_written_whole_or_not_at_all(code: int, tmp_path: Path):
 
 def test_a_file_is_not_written_over_a_folder(saved: Path):
     with pytest.raises(UserError, match="it is a folder, not a file"):
-        durable.write_file(saved, b"new")
+        files.write_file(saved, b"new")
     assert version_of(saved) == 0
     assert hidden(saved.parent) == []
 
@@ -324,7 +327,7 @@ def test_a_file_is_not_written_over_a_folder(saved: Path):
 def test_what_a_dead_writer_left_of_a_file_is_swept(tmp_path: Path):
     left = tmp_path / ".results.json.partial-999999999-0123456789ab"
     left.write_bytes(b"half")
-    durable.write_file(tmp_path / "results.json", b"whole")
+    files.write_file(tmp_path / "results.json", b"whole")
     assert os.listdir(tmp_path) == ["results.json"]
 
 
@@ -338,20 +341,20 @@ def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_pat
             leftover.mkdir()
             (leftover / "part").write_text("x")
         (tmp_path / ".cache").mkdir()
-        durable.sweep(tmp_path)
+        files.sweep(tmp_path)
         assert len(hidden(tmp_path)) == 4
         living.kill()
-    durable.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert os.listdir(tmp_path) == [".cache"]
 
 
 def test_a_save_under_way_in_this_process_is_not_swept_and_one_of_an_earlier_life_is(tmp_path: Path):
     earlier = tmp_path / f".model.partial-{os.getpid()}-0123456789ab"  # a restarted container has the same process id
     earlier.mkdir()
-    with durable.folder(tmp_path / "model") as staging:
+    with files.folder(tmp_path / "model") as staging:
         assert not earlier.exists()
         (staging / "config.json").write_text("{}")
-        durable.sweep(tmp_path)
+        files.sweep(tmp_path)
         assert (staging / "config.json").exists()
     assert os.listdir(tmp_path) == ["model"]
 
@@ -373,19 +376,19 @@ def test_a_reader_waits_for_a_living_writer(saved: Path):
     old = displaced(saved, os.getppid())
     writer = threading.Timer(0.2, lambda: (save(saved.with_name("new"), 1), saved.with_name("new").rename(saved)))
     writer.start()
-    assert durable.recover(saved) is False
+    assert files.recover(saved) is False
     writer.join()
     assert version_of(saved) == 1
     assert old.exists()
 
 
 def test_a_reader_puts_back_what_a_stuck_writer_displaced(saved: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(durable, "_PATIENCE", 0.05)
+    monkeypatch.setattr(leftovers, "_PATIENCE", 0.05)
     displaced(saved, os.getppid())
     assert version_of(saved) == 0
 
 
-@pytest.mark.parametrize("tidy", [durable.recover, lambda saved: durable.sweep(saved.parent)], ids=["recover", "sweep"])
+@pytest.mark.parametrize("tidy", [files.recover, lambda saved: files.sweep(saved.parent)], ids=["recover", "sweep"])
 def test_what_a_dead_writer_displaced_is_put_back_and_not_swept(saved: Path, tidy: Callable[[Path], object]):
     displaced(saved, 999999999)
     tidy(saved)
@@ -394,11 +397,11 @@ def test_what_a_dead_writer_displaced_is_put_back_and_not_swept(saved: Path, tid
 
 
 def test_a_half_deleted_old_folder_is_not_put_back(saved: Path):
-    (displaced(saved, 999999999) / durable.MANIFEST).unlink()
-    assert durable.recover(saved) is False
+    (displaced(saved, 999999999) / files.MANIFEST).unlink()
+    assert files.recover(saved) is False
     with pytest.raises(UserError, match="there is no folder"):
-        durable.verify(saved)
-    durable.sweep(saved.parent)
+        files.verify(saved)
+    files.sweep(saved.parent)
     assert os.listdir(saved.parent) == []
 
 
@@ -424,24 +427,22 @@ def test_there_is_a_folder_at_every_instant_of_an_exchange(saved: Path):
 
 
 def test_steps_are_named_and_ordered_by_number(tmp_path: Path):
-    assert durable.step_folder("runs", 100) == Path("runs/step-00000100")
+    assert checkpoints.step_folder("runs", 100) == Path("runs/step-00000100")
     for step in (100, 20, 100_000_000, 3):
-        save(durable.step_folder(tmp_path, step))
+        save(checkpoints.step_folder(tmp_path, step))
     save(tmp_path / "step-7")
-    save(tmp_path / "best-00000200")
     (tmp_path / "step-00000300").mkdir()
     (tmp_path / "step-00000400").write_text("a file")
-    assert [step for step, _ in durable.checkpoints(tmp_path)] == [3, 20, 100, 100_000_000]
-    assert durable.newest(tmp_path) == (100_000_000, tmp_path / "step-100000000")
-    assert durable.newest(tmp_path, "best-") == (200, tmp_path / "best-00000200")
+    assert [step for step, _ in checkpoints.complete(tmp_path)] == [3, 20, 100, 100_000_000]
+    assert checkpoints.newest(tmp_path) == (100_000_000, tmp_path / "step-100000000")
 
 
 def test_prune_keeps_the_newest_complete_ones(tmp_path: Path):
     for step in range(1, 6):
-        save(durable.step_folder(tmp_path, step))
-    (durable.step_folder(tmp_path, 5) / "config.json").unlink()
-    assert [step for step, _ in durable.prune(tmp_path, keep=2)] == [1, 2]
+        save(checkpoints.step_folder(tmp_path, step))
+    (checkpoints.step_folder(tmp_path, 5) / "config.json").unlink()
+    assert [step for step, _ in checkpoints.prune(tmp_path, keep=2)] == [1, 2]
     assert sorted(os.listdir(tmp_path)) == ["step-00000003", "step-00000004", "step-00000005"]
-    assert durable.prune(tmp_path, keep=2) == []
-    with pytest.raises(UserError, match="keep=0"):
-        durable.prune(tmp_path, keep=0)
+    assert checkpoints.prune(tmp_path, keep=2) == []
+    with pytest.raises(UserError, match="keep = 0"):
+        checkpoints.prune(tmp_path, keep=0)
