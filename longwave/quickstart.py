@@ -20,11 +20,9 @@ import torch
 
 from longwave import doctor, files
 from longwave.api import load
-from longwave.benchmarks.bench import BenchOptions, bench_inference, bench_training
-from longwave.benchmarks.results import Row
-from longwave.benchmarks.roofline import measure_peaks
-from longwave.benchmarks.subjects import Longwave, Subject
-from longwave.benchmarks.yardstick import Transformers
+from longwave.benchmarks.measure.roofline import measure_peaks
+from longwave.benchmarks.models import BenchOptions, Longwave, TimedModel, Transformers, bench_inference, bench_training
+from longwave.benchmarks.results.results import Row
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo, iter_documents, prepare
 from longwave.data.sources import Source, documents, is_held_out, standard_library
@@ -157,10 +155,10 @@ def _speed(models: dict[str, Decoder], recipe: Recipe) -> list[page.SpeedRow]:
     steps = min(_DECODE_STEPS, run.window // 4)
     options = BenchOptions(contexts=(run.window - steps,), decode_steps=steps, repeats=_REPEATS)
     llama = Longwave("llama", models["llama"])
-    subjects: list[Subject] = [Longwave("subllm", models["subllm"]), Transformers(models["llama"]), llama]
-    rows = bench_inference(subjects, measure_peaks(torch.float32), options)
+    compared: list[TimedModel] = [Longwave("subllm", models["subllm"]), Transformers(models["llama"]), llama]
+    rows = bench_inference(compared, measure_peaks(torch.float32), options)
     trained = dataclasses.replace(options, contexts=(run.window,), dtype=run.precision)
-    rows += bench_training(subjects, measure_peaks(dtype_of(run.precision)), trained)
+    rows += bench_training(compared, measure_peaks(dtype_of(run.precision)), trained)
     by_quantity = {row.quantity: [one for one in rows if one.quantity == row.quantity] for row in rows}
     return [_speed_row(found) for found in by_quantity.values()] + [_memory_row(by_quantity["decode"])]
 

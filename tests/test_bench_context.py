@@ -19,18 +19,19 @@ import pytest
 import torch
 from test_bench_output import PEAKS, ranges, row
 
-from longwave.benchmarks.context import memory, run, sequence
+from longwave.benchmarks.context import run, sequence
 from longwave.benchmarks.context.growth import DECODE, PREFILL, growths
-from longwave.benchmarks.context.memory import Meter, free_memory
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.picture import draw_growth
 from longwave.benchmarks.context.run import Run
 from longwave.benchmarks.context.sequence import Growing, Reading, Stopped
 from longwave.benchmarks.context.text import read_text
 from longwave.benchmarks.context.worker import Job, Served, Worker, answer
-from longwave.benchmarks.results import Model
-from longwave.benchmarks.subjects import one_pass
-from longwave.benchmarks.timing import Timing
+from longwave.benchmarks.measure import memory
+from longwave.benchmarks.measure.checks import one_pass
+from longwave.benchmarks.measure.memory import Meter, free_memory
+from longwave.benchmarks.measure.timing import Timing
+from longwave.benchmarks.results.results import Model
 from longwave.checkpoints import save
 from longwave.cli import main
 from longwave.config import AttentionConfig, LightningConfig, MLPConfig, ModelConfig, SubllmConfig

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import longwave.ops
 from longwave.benchmarks import ops
-from longwave.benchmarks.checks import check_form
+from longwave.benchmarks.measure.checks import check_form
+from longwave.benchmarks.measure.memory import peak_memory
+from longwave.benchmarks.measure.timing import Timing
 from longwave.benchmarks.ops import OPS, OpsOptions, ops_options, run_ops
-from longwave.benchmarks.profile import peak_memory
-from longwave.benchmarks.results import Row
-from longwave.benchmarks.timing import Timing
+from longwave.benchmarks.results.results import Row
 from longwave.costs import Peaks, visible_pairs
 from longwave.errors import MachineError, UserError
 from longwave.ops import block_sparse, compiled

@@ -14,16 +14,15 @@ import pytest
 import torch
 from torch import nn
 
-from longwave.benchmarks import bench, ops
-from longwave.benchmarks.bench import BenchOptions
-from longwave.benchmarks.compare import compare, read
-from longwave.benchmarks.picture import draw
-from longwave.benchmarks.profile import Part, Watch, named
-from longwave.benchmarks.results import Model, Results, Row
-from longwave.benchmarks.subjects import Longwave
-from longwave.benchmarks.table import bars, show, tables
-from longwave.benchmarks.timing import Timing
-from longwave.benchmarks.yardstick import Transformers
+from longwave.benchmarks import models, ops
+from longwave.benchmarks.measure.memory import peak_memory
+from longwave.benchmarks.measure.profile import Part, Profiler, Spent, Traced, named
+from longwave.benchmarks.measure.timing import Task, Timing
+from longwave.benchmarks.models import BenchOptions, Longwave, Transformers
+from longwave.benchmarks.results.compare import compare, read
+from longwave.benchmarks.results.picture import draw
+from longwave.benchmarks.results.results import Model, Results, Row
+from longwave.benchmarks.results.table import bars, show, tables
 from longwave.cli import main
 from longwave.config import AttentionConfig, MLPConfig, ModelConfig
 from longwave.costs import Peaks, Work
@@ -65,7 +64,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def longwave(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Runs `longwave bench` in this process: exit code, lines of stdout, and the last line of stderr."""
-    for module in (bench, ops):
+    for module in (models, ops):
         monkeypatch.setattr(module, "measure_peaks", lambda *_: PEAKS)
 
     def run(*arguments: object) -> tuple[int, list[str], str]:
@@ -122,7 +121,7 @@ def test_a_picture_is_drawn_the_same_every_time(suffix: str, head: bytes, tmp_pa
 
 def test_without_matplotlib_nothing_is_timed(longwave, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(bench, "measure_peaks", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(models, "measure_peaks", lambda *_: pytest.fail("it was timed"))
     code, _, line = longwave("inference", model, "--plot", tmp_path / "x.svg")
     assert (code, line) == (2, "longwave: plot: matplotlib is not installed; pip install 'longwave[plot]'")
 
@@ -136,6 +135,13 @@ def ranges(path: Path) -> list[dict[str, Any]]:
     return [event for event in events if event.get("cat") == "user_annotation" and event["ph"] == "X"]
 
 
+def traced(task: Task, parts: list[Part], path: Path) -> dict[str, dict[str, Spent]]:
+    """Traces one task, called `the task`."""
+    profiler = Profiler(CPU, trace=True)
+    profiler.keep("quantity", "name", Traced("the task", task, parts))
+    return profiler.write(path)
+
+
 def hooks(model: nn.Module) -> int:
     return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
 
@@ -143,13 +149,11 @@ def hooks(model: nn.Module) -> int:
 def test_a_trace_names_the_parts_and_leaves_no_hook(tmp_path: Path):
     model = decoder("F subllm(0.64: F subllm(0.64: F))")
     one = Longwave("subllm", model)
-    watch = Watch(CPU, trace=True)
-    seen = watch.look(row(subject="subllm"), one.prefill(torch.arange(40)), one.parts())
-    assert seen.peak_memory is not None
-    assert seen.peak_memory > 40 * 32 * 4  # the embedded tokens, to begin with
-    spent = watch.write(tmp_path / "trace.json.gz")
+    task = one.prefill(torch.arange(40))
+    assert peak_memory(task, CPU) > 40 * 32 * 4  # the embedded tokens, to begin with
+    spent = traced(task, one.parts(), tmp_path / "trace.json.gz")
     found = ranges(tmp_path / "trace.json.gz")
-    whole = next(event for event in found if event["name"] == f"{row().place}: subllm")
+    whole = next(event for event in found if event["name"] == "the task")
     for name in ("embed", "norm", "blocks.0.mixer", "blocks.1.mlp", "blocks.2.mixer", "resamplers.0"):
         (part,) = (event for event in found if event["name"] == name)
         assert whole["ts"] <= part["ts"] <= part["ts"] + part["dur"] <= whole["ts"] + whole["dur"]
@@ -170,10 +174,8 @@ def test_the_backward_pass_belongs_to_the_parts(tmp_path: Path):
     """Of two layers the one that is 2,500 times the work of the other takes longer, backward too."""
     heavy, light = nn.Linear(512, 512), nn.Linear(512, 2)
     inputs = torch.ones(2000, 512)
-    watch = Watch(CPU, trace=True)
     parts = [Part("one", "heavy", heavy), Part("other", "light", light)]
-    watch.look(row(), lambda: light(heavy(inputs)[:200]).sum().backward(), parts)
-    (kinds,) = watch.write(tmp_path / "trace.json").values()
+    (kinds,) = traced(lambda: light(heavy(inputs)[:200]).sum().backward(), parts, tmp_path / "trace.json").values()
     assert kinds["heavy"].backward > kinds["light"].backward > 0
     assert kinds["heavy"].forward > kinds["light"].forward > 0
     assert kinds["summing gradients"].backward > 0
@@ -182,9 +184,8 @@ def test_the_backward_pass_belongs_to_the_parts(tmp_path: Path):
 @pytest.mark.parametrize("kind", [Longwave, lambda _, model: Transformers(model)], ids=["longwave", "transformers"])
 def test_every_part_of_a_training_step_is_named(kind: Any, tmp_path: Path):
     one = kind("longwave", decoder("3F"))
-    watch = Watch(CPU, trace=True)
-    watch.look(row(), one.trainer(torch.arange(40).view(2, 20), "fp32"), one.parts(), memory=False)
-    (kinds,) = watch.write(tmp_path / "trace.json").values()
+    task = one.trainer(torch.arange(40).view(2, 20), "fp32")
+    (kinds,) = traced(task, one.parts(), tmp_path / "trace.json").values()
     layers, rest = {"mixers F", "MLPs", "norms"}, {"embedding", "residuals"}
     if one.name == "transformers":
         norms = {"model.norm", "model.layers.input_layernorm", "model.layers.post_attention_layernorm"}

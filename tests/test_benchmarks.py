@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 import torch
 
-from longwave.benchmarks import bench, roofline
-from longwave.benchmarks.bench import BenchOptions, bench_inference, bench_training, run, sample_tokens
-from longwave.benchmarks.checks import check_forms, check_logits, check_loss
-from longwave.benchmarks.results import Row
-from longwave.benchmarks.roofline import Level, Load, decode_work, measure_peaks
-from longwave.benchmarks.subjects import Longwave, Subject, force_retention, one_pass, retention_in
-from longwave.benchmarks.table import tables
-from longwave.benchmarks.timing import Timing, interleaved
-from longwave.benchmarks.yardstick import Transformers
+from longwave.benchmarks import models
+from longwave.benchmarks.measure import roofline
+from longwave.benchmarks.measure.checks import check_forms, check_logits, check_loss, one_pass
+from longwave.benchmarks.measure.roofline import Level, Load, decode_work, measure_peaks
+from longwave.benchmarks.measure.timing import Timing, interleaved
+from longwave.benchmarks.models import (
+    BenchOptions,
+    Longwave,
+    TimedModel,
+    Transformers,
+    bench_inference,
+    bench_training,
+    force_retention,
+    retention_in,
+    run,
+    sample_tokens,
+)
+from longwave.benchmarks.results.results import Row
+from longwave.benchmarks.results.table import tables
 from longwave.config import ModelConfig, build
 from longwave.costs import Peaks, Work, total
 from longwave.errors import MachineError, UserError
@@ -51,7 +61,7 @@ def recipe(path: Path, layout: str) -> Path:
     return path
 
 
-def both(model: Decoder) -> list[Subject]:
+def both(model: Decoder) -> list[TimedModel]:
     """Ours and the yardstick over the same weights."""
     return [Longwave("longwave", model), Transformers(model)]
 
@@ -80,8 +90,8 @@ def test_decoding_repeats_and_agrees_with_one_pass(layout: str, dtype: torch.dty
     model = decoder(layout, dtype, attention=attention)
     tokens = sample_tokens(model, 36, 1)
     context, following = tokens[:24], tokens[24:].view(3, 4)
-    for subject in both(model) if layout == "3F" else [Longwave("longwave", model)]:
-        for name, decoding in subject.after(context)(following).items():
+    for timed in both(model) if layout == "3F" else [Longwave("longwave", model)]:
+        for name, decoding in timed.after(context)(following).items():
             first, second = decoding.run(), decoding.run()
             torch.testing.assert_close(first, second, rtol=0, atol=0)
             for row in range(3):
@@ -106,8 +116,8 @@ def test_a_sliding_window_is_decoded_beyond_what_it_holds():
 def test_a_state_is_as_large_as_the_formulas_say():
     model = decoder("3F")
     tokens = sample_tokens(model, 36, 1)
-    for subject in both(model):
-        for decoding in subject.after(tokens[:24])(tokens[24:].view(3, 4)).values():
+    for timed in both(model):
+        for decoding in timed.after(tokens[:24])(tokens[24:].view(3, 4)).values():
             assert decoding.used == 3 * total(model.costs(24)).state_bytes
 
 
@@ -115,13 +125,13 @@ def test_losses_agree_and_training_tasks_learn():
     for precision in ("fp32", "bf16"):
         model = decoder("3F")
         tokens = sample_tokens(model, 40, 0).view(2, 20)
-        for subject in both(model):
-            before = subject.loss(tokens, precision)
-            check_loss(subject.name, before, Longwave("ours", model).loss(tokens, precision), precision)
-            task = subject.trainer(tokens, precision)
+        for timed in both(model):
+            before = timed.loss(tokens, precision)
+            check_loss(timed.name, before, Longwave("ours", model).loss(tokens, precision), precision)
+            task = timed.trainer(tokens, precision)
             for _ in range(3):
                 task()
-            assert subject.loss(tokens, precision) < before
+            assert timed.loss(tokens, precision) < before
 
 
 @pytest.mark.parametrize("layout", [SUBLLM, "2F subllm(0.3: F) F"])
@@ -145,19 +155,19 @@ def test_a_wrong_model_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     with torch.no_grad():
         wrong.blocks[1].mlp.down_proj.weight.mul_(3)
     yardstick = Transformers(wrong)
-    yardstick.model = model
-    subjects = [Longwave("longwave", model), yardstick]
-    monkeypatch.setattr(bench, "interleaved", lambda *_, **__: pytest.fail("it was timed"))
+    yardstick.decoder = model
+    compared: list[TimedModel] = [Longwave("longwave", model), yardstick]
+    monkeypatch.setattr(models, "interleaved", lambda *_, **__: pytest.fail("it was timed"))
     with pytest.raises(MachineError, match=r"transformers, prefill: its logits are off by .* of the largest"):
-        bench_inference(subjects, PEAKS, OPTIONS)
+        bench_inference(compared, PEAKS, OPTIONS)
     with pytest.raises(MachineError, match="transformers: its loss is"):
-        bench_training(subjects, PEAKS, OPTIONS)
+        bench_training(compared, PEAKS, OPTIONS)
 
 
 def test_wrong_decoding_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     model = decoder(SUBLLM)
     right = one_pass(model, sample_tokens(model, 28, 0), 5)
-    monkeypatch.setattr(bench, "one_pass", lambda *_: torch.cat([right[:1], right[1:].flip(0)]))
+    monkeypatch.setattr(models, "one_pass", lambda *_: torch.cat([right[:1], right[1:].flip(0)]))
     with pytest.raises(MachineError, match="longwave, decoding: its logits"):
         bench_inference([Longwave("longwave", model)], PEAKS, OPTIONS)
 
@@ -193,8 +203,8 @@ def test_a_model_is_held_to_attention_in_its_plain_form(layout: str, monkeypatch
 
 def test_rows_of_inference_hold_to_the_formulas():
     model, llama = decoder(SUBLLM), decoder("5F")
-    subjects = [Longwave("subllm", model), Longwave("llama", llama)]
-    rows = bench_inference(subjects, PEAKS, replace(OPTIONS, retention="forced"))
+    compared: list[TimedModel] = [Longwave("subllm", model), Longwave("llama", llama)]
+    rows = bench_inference(compared, PEAKS, replace(OPTIONS, retention="forced"))
     places = [(row.quantity, row.batch, row.subject) for row in rows]
     assert places == [(q, b, s) for q, b in (("prefill", 1), ("decode", 1), ("decode", 3)) for s in ("subllm", "llama")]
     ours, reference = rows[0], rows[1]
@@ -246,7 +256,7 @@ def test_peaks_are_measured(monkeypatch: pytest.MonkeyPatch):
 def test_the_reference_of_decoding_is_the_faster_cache(monkeypatch: pytest.MonkeyPatch):
     seconds = {"longwave": 1.0, "transformers": 2.0}
     seconds |= {"transformers, dynamic cache": 4.0, "transformers, static cache": 2.0}
-    monkeypatch.setattr(bench, "interleaved", lambda forms, *_, **__: {key: Timing((seconds[key],)) for key in forms})
+    monkeypatch.setattr(models, "interleaved", lambda forms, *_, **__: {key: Timing((seconds[key],)) for key in forms})
     rows = bench_inference(both(decoder("3F")), PEAKS, replace(OPTIONS, batches=(1,)))
     assert [row.ratio for row in rows if row.quantity == "decode"] == [0.5, 2.0, 1.0]
 
@@ -260,7 +270,7 @@ def test_ratios_are_medians_over_rounds():
 
 
 def test_recipes_are_compared_and_results_are_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "measure_peaks", lambda *_: PEAKS)
+    monkeypatch.setattr(models, "measure_peaks", lambda *_: PEAKS)
     ours, other = recipe(tmp_path / "subllm.toml", SUBLLM), recipe(tmp_path / "llama.toml", "5F")
     options = replace(OPTIONS, batches=(1,), retention="forced", repeats=1)
     results, _ = run("inference", ours, other, options)
@@ -276,15 +286,15 @@ def test_recipes_are_compared_and_results_are_plain(tmp_path: Path, monkeypatch:
 
 def test_recipes_for_the_record_are_of_the_stated_size():
     from longwave.plan import meta_model, model_config
+    from longwave.training.recipe import recipe_path
 
-    folder = Path(__file__).parent.parent / "recipes"
     for name in ("bench-llama", "bench-llama-24", "bench-subllm-24"):
-        costs = total(meta_model(model_config(folder / f"{name}.toml")).costs(1))
+        costs = total(meta_model(model_config(recipe_path(name))).costs(1))
         assert 90e6 < costs.parameters < 110e6
 
 
 def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "measure_peaks", lambda *_: PEAKS)
+    monkeypatch.setattr(models, "measure_peaks", lambda *_: PEAKS)
     ours = recipe(tmp_path / "llama.toml", "2F")
     with pytest.raises(UserError, match="context_window is 64"):
         run("inference", ours, None, replace(OPTIONS, contexts=(61,)))

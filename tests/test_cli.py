@@ -20,7 +20,7 @@ from command_line import shell
 from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
 from longwave import files
-from longwave.benchmarks.roofline import Peaks
+from longwave.benchmarks.measure.roofline import Peaks
 from longwave.cli import command_line, main
 from longwave.training.loop import Interrupted
 from longwave.version import __version__

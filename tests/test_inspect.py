@@ -23,9 +23,9 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.inspection import attention as attention_module
 from longwave.inspection.agreement import Statistic, agreement
 from longwave.inspection.attention import BlockAttention, watching_attention
+from longwave.inspection.flops import TokenFlops, extremes, token_flops
 from longwave.inspection.inspect import block_before
 from longwave.inspection.source import pieces
-from longwave.inspection.spending import Spending, extremes, spending
 from longwave.inspection.trace import LevelTrace, by_token, trace_levels, watching_levels
 from longwave.layers.block import BLOCKS
 from longwave.model import Decoder
@@ -291,7 +291,7 @@ def test_what_cannot_be_compared_says_why(count: int, low: float, reason: str):
 def test_flops_of_the_tokens_add_up_to_those_of_the_parts(layout: str):
     model, tokens = model_of(layout), 120
     levels = trace_levels(model, ids_of(tokens))
-    costs = spending(model, levels, tokens)
+    costs = token_flops(model, levels, tokens)
     counts = {-1: tokens, **{level.index: int(level.kept.sum()) for level in levels}}
     parts = {
         n: {block.site.depth: block.costs(n, 1.0, torch.float32)[0].prefill_flops for block in model.blocks}
@@ -311,7 +311,7 @@ def test_writing_token_by_token_costs_what_reading_at_once_does(letter: str):
 
 def test_a_dropped_token_pays_for_the_outer_blocks_alone():
     model = model_of(NESTED)
-    (outer, inner), costs = (levels := trace_levels(model, ids_of(60))), spending(model, levels, 60)
+    (outer, inner), costs = (levels := trace_levels(model, ids_of(60))), token_flops(model, levels, 60)
     place = int(outer.places[~outer.kept][-1])
     assert float(costs.spent[place]) == sum(model.blocks[depth].decode_flops(place) for depth in (0, 4))
     place = int(inner.places[inner.kept][-1])
@@ -323,11 +323,11 @@ def test_a_dropped_token_pays_for_the_outer_blocks_alone():
 def test_cheap_and_dear_passages():
     share = torch.tensor([0.5, 0.9, 0.7, 0.6]).repeat_interleave(10).double()
     dense = torch.arange(1, 41, dtype=torch.float64)
-    cheap, dear = extremes(Spending(share * dense, dense, 0), 10, 3)
+    cheap, dear = extremes(TokenFlops(share * dense, dense, 0), 10, 3)
     assert [one.start for one in cheap] == [0, 30]
     assert [one.start for one in dear] == [10, 20]
     assert [one.share for one in (*cheap, *dear)] == pytest.approx([0.5, 0.6, 0.9, 0.7])
-    assert extremes(Spending(share, dense, 0), 40, 3) == ([], [])
+    assert extremes(TokenFlops(share, dense, 0), 40, 3) == ([], [])
 
 
 # --- tokens as text ---------------------------------------------------------------------------------------------------

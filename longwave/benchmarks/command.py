@@ -13,17 +13,18 @@ from typing import Any
 from rich.table import Table
 
 from longwave import files
-from longwave.benchmarks.bench import BenchOptions, run
-from longwave.benchmarks.compare import compare, compared_table, read
 from longwave.benchmarks.context.options import ContextOptions
 from longwave.benchmarks.context.picture import draw_growth
 from longwave.benchmarks.context.run import ContextResults, Run, Traces
-from longwave.benchmarks.context.views import context_views
+from longwave.benchmarks.context.tables import context_tables as context_views
+from longwave.benchmarks.measure.profile import Profiler as Watch
+from longwave.benchmarks.measure.profile import Spent
+from longwave.benchmarks.models import BenchOptions, run
 from longwave.benchmarks.ops import OpsOptions, ops_options, run_ops
-from longwave.benchmarks.picture import check_picture, draw
-from longwave.benchmarks.profile import Spent, Watch
-from longwave.benchmarks.results import Options, Results
-from longwave.benchmarks.table import show, tables, where_time_went
+from longwave.benchmarks.results.compare import compare, compared_table, read
+from longwave.benchmarks.results.picture import check_picture, draw
+from longwave.benchmarks.results.results import Options, Results
+from longwave.benchmarks.results.table import show, tables, where_time_went
 from longwave.config import build, require
 from longwave.errors import MachineError
 from longwave.plan import parse_bytes, parse_sizes

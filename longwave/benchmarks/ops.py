@@ -1,6 +1,6 @@
-"""`longwave bench ops`: every op in each of its forms, forward and backward, checked against its reference first.
+"""`longwave bench ops`: times every op in each of its forms, forward and backward, after a check against its reference.
 
-An op takes part by a `benchmark.py` with its cases (`longwave.ops.benchmark`) and a line in `OPS`.
+To time a new op, write a `benchmark.py` with its cases (`longwave.ops.benchmark`) beside it and add a line to `OPS`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from longwave import plan
-from longwave.benchmarks.checks import check_form
-from longwave.benchmarks.profile import Watch
-from longwave.benchmarks.results import Options, Results, Row, against, hardware
-from longwave.benchmarks.roofline import measure_peaks
-from longwave.benchmarks.timing import Timing, interleaved, seconds_of, swift_collections
+from longwave.benchmarks.measure.checks import check_form
+from longwave.benchmarks.measure.memory import peak_memory
+from longwave.benchmarks.measure.profile import Profiler, Traced
+from longwave.benchmarks.measure.roofline import measure_peaks
+from longwave.benchmarks.measure.timing import Timing, interleaved, seconds_of, swift_collections
+from longwave.benchmarks.results.results import Options, Results, Row, against, hardware
 from longwave.config import build, require
 from longwave.costs import Peaks, Work
 from longwave.device import device_of, dtype_of
@@ -44,11 +45,11 @@ _COLD, _ROUND, _MOST_COPIES = 1 << 28, 0.05, 256  # bytes beyond any cache, seco
 
 @dataclass(frozen=True)
 class OpsOptions(Options):
-    """How ops are measured: at the sizes of a layer of a model, of `longwave/recipes/bench-llama.toml` by default.
+    """Options of `bench ops`: the sizes of a layer of a model, of `longwave/recipes/bench-llama.toml` by default.
 
-    ops: which of them; all by default. kv_heads: as many as heads by default. window: a sliding window to time as well.
-    blocks: of 64 keys, that a query of block-sparse attention sees. forms: those to time, beside the one that models
-    run; all by default. backward: whether to time it, too.
+    ops: names of the ops, all by default. kv_heads: as many as heads by default. window: of a sliding window to time as
+    well. blocks: blocks of 64 keys that a query of block-sparse attention sees. forms: the forms to time beside the one
+    that models run, all by default. backward: whether the backward pass is timed too.
     """
 
     ops: tuple[str, ...] = tuple(OPS)
@@ -80,7 +81,7 @@ class OpsOptions(Options):
 
 
 def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptions:
-    """The options chosen, over the sizes of a model (a recipe or a folder) where there is one."""
+    """Options from the values chosen, and for the rest from a model (a recipe or a folder) where one is given."""
     sizes: dict[str, Any] = {}
     if model is not None:
         config = plan.model_config(model)
@@ -91,24 +92,28 @@ def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptio
     return build(OpsOptions, sizes | dict(chosen), "bench ops")
 
 
-def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Watch]:
-    """Times the ops; the watch that is returned has what a trace will show. MachineError for a form that is wrong."""
+def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Profiler]:
+    """Times the ops; MachineError for a form that is wrong.
+
+    trace: whether the profiler that is returned keeps the calls for a trace.
+    """
     device, rows, done = device_of(options.device), [], set[tuple[str, int, int]]()
     with swift_collections():
-        peaks, watch = measure_peaks(dtype_of(options.dtype), device), Watch(device, trace)
+        peaks, profiler = measure_peaks(dtype_of(options.dtype), device), Profiler(device, trace)
+        setup = _Setup(options, peaks, profiler)
         for name, context, batch in product(options.ops, options.contexts, options.batches):
             say(f"{name} at {context:,} tokens, batch {batch}")
             shape = options.shape(context, batch)
             small = OPS[name](replace(shape, context=min(context, WHOLE)))
             for case, other in zip(_chosen(OPS[name](shape), options), _chosen(small, options), strict=True):
                 if (place := (case.quantity, case.context, batch)) not in done:
-                    rows += _rows(case, other, batch, peaks, options.repeats, watch, options.backward)
+                    rows += _rows(case, other, batch, setup)
                     done.add(place)
-    return Results("ops", options, hardware(options), peaks, rows), watch
+    return Results("ops", options, hardware(options), peaks, rows), profiler
 
 
 def _chosen(cases: list[Case], options: OpsOptions) -> list[Case]:
-    """The cases, with those forms only that are asked for, and the one that models run."""
+    """The cases with only the forms that are asked for, and the form that models run."""
     if not options.forms:
         return cases
     kept = {*options.forms}
@@ -118,21 +123,30 @@ def _chosen(cases: list[Case], options: OpsOptions) -> list[Case]:
     ]
 
 
-def _rows(case: Case, small: Case, batch: int, peaks: Peaks, repeats: int, watch: Watch, backward: bool) -> list[Row]:
-    """Every form of one case, its passes apart, once all forms have been found right."""
+def _rows(case: Case, small: Case, batch: int, setup: _Setup) -> list[Row]:
+    """A row for every form and pass of one case; all forms are checked before any is timed."""
     errors = {form: max(check_form(one, form) for one in _to_check(case, small)) for form in case.forms}
-    passes = _passes(case) if backward else _passes(case)[:1]
-    return [row for one in passes for row in _pass_rows(case, one, errors, batch, peaks, repeats, watch)]
+    passes = _passes(case) if setup.options.backward else _passes(case)[:1]
+    return [row for one in passes for row in _pass_rows(case, one, errors, batch, setup)]
 
 
 def _to_check(case: Case, small: Case) -> list[Case]:
-    """The case itself, and where only some of its rows are compared, all of a smaller one."""
+    """The case, and the small one too where only some rows of a long case are compared with the reference."""
     return [case] if case.rows is None else [case, small]
 
 
 @dataclass(frozen=True)
+class _Setup:
+    """The options, peaks and profiler of all measurements of a run."""
+
+    options: OpsOptions
+    peaks: Peaks
+    profiler: Profiler
+
+
+@dataclass(frozen=True)
 class _Pass:
-    """Forward, or forward and backward: what it is called, takes by form, and does with a form and its inputs."""
+    """Forward, or forward and backward. work: of each form; run: calls a form with inputs."""
 
     name: str
     work: Mapping[str, Work]
@@ -149,7 +163,7 @@ def _passes(case: Case) -> list[_Pass]:
 
 
 def _runs(case: Case) -> dict[str, Callable[..., Tensor]]:
-    """Every form, and what is timed beside them."""
+    """Every form of a case, and the other functions that are timed beside them, by name."""
     return {**case.forms, **{name: other.run for name, other in case.beside.items()}}
 
 
@@ -164,21 +178,21 @@ def _forward_and_backward(form: Callable[..., Tensor], inputs: Sequence[Tensor])
     return torch.autograd.grad(output, learned, torch.ones_like(output))
 
 
-def _pass_rows(
-    case: Case, one: _Pass, errors: dict[str, float], batch: int, peaks: Peaks, repeats: int, watch: Watch
-) -> list[Row]:
+def _pass_rows(case: Case, one: _Pass, errors: dict[str, float], batch: int, setup: _Setup) -> list[Row]:
     quantity, rows = f"{case.quantity}, {one.name}", {}
-    timings = _timed(case, one, repeats)
+    timings = _timed(case, one, setup.options.repeats)
     for form, timing in timings.items():
-        figures = (timing, case.tokens, one.work[form], one.work[form].seconds(peaks), peaks)
+        figures = (timing, case.tokens, one.work[form], one.work[form].seconds(setup.peaks), setup.peaks)
         checked = {"error": errors.get(form), "checked": case.checked if form in errors else "another function"}
         row = Row(quantity, case.context, batch, form, *figures, **checked)
-        rows[form] = watch.look(row, partial(one.run, _runs(case)[form], case.inputs))
+        call = partial(one.run, _runs(case)[form], case.inputs)
+        setup.profiler.keep(quantity, form, Traced(f"{row.place}: {form}", call))
+        rows[form] = replace(row, peak_memory=peak_memory(call, setup.profiler.device))
     return against(list(rows.values()), rows[case.default])
 
 
 def _timed(case: Case, one: _Pass, repeats: int) -> dict[str, Timing]:
-    """Seconds of one call of each form, over as many copies of the inputs as keep them out of the caches."""
+    """Seconds of one call of each form, over so many copies of the inputs that the CPU's caches do not hold them."""
     seconds = seconds_of(partial(one.run, case.forms[case.default], case.inputs))
     fitting = _COLD // sum(tensor.nbytes for tensor in case.inputs)
     count = max(1, min(fitting, int(_ROUND / seconds), _MOST_COPIES))

@@ -8,7 +8,7 @@ with `generate`, a cache, a loss, and what `Trainer`, PEFT, TRL and lm-eval need
 - `cache.py`: longwave's state as a `transformers` cache.
 - `folder.py`: loading and saving, always through `longwave.checkpoints`.
 - `config.py`: the content of `config.json`. `training.py`: the callback that tells schedules the step.
-- `yardstick.py`: `transformers`' own model over a decoder's weights, which the benchmarks measure against.
+- `yardstick.py`: `transformers`' own model over a decoder's weights, run as its `generate` runs it; benchmarks time it.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,11 +19,11 @@ from longwave.hf.cache import LongwaveCache
 from longwave.hf.config import LongwaveConfig
 from longwave.hf.model import LongwaveForCausalLM
 from longwave.hf.training import StepCallback
-from longwave.hf.yardstick import transformers_from
+from longwave.hf.yardstick import Yardstick, transformers_from
 
 AutoConfig.register(native.MODEL_TYPE, LongwaveConfig)
 AutoModelForCausalLM.register(LongwaveConfig, LongwaveForCausalLM)
 # Trainer shifts labels for label smoothing only where this table names the class; registering does not enter it.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[native.MODEL_TYPE] = LongwaveForCausalLM.__name__
 
-__all__ = ["LongwaveCache", "LongwaveConfig", "LongwaveForCausalLM", "StepCallback", "transformers_from"]
+__all__ = ["LongwaveCache", "LongwaveConfig", "LongwaveForCausalLM", "StepCallback", "Yardstick", "transformers_from"]

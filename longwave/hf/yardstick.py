@@ -1,10 +1,20 @@
-"""`transformers`' own model over the weights of a longwave decoder."""
+"""`transformers`' own model over the weights of a longwave decoder, run as its own `generate` runs it.
+
+Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.initialization import no_init_weights
 
 from longwave.checkpoints import huggingface
@@ -33,3 +43,106 @@ def transformers_from(decoder: Decoder) -> PreTrainedModel:
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return cast(Any, model).to(decoder.embed.weight.device).eval()
+
+
+@dataclass(frozen=True)
+class FilledCache:
+    """A cache that holds a context of the same tokens for every sequence.
+
+    context: tokens of each sequence. forget: takes the cache back to the context after tokens were decoded.
+    """
+
+    cache: Cache
+    context: int
+    forget: Callable[[], None]
+
+    def used_bytes(self) -> int:
+        """Bytes of the keys and values of the context (of the tokens in its window, where a window slides)."""
+        return sum(one.nbytes * min(self.context, one.shape[-2]) // one.shape[-2] for one in self._arrays())
+
+    def reserved_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(one.nbytes for one in self._arrays())
+
+    def _arrays(self) -> list[Tensor]:
+        return [one for pair in _keys_and_values(self.cache) for one in pair]
+
+
+class Yardstick:
+    """`transformers`' model with the weights of a decoder, and what its `generate` and `Trainer` do with it.
+
+    UserError for a decoder that is of no family that `transformers` has.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.model = transformers_from(decoder)
+        takes_cache = "cache" in signature(self.model.forward).parameters
+        self._cache_name = "cache" if takes_cache else "past_key_values"  # as it was called before transformers 5.24
+
+    def loss(self, tokens: Int64[Tensor, "B N"]) -> Tensor:
+        """The mean next-token loss in nats."""
+        return self.model(tokens, labels=tokens, use_cache=False).loss
+
+    def prefill(self, context: Int64[Tensor, " N"]) -> tuple[DynamicCache, Float[Tensor, " V"]]:
+        """The cache after a context, and the logits of its last token."""
+        cache = DynamicCache(config=self.model.config)
+        places = torch.arange(len(context), device=context.device)
+        return cache, self._logits(context.unsqueeze(0), places.unsqueeze(0), cache)[0]
+
+    @torch.inference_mode()
+    def decode(self, following: Int64[Tensor, "B S"], filled: FilledCache) -> Float[Tensor, "B S V"]:
+        """The logits after each token, read one by one after the context; the context alone is remembered."""
+        batch, steps = following.shape
+        places = torch.arange(filled.context, filled.context + steps, device=following.device).expand(batch, -1)
+        pieces = [slice(step, step + 1) for step in range(steps)]
+        logits = [self._logits(following[:, piece], places[:, piece], filled.cache) for piece in pieces]
+        filled.forget()
+        return torch.stack(logits, dim=1)
+
+    def caches(self, filled: DynamicCache, context: int, batch: int, steps: int) -> dict[str, FilledCache]:
+        """Copies of the cache of one sequence for a batch that decodes so many steps, by the kind of cache.
+
+        No static cache where a window slides, since it cannot forget the steps again.
+        """
+        caches = {"dynamic": _dynamic(filled, context, batch)}
+        if not any(cast(Any, layer).is_sliding for layer in filled.layers):
+            caches["static"] = self._static(filled, context, batch, steps)
+        return caches
+
+    @torch.inference_mode()
+    def _static(self, filled: DynamicCache, context: int, batch: int, steps: int) -> FilledCache:
+        cache = StaticCache(config=self.model.config, max_cache_len=context + steps)
+        for index, (key, value) in enumerate(_keys_and_values(filled)):
+            cache.update(key.repeat(batch, 1, 1, 1), value.repeat(batch, 1, 1, 1), index)
+
+        def forget() -> None:
+            for layer in cache.layers:
+                cast(Any, layer).cumulative_length.fill_(context)
+
+        return FilledCache(cache, context, forget)
+
+    @torch.inference_mode()
+    def _logits(self, tokens: Tensor, places: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) after new tokens (B, n) at the given places."""
+        self.model.eval()
+        remembered = {self._cache_name: cache, "use_cache": True}
+        output = self.model(tokens, position_ids=places, logits_to_keep=1, **remembered)
+        return output.logits[:, 0]
+
+
+@torch.inference_mode()
+def _dynamic(filled: DynamicCache, context: int, batch: int) -> FilledCache:
+    cache = copy.deepcopy(filled)
+    cache.batch_repeat_interleave(batch)
+    before = [dict(vars(layer)) for layer in cache.layers]
+
+    def forget() -> None:
+        for layer, attributes in zip(cache.layers, before, strict=True):
+            vars(layer).update(attributes)  # a step makes new tensors and leaves the old ones as they are
+
+    return FilledCache(cache, context, forget)
+
+
+def _keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (B, G, capacity, K) of each layer."""
+    return [(cast(Any, layer).keys, cast(Any, layer).values) for layer in cache.layers]

@@ -1,13 +1,13 @@
-"""How what a level keeps agrees with where attention goes just before it, against what chance would give.
+"""Agreement of the tokens that a level keeps with the tokens that get attention just before it, beside chance.
 
 The published analysis of SUBLLM (arXiv 2406.06571) lays the distribution of kept positions beside that of attention, in
 the same model and in a Llama at the same depth. Here each comparison is also a number, beside that number for random
 choices of the same size.
 
 - A token's attention is relative to that of tokens seen from the same distances (`BlockAttention`).
-- The first token is left out: attention that has nowhere to go is put there (Xiao et al. 2023), whatever it says. So
-  are the last, which too few queries can see.
-- Trends along the text remain. `nearby` figures compare a token with its neighbours only, where those hardly matter.
+- The first token is left out: models put attention there that they need nowhere else (Xiao et al. 2023). The last
+  tokens are left out too, since few queries can see them.
+- Trends along the text remain. `nearby` figures compare a token with its neighbours only, where trends hardly matter.
 
 Legend: `M` tokens that are compared.
 """
@@ -27,13 +27,13 @@ from longwave.inspection.trace import LevelTrace
 
 STRETCH = 64  # tokens that count as neighbours
 _EDGE = 32  # queries that must be able to see a token
-_FEWEST = 16  # tokens without which nothing is compared
+_FEWEST = 16  # tokens below which nothing is compared
 _DRAWS = 200  # random choices that tell what chance gives
 _BINS = 40
 
 
 class Statistic(NamedTuple):
-    """A figure, its mean over random choices of the same size, and the range in which 95 % of those lie."""
+    """A figure, its mean over random choices of the same size (chance), and the range of 95 % of those choices."""
 
     value: float
     chance: float
@@ -42,7 +42,7 @@ class Statistic(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Where the figure lies beside what chance gives."""
+        """The figure against the range of chance, in words."""
         if self.low <= self.value <= self.high:
             return "no more than chance"
         return "above chance" if self.value > self.high else "below chance"
@@ -61,9 +61,10 @@ class Distribution:
 class Agreement:
     """One level against the attention of one block, by its depth (None: there is none to compare with).
 
-    compared: tokens that both met, without those left out. overlap: share of the kept tokens that are among as many of
-    the most attended. correlation: Spearman's, of score and attention. `nearby` is the same among neighbours. distance:
-    total variation of the two distributions over the text, 0 where they are the same. reason: why there are no figures.
+    compared: tokens that reach both, without those left out. first_share: the first token's share of all attention.
+    overlap: of n kept tokens, the share that is among the n most attended. correlation: Spearman's, of score and
+    attention. `nearby` figures are those among neighbours. distance: total variation of the two distributions over the
+    text, 0 where they are the same. reason: why there are no figures.
     """
 
     depth: int | None
@@ -107,7 +108,7 @@ def agreement(level: LevelTrace, attention: BlockAttention) -> Agreement:
 
 @dataclass(frozen=True)
 class _Pair:
-    """The tokens that both met: their places, scores, whether they were kept, and the attention they got."""
+    """The tokens that reach both level and block: places, scores, whether they were kept, and attention received."""
 
     places: Int64[Tensor, " M"]
     scores: Float[Tensor, " M"]
@@ -131,7 +132,7 @@ def _problem(pair: _Pair) -> str:
 
 
 def _statistics(pair: _Pair, groups: Tensor) -> tuple[Statistic, Statistic, Statistic]:
-    """Overlap, correlation and distance, first as they are and then with kept and scores shuffled within the groups."""
+    """Overlap, correlation and distance, beside those with kept and scores shuffled within the groups."""
     score_ranks, attention_ranks = _ranks(pair.scores.double(), groups), _ranks(pair.attention.double(), groups)
     norm = (score_ranks.square().sum() * attention_ranks.square().sum()).sqrt().clamp(min=1e-12)
     top, target = _most_attended(pair, groups), _histogram(pair.places, pair.attention)
@@ -147,19 +148,19 @@ def _statistics(pair: _Pair, groups: Tensor) -> tuple[Statistic, Statistic, Stat
 
 
 def _against_chance(values: Tensor) -> Statistic:
-    """The first value against the others."""
+    """The first value, with the mean and range of the others as chance."""
     low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return Statistic(float(values[0]), float(values[1:].mean()), low, high)
 
 
 def _shuffles(groups: Tensor) -> list[Tensor]:
-    """Random orders that leave every group (ascending, at most one apart) where it is."""
+    """Random orders within the groups, whose numbers ascend in steps of one."""
     keys = tensor_of_keys([key(draw) for draw in range(_DRAWS)], groups.device)
     return [(groups + uniforms(one, groups.numel())).argsort() for one in keys]
 
 
 def _ranks(values: Tensor, groups: Tensor) -> Tensor:
-    """Ranks within each group, ties sharing theirs, less the mean of the group."""
+    """Ranks within each group, ties sharing their mean rank, less the mean of the group."""
     order = _ordered(values, groups)
     pairs = torch.stack([groups[order].double(), values[order]])
     _, run, sizes = torch.unique_consecutive(pairs, dim=1, return_inverse=True, return_counts=True)
@@ -169,7 +170,7 @@ def _ranks(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def _most_attended(pair: _Pair, groups: Tensor) -> Tensor:
-    """Which tokens of each group are among its most attended, as many as the level kept of it."""
+    """Whether each token is among the most attended of its group, of which as many are taken as the level kept."""
     order, sizes = _ordered(-pair.attention, groups), torch.bincount(groups)
     place = torch.arange(len(groups)) - (sizes.cumsum(0) - sizes)[groups]
     top = torch.empty_like(pair.kept)

@@ -1,7 +1,7 @@
-"""Where attention goes in chosen blocks while a text runs through a model.
+"""The attention weights of chosen blocks while a text runs through a model: sums by token, and maps.
 
-Forward hooks hand the inputs of a mixer to its own projections, so nothing on the model's path knows of this, and a
-block's weights exist a chunk of queries at a time.
+Forward hooks compute queries and keys once more from a mixer's input, so the model itself needs no code for this. The
+weights of a block exist for a chunk of queries at a time.
 
 Legend: `N` tokens that reach the block, `H` heads, `C` cells of a map along either side.
 """
@@ -27,7 +27,7 @@ CELLS = 256  # the most cells along either side of a map
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """One head, or the mean of all (None): the share of its attention that a cell of queries gives a cell of keys."""
+    """The share of attention that each cell of queries gives each cell of keys. head: None for the mean of all."""
 
     head: int | None
     cells: Float[Tensor, "C C"]
@@ -35,14 +35,14 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """Where attention goes in one block.
+    """The attention that the tokens of one block receive.
 
-    depth, level, window: of the block. places: where its tokens stand in the text. received: the weight that each token
-    gets, as a multiple of what tokens get on average that are seen from the same distances. viewers: queries that can
-    see it. first_share: what the first token gets of all attention. edges: the first token of each cell, and N.
+    depth, level, window: of the block. places: where its tokens stand in the text. received: a token's summed weight,
+    as a multiple of the mean of tokens that are seen from the same distances. viewers: queries that can see a token.
+    first_share: the first token's share of all attention. edges: the first token of each cell, and N.
 
-    Causality lets fewer queries see a later token, and most attention goes to what is near: a sum over queries would
-    favour early tokens, and a mean over those that can see it the last ones.
+    Why relative to the distances: fewer queries can see a later token, and most attention goes to near tokens. A sum
+    over queries would favour early tokens, and a mean over the queries that can see a token the last ones.
     """
 
     depth: int
@@ -57,7 +57,7 @@ class BlockAttention:
 
 
 def has_weights(block: Block) -> bool:
-    """Whether every query of a block weighs all that it could see, by softmax."""
+    """Whether a block has softmax attention in which every query weighs all tokens it can see."""
     return isinstance(block.mixer, FullAttention) and block.mixer.sees_all
 
 
@@ -65,10 +65,10 @@ def has_weights(block: Block) -> bool:
 def watching_attention(
     model: Decoder, depths: Collection[int], heads: Sequence[int | None] = ()
 ) -> Iterator[dict[int, BlockAttention]]:
-    """Watches blocks while one text runs through the model; what is found stands under their depth.
+    """Records the attention of blocks while one text runs through the model, in a dict by the blocks' depths.
 
-    heads: those to draw maps of, None for the mean of all. Blocks of other kinds (see `has_weights`) are passed over,
-    and one that no token reaches finds nothing.
+    heads: heads to draw maps of, None for the mean of all. Blocks without weights (see `has_weights`) and blocks that
+    no token reaches have no entry.
     """
     found: dict[int, BlockAttention] = {}
     hooks = []
@@ -84,6 +84,8 @@ def watching_attention(
 
 @dataclass
 class _Watch:
+    """A forward hook that tallies the attention of a mixer."""
+
     heads: Sequence[int | None]
     found: dict[int, BlockAttention]
 
@@ -99,7 +101,7 @@ class _Watch:
 
 
 class _Tally:
-    """Adds weights up by key, by distance and by cell."""
+    """Sums of attention weights by key, by distance and by cell."""
 
     def __init__(self, tokens: int, heads: Sequence[int | None], window: int | None) -> None:
         self.heads, self.cells, self.window = heads, min(tokens, CELLS), window
@@ -125,7 +127,7 @@ class _Tally:
         return BlockAttention(site.depth, site.level, self.window, places, received, viewers, first_share, edges, maps)
 
     def _expected(self) -> Tensor:
-        """What each key would get if queries gave a distance what they give it on average, the first key apart."""
+        """The attention of each key if every query gave each distance its mean weight, without the first key."""
         tokens = self.sums.numel()
         typical = self.by_distance / (tokens - 1 - torch.arange(tokens)).clamp(min=1)
         return typical.cumsum(0).flip(0).clamp(min=1e-12)
@@ -137,7 +139,7 @@ class _Tally:
 
 
 def _along_diagonals(weights: Float[Tensor, "Q K"]) -> Float64[Tensor, " K"]:
-    """Sums by the distance of key and query, the last query being at the last key."""
+    """Sums of weights by the distance from query to key; the last query stands at the last key."""
     queries, keys = weights.shape
     padded = torch.nn.functional.pad(weights.flip(1), (0, queries - 1))
     return padded.as_strided((queries, keys), (keys + queries - 2, 1), queries - 1).sum(0, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`longwave inspect`: writes the page of one text, and prints the short of it."""
+"""`longwave inspect`: writes the page of one text, and prints a summary."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from longwave import doctor
 from longwave.config import require
 from longwave.device import device_of
 from longwave.inspection.agreement import Agreement
+from longwave.inspection.flops import Passage
 from longwave.inspection.inspect import Choice, Inspection, Level, inspect
 from longwave.inspection.source import read_text
-from longwave.inspection.spending import Passage
 from longwave.plan import short
 from longwave.reports.inspect import write_inspection
 from longwave.reports.page import finite
@@ -60,7 +60,7 @@ def _lines(found: Inspection) -> list[str]:
     lines = [f"{found.source}: {len(found.tokens):,} tokens through {found.layout}"]
     for level in found.levels:
         lines += _level_lines(level, found.against)
-    spent, dense = float(found.spending.spent.mean()), float(found.spending.dense.mean())
+    spent, dense = float(found.flops.spent.mean()), float(found.flops.dense.mean())
     part = f", {spent / dense:.1%} of the dense model's {short(dense)}" if found.levels else ""
     lines.append(f"cost: {short(spent)} FLOPs per token in the layers{part}")
     for name, passages in (("cheapest", found.cheap), ("dearest", found.dear)):
@@ -104,8 +104,8 @@ def _figures(found: Inspection) -> dict[str, Any]:
     """The figures as plain values."""
     return {
         "tokens": len(found.tokens),
-        "flops": float(found.spending.spent.sum()),
-        "dense_flops": float(found.spending.dense.sum()),
+        "flops": float(found.flops.spent.sum()),
+        "dense_flops": float(found.flops.dense.sum()),
         "levels": [_level_figures(level) for level in found.levels],
         "cheapest": [dataclasses.asdict(passage) for passage in found.cheap],
         "dearest": [dataclasses.asdict(passage) for passage in found.dear],

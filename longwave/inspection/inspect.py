@@ -1,4 +1,4 @@
-"""One text through one model, and if wanted through another: what levels keep, where attention goes, what it costs."""
+"""`longwave inspect`: runs a text through a model, and collects kept tokens, attention and FLOPs of every token."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.inspection.agreement import Agreement, agreement
 from longwave.inspection.attention import BlockAttention, has_weights, watching_attention
+from longwave.inspection.flops import Passage, TokenFlops, extremes, token_flops
 from longwave.inspection.source import Piece, encode, pieces
-from longwave.inspection.spending import Passage, Spending, extremes, spending
 from longwave.inspection.trace import LevelTrace, TracedToken, by_token, watching_levels
 from longwave.layers.block import Block
 from longwave.model import Decoder
@@ -28,7 +28,7 @@ _PASSAGES, _PASSAGE_TOKENS = 3, 32
 
 @dataclass(frozen=True)
 class Choice:
-    """What to look at: blocks and heads to draw maps of (a few by default), and a model to compare with."""
+    """Options: blocks and heads to draw maps of (a few by default), and a model to compare with."""
 
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
@@ -37,9 +37,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Level:
-    """A level and what it made of the text, beside the attention of a block of its model and, if asked, of another.
+    """A level's scores and kept tokens, and their agreement with attention.
 
-    target, threshold: the share it was trained to keep and the score above which it keeps.
+    target: the share it was trained to keep. threshold: the score above which it keeps a token. own, other: agreement
+    with the attention of a block of its own model, and of the other model's block at that depth.
     """
 
     trace: LevelTrace
@@ -54,16 +55,17 @@ class Level:
 
     @property
     def retention(self) -> float | None:
-        """Share of the tokens that reached the level and stayed."""
+        """The share of the tokens reaching the level that it kept; None if no token reached it."""
         return float(self.trace.kept.double().mean()) if len(self.trace.kept) else None
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that is shown of one text, T tokens of it.
+    """Everything that is shown of one text of T tokens.
 
-    layers: blocks whose maps are shown; blocks: every block whose attention was watched, by depth, those included.
-    cheap, dear: passages by their share of the dense model's cost; none where nothing is left out.
+    layers: depths of the blocks whose maps are shown. blocks: the attention of these blocks and of the blocks that
+    levels are compared with, by depth. cheap, dear: the passages that cost the smallest and the largest share of the
+    dense model's FLOPs; none for a model without levels.
     """
 
     source: str
@@ -75,13 +77,13 @@ class Inspection:
     levels: list[Level]
     layers: tuple[int, ...]
     blocks: dict[int, BlockAttention]
-    spending: Spending
+    flops: TokenFlops
     cheap: list[Passage]
     dear: list[Passage]
 
 
 def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, device: torch.device) -> Inspection:
-    """Inspects a text (called `name`) with the model of a folder. UserError for what does not fit the model."""
+    """Inspects a text (called `name`) with the model of a folder. UserError for options that do not fit the model."""
     model, tokenizer = _load(path, device)
     layers, heads = _layers(model, choice.layers), _heads(model, choice.heads)
     maps, idle = len(layers) * (1 + len(heads)), choice.against is not None and not model.resamplers
@@ -93,9 +95,9 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     traces, blocks = _run(model, ids, {*layers, *depths}, (None, *heads))
     others = _against(choice.against, tokenizer, ids, depths, device) if choice.against else None
     levels = [_level(model, trace, block, blocks, others) for trace, block in zip(traces, before, strict=True)]
-    costs = spending(model, traces, len(ids))
+    flops = token_flops(model, traces, len(ids))
     size = max(1, min(_PASSAGE_TOKENS, len(ids) // 8))
-    cheap, dear = extremes(costs, size, _PASSAGES) if levels else ([], [])
+    cheap, dear = extremes(flops, size, _PASSAGES) if levels else ([], [])
     return Inspection(
         source=name,
         model=path,
@@ -106,14 +108,14 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
         levels=levels,
         layers=layers,
         blocks=dict(sorted(blocks.items())),
-        spending=costs,
+        flops=flops,
         cheap=cheap,
         dear=dear,
     )
 
 
 def block_before(model: Decoder, level: Subllm) -> Block | None:
-    """The last block with softmax attention before a level that sees every token which enters the level."""
+    """The last block with softmax attention before a level, which sees all tokens that enter the level."""
     around = [level.site.level]
     while around[-1] >= 0:
         around.append(model.resamplers[around[-1]].site.level)

@@ -1,4 +1,4 @@
-"""The text that is looked at: from a file, stdin or the command line, as tokens and as the pieces of text they show."""
+"""The text to inspect: read from a file, stdin or the command line, and as tokens with the text that each shows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from longwave.errors import UserError
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token shows: its text, or what stands for it (`label`) where it completes no character."""
+    """The text that a token shows, or a `label` in its place where the token completes no character."""
 
     text: str
     label: str = ""
 
 
 def read_text(path: str | None, literal: str | None) -> tuple[str, str]:
-    """The name of a text and the text, to the letter: line ends stay as they are.
+    """The name of a text, and the text with its line ends as they are.
 
     path: a file, or `-` for stdin; literal: the text itself, in place of a path.
     """
@@ -38,9 +38,9 @@ def read_text(path: str | None, literal: str | None) -> tuple[str, str]:
 
 
 def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, first: int | None) -> list[int]:
-    """The ids of a text behind the tokenizer's bos, if it has one; of the `first` tokens alone where that is given.
+    """The ids of a text, after the tokenizer's bos if it has one; first: the number of tokens to keep, or None for all.
 
-    UserError for no text, for more tokens than the model is meant for, and for ids that it does not have.
+    UserError for an empty text, for more tokens than the context window, and for ids beyond the model's vocabulary.
     """
     require(bool(text), f"{name}: holds no text")
     require(first is None or first > 0, f"--first {first}: 1 or more tokens")
@@ -55,7 +55,7 @@ def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, firs
 
 
 def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Piece]:
-    """What each token shows; the texts joined are the decoding of all. A character stands with its last token."""
+    """The piece of text of each token; joined they are the decoded text. A character belongs to its last token."""
     decoder = StreamDecoder(tokenizer)
     texts = [decoder.push(id) for id in ids]
     texts[-1] += decoder.finish()

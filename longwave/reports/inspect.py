@@ -40,7 +40,7 @@ def _payload(found: Inspection, title: str, machine: dict[str, str], command: st
         "machine": [Fact(label, value) for label, value in machine.items()],
         "command": command,
     }
-    costs = {"spent": _short(found.spending.spent), "dense": _short(found.spending.dense), "head": found.spending.head}
+    costs = {"spent": _short(found.flops.spent), "dense": _short(found.flops.dense), "head": found.flops.head}
     payload = {
         "report": report,
         "headline": [figure._asdict() for figure in _headline(found)],
@@ -123,7 +123,7 @@ def _kept_headline(levels: list[Level]) -> Headline:
 
 
 def _cost_headline(found: Inspection) -> Headline:
-    spent, dense = float(found.spending.spent.mean()), float(found.spending.dense.mean())
+    spent, dense = float(found.flops.spent.mean()), float(found.flops.dense.mean())
     if not found.levels:
         return Headline("Cost", short(spent), "FLOPs per token in the layers, growing with the text before it.")
     words = f"{short(spent)} FLOPs per token in the layers, {short(dense)} if every block ran on every token."
@@ -164,7 +164,7 @@ def _notes(found: Inspection) -> list[str]:
     cost = (
         "FLOPs are those of matrix products and of attention in the layers, from each block's own formula, as if the "
         f"text were written token by token; reading it at once costs the same. Logits would add "
-        f"{short(found.spending.head)} wherever they are needed."
+        f"{short(found.flops.head)} wherever they are needed."
     )
     return [*(attention if found.levels else attention[:1]), cost]
 
@@ -176,7 +176,7 @@ def _facts(found: Inspection) -> dict[str, str]:
         "layout": found.layout,
         **({"compared with": found.against} if found.against else {}),
         "tokens": f"{len(found.tokens):,}",
-        "FLOPs, all tokens": short(float(found.spending.spent.sum())),
-        "FLOPs, dense": short(float(found.spending.dense.sum())),
+        "FLOPs, all tokens": short(float(found.flops.spent.sum())),
+        "FLOPs, dense": short(float(found.flops.dense.sum())),
         "attention watched": ", ".join(f"block {depth}" for depth in found.blocks) or "none",
     }

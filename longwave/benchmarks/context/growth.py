@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from math import log
 from statistics import linear_regression
 
-from longwave.benchmarks.results import Row
+from longwave.benchmarks.results.results import Row
 
 PREFILL, DECODE = "time to first token", "decode"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure of one model over the contexts at which it was found; what is 0 has no logarithm and is left out."""
+    """A figure of one model over the contexts; values of 0 are left out, since they have no logarithm."""
 
     subject: str
     figure: str
@@ -24,7 +24,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Growth:
-    """figure ~ context ** exponent over all contexts of a curve; last: the same over the last two alone."""
+    """The exponent of figure ~ context ** exponent, over all contexts of a curve; last: over the last two alone."""
 
     subject: str
     figure: str
@@ -34,20 +34,20 @@ class Growth:
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
-    """The curves of every figure, figure by figure."""
+    """The curve of every figure and model, figure by figure."""
     figures = {
         PREFILL: (PREFILL, lambda row: row.timing.median),
         "time per decoded token": (DECODE, lambda row: row.timing.median),
         "peak memory": (PREFILL, lambda row: row.peak_memory),
         "state": (DECODE, lambda row: row.state_used),
     }
-    subjects = dict.fromkeys(row.subject for row in rows)
+    models = dict.fromkeys(row.subject for row in rows)
     found = []
     for figure, (quantity, value) in figures.items():
-        for subject in subjects:
-            own = [row for row in rows if (row.quantity, row.subject) == (quantity, subject) and (value(row) or 0) > 0]
+        for model in models:
+            own = [row for row in rows if (row.quantity, row.subject) == (quantity, model) and (value(row) or 0) > 0]
             points = tuple(row.context for row in own), tuple(float(value(row)) for row in own)
-            found.append(Curve(subject, figure, *points))
+            found.append(Curve(model, figure, *points))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is measured at growing contexts, and the dense model that it is held against."""
+"""Options of `longwave bench context`, and the dense model that a model is compared with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from longwave.benchmarks.results import Options
+from longwave.benchmarks.results.results import Options
 from longwave.config import ModelConfig, require
 from longwave.layout import parse
 
@@ -16,7 +16,7 @@ from longwave.layout import parse
 class ContextOptions(Options):
     """How a growing sequence is measured.
 
-    contexts: tokens at which it is looked at, ascending. chunk: tokens that are run at a time. decode_steps: tokens
+    contexts: tokens at which figures are taken, ascending. chunk: tokens that are run at a time. decode_steps: tokens
     decoded at each context, and forgotten again. limit: seconds after which a model is stopped. memory: bytes beyond
     its weights that a model may take; by default what is free. text: a file or folder, or None for the Python standard
     library. repeats: passes over the whole sequence.
@@ -48,9 +48,9 @@ class ContextOptions(Options):
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
-    """The same shape with full attention in every block, and no resamplers.
+    """The config of the same shape with full attention in every block and no resamplers.
 
-    Sections that only other parts read are those that may be missing, which is how this drops the ones it does not use.
+    Config sections of other parts are optional; they are dropped, since a section that no block uses is an error.
     """
     optional = {field.name: None for field in dataclasses.fields(config) if field.default is None}
     attention = dataclasses.replace(config.attention, window=None)

@@ -1,4 +1,4 @@
-"""A picture of growth: time and memory over the context, both axes logarithmic."""
+"""The picture of `longwave bench context`: time and memory over the context, both axes logarithmic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from longwave.benchmarks.context.growth import Curve, Growth, curves
 from longwave.benchmarks.context.run import ContextResults
-from longwave.benchmarks.picture import INK, LINE, QUIET, colours_of, drawing, plain_axes
+from longwave.benchmarks.results.picture import INK, LINE, QUIET, colours_of, drawing, plain_axes
 from longwave.plan import short_bytes
 
 _SIZE = (11.0, 7.2)
@@ -15,7 +15,7 @@ _BYTES = ("peak memory", "state")
 
 
 def draw_growth(results: ContextResults, path: str | Path) -> None:
-    """Writes the picture; the same results give the same bytes."""
+    """Draws the picture to a file; the same results give the same bytes."""
     found, colours = curves(results.rows), colours_of(row.subject for row in results.rows)
     figures = list(dict.fromkeys(curve.figure for curve in found))
     exponents = {(one.subject, one.figure): one for one in results.growth}
@@ -28,7 +28,7 @@ def draw_growth(results: ContextResults, path: str | Path) -> None:
 
 
 def _line(axes: Any, curve: Curve, growth: Growth | None, colour: str, stopped: dict[str, str]) -> None:
-    """A curve; where its model went no further, it ends in a cross."""
+    """Draws a curve, with a cross at its end if its model was stopped."""
     label = curve.subject if growth is None else f"{curve.subject} ({growth.exponent:.2f})"
     axes.plot(curve.contexts, curve.values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
     if curve.subject in stopped:
@@ -58,7 +58,7 @@ def _dress(axes: Any, figure: str, results: ContextResults) -> None:
 
 
 def _short_time(seconds: float) -> str:
-    """20 ms, where `duration` would give more figures than a round number has."""
+    """Seconds as `20 ms`; `duration` would give a round number too many figures."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= 0.999 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -66,7 +66,7 @@ def _short_time(seconds: float) -> str:
 
 
 def _short(tokens: int) -> str:
-    """64k and the like, where that says it all."""
+    """Tokens as `64k` where they are a multiple of 1024, else in full."""
     for unit, size in (("M", 1 << 20), ("k", 1 << 10)):
         if tokens % size == 0:
             return f"{tokens // size}{unit}"

@@ -1,4 +1,4 @@
-"""The run: both models in turn at every context, each in its own process, until one is stopped or all is read."""
+"""Runs `longwave bench context`: both models in turn at every context, each in its own process, until it is stopped."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.sequence import Reading, Stopped
 from longwave.benchmarks.context.text import read_text
 from longwave.benchmarks.context.worker import Job, Worker
-from longwave.benchmarks.profile import Spent
-from longwave.benchmarks.results import Model, Results, Row, against, hardware
-from longwave.benchmarks.roofline import measure_peaks
-from longwave.benchmarks.timing import Timing
+from longwave.benchmarks.measure.profile import Spent
+from longwave.benchmarks.measure.roofline import measure_peaks
+from longwave.benchmarks.measure.timing import Timing
+from longwave.benchmarks.results.results import Model, Results, Row, against, hardware
 from longwave.config import ModelConfig, require
 from longwave.costs import Peaks, Work
 from longwave.data.tokenizer import VOCABULARY_FILE, Tokenizer
@@ -42,14 +42,14 @@ Trace = Callable[[Worker], object]
 
 @dataclass(frozen=True)
 class ContextResults(Results):
-    """notes: what to know of the text and the models. stopped: why a model went no further, by its name."""
+    """Results with notes on the text and the models. stopped: why a model was stopped, by its name."""
 
     notes: tuple[str, ...] = ()
     stopped: dict[str, str] = field(default_factory=dict)
 
     @property
     def growth(self) -> list[Growth]:
-        """How every figure grows."""
+        """The exponents of growth of every figure and model."""
         return growths(self.rows)
 
     def plain(self) -> dict[str, Any]:
@@ -58,9 +58,10 @@ class ContextResults(Results):
 
 
 class Run:
-    """A model, a recipe with random weights or a folder, beside another one, `dense` for its twin, or nothing.
+    """A run of a model (a recipe with random weights, or a folder) beside another one, its dense twin, or none.
 
-    UserError for models that do not read the same tokens, and for text that does not do.
+    other: `dense` for the twin. UserError for models with different vocabularies, and for a text that is empty or whose
+    tokenizer has more entries than the models.
     """
 
     def __init__(self, model: str | Path, other: str | Path | None, options: ContextOptions) -> None:
@@ -75,10 +76,10 @@ class Run:
         self._stopped: dict[str, str] = {}
 
     def results(self, trace: Trace | None = None) -> Iterator[ContextResults]:
-        """All that is known, after every context of every model.
+        """Yields the results so far, after every context of every model.
 
-        trace: is given each model where it stands in the end. MachineError where logits are wrong, or where no model
-        came to the first context.
+        trace: called with the worker of each model after its last context. MachineError where logits are wrong, or
+        where no model reached the first context.
         """
         peaks = measure_peaks(dtype_of(self.options.dtype), device_of(self.options.device))
         for number in range(self.options.repeats):
@@ -90,7 +91,7 @@ class Run:
         yield self._found(peaks)
 
     def _pass(self, number: int, trace: Trace | None) -> Iterator[None]:
-        """One pass over the contexts, later ones over those that the first came to; yields after each of a model."""
+        """Runs all models over the contexts (later passes: those that the first reached), and yields after each."""
         with ExitStack() as stack:
             workers = [stack.enter_context(closing(self._worker(name, number))) for name in self._sources]
             going = [worker for worker in workers if self._went_on(worker, partial(self._load, worker))]
@@ -106,7 +107,7 @@ class Run:
                 _end(worker, trace)
 
     def _went_on(self, worker: Worker, task: Callable[[], object]) -> bool:
-        """False if the model was stopped, which is kept and said."""
+        """Runs a task of a model; False if the model was stopped, whose reason is kept and printed."""
         try:
             task()
         except Stopped as reason:
@@ -135,7 +136,7 @@ class Run:
         return ContextResults("context", self.options, *facts, self._notes, dict(self._stopped))
 
     def _rows(self, context: int, peaks: Peaks) -> list[Row]:
-        """The rows of one context, from the passes that all models have made there."""
+        """The rows of one context, from as many passes as all models have made there."""
         found = {name: self._readings[context, name] for name in self._sources if (context, name) in self._readings}
         passes = min(map(len, found.values()), default=0)
         rows = []
@@ -146,7 +147,7 @@ class Run:
 
 
 class Traces:
-    """Gathers a trace of each model, and writes them as one."""
+    """Collects a trace of each model, and writes them to one file."""
 
     def __init__(self) -> None:
         self.spent: dict[str, dict[str, Spent]] = {}
@@ -154,20 +155,20 @@ class Traces:
         self._about: dict[str, Any] = {}
 
     def add(self, worker: Worker) -> None:
-        """Traces a model where it stands."""
+        """Traces what a model does next after the tokens it has read."""
         with tempfile.TemporaryDirectory() as folder:
             self.spent |= worker.profile(path := Path(folder) / "trace.json")
             self._about = json.loads(path.read_bytes())
         self._events += self._about["traceEvents"]
 
     def write(self, path: Path) -> None:
-        """Chrome's format; a name that ends in `.gz` is compressed."""
+        """Writes Chrome's format, compressed if the name ends in `.gz`."""
         content = json.dumps(self._about | {"traceEvents": self._events}).encode()
         files.write_file(path, gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
 
 
 class _Progress:
-    """Says how far a model has read, now and then."""
+    """Prints how many tokens a model has read, at most every ten seconds."""
 
     def __init__(self, name: str) -> None:
         self._name, self._spoken = name, time.monotonic()
@@ -179,7 +180,7 @@ class _Progress:
 
 
 def _end(worker: Worker, trace: Trace | None) -> None:
-    """Traces a model where it stands, if it still can, and gives back its memory."""
+    """Traces a model, unless its process is gone, and ends its process."""
     if trace is not None:
         with suppress(Stopped):
             trace(worker)
@@ -232,7 +233,7 @@ def _tokenizer(model: str | Path) -> Tokenizer | None:
 
 
 def _notes(sources: Sources, longest: int) -> Iterator[str]:
-    """What the figures of the models do not say."""
+    """Notes on the models: random weights, and contexts beyond a context window."""
     for name, source in sources.items():
         facts = ["random weights"] if isinstance(source, ModelConfig) else []
         if longest > (window := _config(source).context_window):

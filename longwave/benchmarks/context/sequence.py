@@ -1,4 +1,4 @@
-"""One model and one sequence that grows chunk by chunk through one state: what is timed and counted at each context.
+"""One sequence that grows chunk by chunk through one model and one state, timed and counted at each context.
 
 Legend: `N` tokens of text, `V` vocabulary, `S` steps of decoding.
 """
@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from longwave.benchmarks.checks import check_forms, check_logits
-from longwave.benchmarks.context.memory import Meter, free_memory
 from longwave.benchmarks.context.options import ContextOptions
-from longwave.benchmarks.profile import Spent, Traced, Watch
-from longwave.benchmarks.roofline import decode_work, prefill_work
-from longwave.benchmarks.subjects import Longwave, force_retention, met, one_pass
-from longwave.benchmarks.timing import seconds_of, swift_collections
+from longwave.benchmarks.measure.checks import check_forms, check_logits, one_pass
+from longwave.benchmarks.measure.memory import Meter, free_memory
+from longwave.benchmarks.measure.profile import Profiler, Spent, Traced
+from longwave.benchmarks.measure.roofline import decode_work, prefill_work
+from longwave.benchmarks.measure.timing import seconds_of, swift_collections
+from longwave.benchmarks.models import Longwave, decode_load, force_retention
 from longwave.costs import Work, total
 from longwave.model import Decoder
 from longwave.plan import short_bytes
@@ -31,15 +31,15 @@ _SPARE, _OF_FREE = 17 / 16, 0.9  # room beyond the expected on inner levels; sha
 
 
 class Stopped(Exception):
-    """A model goes no further; the message says why."""
+    """A model was stopped; the message says why."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass finds at one context.
+    """The figures of one model at one context, in one pass.
 
     first_token: seconds of all chunks so far and the head. decode: seconds of each step. used, reserved: bytes
-    remembered, and allocated for it. formula: bytes that `longwave plan` gives, at the nominal retention. peak: the
+    remembered, and allocated for them. formula: bytes that `longwave plan` gives, at the nominal retention. peak: the
     most bytes beyond the weights by the end of the prefill.
     """
 
@@ -57,9 +57,10 @@ class Reading:
 
 
 class Growing:
-    """A sequence that a model has read so far; `hidden` (1, D) is what the head makes the next token of.
+    """A model that reads one sequence. hidden (1, D): the last token's hidden state, from which the next is predicted.
 
-    ids (N): the text. limit: seconds after which it stops. report: is told the tokens read, after every chunk.
+    ids (N): the text. limit: seconds after which the model is stopped. report: called with the number of tokens read,
+    after every chunk.
     """
 
     def __init__(
@@ -75,16 +76,17 @@ class Growing:
         self.start()
 
     def start(self) -> None:
-        """Begins with nothing read; time and memory count from here."""
+        """Begins anew with no token read; time and memory are counted from here."""
         self.seconds = self._prefill = 0.0
         self.state = self.model.state(1)
         self._meter = Meter(self.device)
 
     @torch.no_grad()
     def check(self) -> None:
-        """Sets thresholds if retention is forced, and begins anew; MachineError where logits are not those of one pass.
+        """Forces the retention if the options say so, and compares logits with those of one pass; MachineError.
 
-        On the first 16,384 tokens, or the longest context: in several chunks whatever their size, and step by step.
+        The first 16,384 tokens (or the longest context) are read in five chunks or more, then some token by token.
+        The sequence begins anew afterwards.
         """
         context = min(self.options.contexts[-1], _CHECKED)
         steps = self.options.decode_steps
@@ -101,7 +103,7 @@ class Growing:
 
     @torch.no_grad()
     def grow(self, context: int) -> Reading:
-        """Reads on up to so many tokens, decodes from there and forgets that again; Stopped if it cannot."""
+        """Reads on up to the context, decodes some tokens and forgets them; Stopped at a limit of time or memory."""
         with swift_collections():
             return self._found(context)
 
@@ -113,7 +115,7 @@ class Growing:
         used, reserved, retention = self.state.used_bytes(), self.state.reserved_bytes(), self._retention()
         snapshot = self.state.snapshot(0)
         seconds = tuple(self._timed(self._step) for _ in range(1 + steps))
-        load = met(self.model, self.state, context, 1 + steps)
+        load = decode_load(self.model, self.state, context, 1 + steps)
         self.state.restore(snapshot)
         return Reading(
             context,
@@ -130,12 +132,13 @@ class Growing:
         )
 
     def profile(self, path: Path, name: str) -> dict[str, dict[str, Spent]]:
-        """Traces one more chunk and the decoding steps from where the sequence stands; where the time of each went."""
+        """Traces the next chunk, and decoding steps in its place; returns the time of each by kind of part."""
         seen, steps = self.state.seen[0], self.options.decode_steps
         self._reserve(seen + max(self.options.chunk, steps))
-        watch, parts, snapshot = Watch(self.device), Longwave(name, self.model).parts(), self.state.snapshot(0)
+        profiler, parts = Profiler(self.device, trace=True), Longwave(name, self.model).parts()
+        snapshot = self.state.snapshot(0)
 
-        def after(run: Callable[[], object]) -> Callable[[], None]:
+        def forgetting(run: Callable[[], object]) -> Callable[[], None]:
             def task() -> None:
                 run()
                 self.state.restore(snapshot)
@@ -147,11 +150,11 @@ class Growing:
             f"{steps} steps after {seen:,} tokens": lambda: [self._step() for _ in range(steps)],
         }
         for label, run in tasks.items():
-            watch.kept[label, name] = Traced(f"{label}: {name}", after(run), parts)
-        return watch.write(path)
+            profiler.keep(label, name, Traced(f"{label}: {name}", forgetting(run), parts))
+        return profiler.write(path)
 
     def _read(self, context: int) -> None:
-        """Runs all tokens up to the context, adding up their time; looks at the limits before and after each chunk."""
+        """Reads the tokens up to the context, timed; limits are checked before and after each chunk."""
         for stop in self._stops(context, self.options.chunk):
             if self.seconds > self.limit:
                 passed = f"{self.seconds:,.1f} s had passed at {self.state.seen[0]:,} tokens"
@@ -161,7 +164,7 @@ class Growing:
             self._check_memory(self._meter.peak(), f"{stop:,} tokens took")
 
     def _stops(self, context: int, chunk: int) -> list[int]:
-        """Where chunks end that lead from here to the context."""
+        """The ends of the chunks from the tokens read so far up to the context."""
         return [*range(self.state.seen[0] + chunk, context, chunk), context]
 
     @torch.no_grad()
@@ -171,7 +174,7 @@ class Growing:
 
     @torch.no_grad()
     def _step(self) -> Float[Tensor, "1 V"]:
-        """Reads one token, and gives the logits after it."""
+        """Reads one token and returns the logits after it."""
         seen = self.state.seen[0]
         return self.model(self._tokens(seen, seen + 1), self.state.stream([1]).last_rows(), self.state)
 
@@ -190,7 +193,7 @@ class Growing:
         return tuple(kept[one.index] / max(entering[one.site.level], 1) for one in self.model.resamplers)
 
     def _make_room(self, tokens: int) -> None:
-        """Reserves memory for so many tokens, so that growing does not copy; Stopped if that is more than there is."""
+        """Reserves memory for so many tokens, so that growing copies nothing; Stopped if there is not enough."""
         lengths = self._lengths(tokens)
         needed = sum(self.state.specs[name].bytes(length, self.state.dtype) for name, length in lengths.items())
         more = max(0, needed - self.state.reserved_bytes())
@@ -207,7 +210,7 @@ class Growing:
                 self.state.of(name, 0).reserve(length)
 
     def _lengths(self, tokens: int) -> Mapping[str, int]:
-        """How many tokens each part is expected to hold: on inner levels by the share that got there so far."""
+        """The tokens that each part is expected to hold: on inner levels by the share that reached them so far."""
         seen = self.state.seen[0]
         found = {}
         for name, spec in self.state.specs.items():

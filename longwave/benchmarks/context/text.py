@@ -1,4 +1,4 @@
-"""Real text as the ids of one long sequence."""
+"""The text of `longwave bench context`: the token ids of one long sequence."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _TOGETHER = 64  # documents that are encoded at a time
 
 @dataclass(frozen=True)
 class Text:
-    """ids (N): the tokens, documents one after the other. found: how many of them there were before they repeat."""
+    """A text as one sequence. ids (N): its documents' tokens one after the other; found: tokens before they repeat."""
 
     name: str
     ids: NDArray[np.int32]
     found: int
 
     def describe(self) -> str:
-        """Which text, how much of it, and whether it is repeated."""
+        """The name and tokens of the text in words, and whether it is repeated."""
         times = len(self.ids) / self.found
         repeated = f"; repeated, {times:.1f} times in all, since contexts are longer" if times > 1 else ""
         return f"text: {self.found:,} tokens of {self.name}{repeated}"
@@ -36,8 +36,8 @@ class Text:
 def read_text(path: str | Path | None, tokenizer: Tokenizer | None, vocab_size: int, count: int) -> Text:
     """The first `count` tokens of a file or folder, or of the Python standard library; repeated where it has fewer.
 
-    tokenizer: None trains a byte-level BPE of `vocab_size` entries on the text, as `quickstart` does. UserError for
-    what holds no text, and for a tokenizer with more entries than the model.
+    tokenizer: None trains a byte-level BPE of `vocab_size` entries on the text, as `quickstart` does. UserError for a
+    source without text, and for a tokenizer with more entries than the model.
     """
     source: Source = standard_library if path is None else path
     if tokenizer is None:
@@ -49,7 +49,7 @@ def read_text(path: str | Path | None, tokenizer: Tokenizer | None, vocab_size: 
 
 
 def _ids(source: Source, tokenizer: Tokenizer, count: int) -> Iterator[int]:
-    """At most `count` ids, no more text being encoded than these take."""
+    """At most `count` ids; documents are encoded as they are needed."""
     encoder, left, read = TextEncoder(tokenizer), count, documents(source)
     while left and (together := list(islice(read, _TOGETHER))):
         for encoded in (one for found in encoder.encode(together) for one in found):

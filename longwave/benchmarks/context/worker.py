@@ -1,4 +1,4 @@
-"""A model in a process of its own, so that its memory is nobody else's, and so that losing it loses nothing else."""
+"""A model in a process of its own: its memory is measured alone, and if the process is killed the others go on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from longwave import checkpoints
 from longwave.benchmarks.context.options import ContextOptions
 from longwave.benchmarks.context.sequence import Growing, Reading, Stopped
-from longwave.benchmarks.profile import Spent
-from longwave.benchmarks.results import Model
+from longwave.benchmarks.measure.profile import Spent
+from longwave.benchmarks.results.results import Model
 from longwave.config import ModelConfig
 from longwave.costs import count
 from longwave.device import device_of, dtype_of
@@ -29,7 +29,7 @@ from longwave.model import Decoder
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to run. source: a folder or hub id, or a config that is given random weights.
+    """The task of a process. source: a folder or hub id, or a config that is given random weights.
 
     limit: seconds after which the model is stopped.
     """
@@ -43,9 +43,9 @@ class Job:
 
 
 class Worker:
-    """The other end of a process. Every question waits for its answer; Stopped says why there is none.
+    """Runs a job in a process of its own; every call waits for the answer. Stopped where the process has ended.
 
-    report: is told the tokens read, after every chunk.
+    report: called with the number of tokens read, after every chunk.
     """
 
     def __init__(self, job: Job, report: Callable[[int], object]) -> None:
@@ -53,7 +53,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for us, who still have results to show
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which shows results
         try:
             self._process.start()
         finally:
@@ -61,19 +61,19 @@ class Worker:
         theirs.close()
 
     def load(self) -> Model:
-        """Which model it is, once it has been loaded and found right."""
+        """Loads the model, checks its logits, and returns its layout and size."""
         return self._ask("load")
 
     def grow(self, context: int) -> Reading:
-        """What is found at a context."""
+        """Reads on up to a context and returns the figures there."""
         return self._ask("grow", context)
 
     def profile(self, path: Path) -> dict[str, dict[str, Spent]]:
-        """Writes a trace of what comes next; where the time of each part of it went."""
+        """Writes a trace of what comes after the tokens read; returns its time by kind of part."""
         return self._ask("profile", path)
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Ends the process at once."""
         self._pipe.close()
         self._process.terminate()
         self._process.join()
@@ -94,7 +94,7 @@ class Worker:
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
-        """Stopped where the other end of the pipe is gone."""
+        """Raises Stopped where the process has ended."""
         try:
             yield
         except (EOFError, OSError):
@@ -109,7 +109,7 @@ class Worker:
 
 
 def _serve(pipe: Connection, job: Job) -> None:
-    """Answers questions until the other end closes."""
+    """Runs in the process: answers calls until the pipe is closed."""
     torch.set_num_threads(job.threads)
     served = Served(job, pipe.send)
     with suppress(EOFError, BrokenPipeError):
@@ -119,7 +119,7 @@ def _serve(pipe: Connection, job: Job) -> None:
 
 
 def answer(ask: Callable[..., object], arguments: list[Any]) -> object:
-    """What is found, or what went wrong where that is no fault of ours."""
+    """The result of a call, or the error for errors of the user, the machine or its memory."""
     try:
         return ask(*arguments)
     except (UserError, MachineError, Stopped) as error:
@@ -133,7 +133,7 @@ def answer(ask: Callable[..., object], arguments: list[Any]) -> object:
 
 
 class Served:
-    """The model behind the questions of `Worker`."""
+    """The model inside the process, with the calls of `Worker`."""
 
     def __init__(self, job: Job, report: Callable[[int], object]) -> None:
         self._job, self._report = job, report

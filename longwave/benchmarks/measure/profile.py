@@ -1,6 +1,6 @@
-"""One more run of what was timed, looked at more closely: its peak memory, and a trace with the parts' own names.
+"""Traces: timed tasks run once more under torch's profiler, the parts of a model named in the trace.
 
-Nothing is hooked into a model but while a trace is taken.
+Hooks that name the parts are in a model only while a trace is taken.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.hooks import RemovableHandle
 
 from longwave import files
-from longwave.benchmarks.results import Row
-from longwave.benchmarks.timing import Task, synchronise
+from longwave.benchmarks.measure.timing import Task, synchronise
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 _ACCUMULATION = f"{_BACKWARD}torch::autograd::AccumulateGrad"
@@ -30,7 +28,7 @@ _REST, _GRADIENTS, _OPTIMIZER = "the rest", "summing gradients", "optimizer"
 
 
 class Part(NamedTuple):
-    """A module to name in a trace, such as `blocks.3.mixer`, and the kind under which its time is added up."""
+    """A module to name in a trace, such as `blocks.3.mixer`. kind: its time is summed with others of this kind."""
 
     name: str
     kind: str
@@ -39,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Spent:
-    """Where the time of a kind of part went: seconds of the forward and of the backward pass, and calls."""
+    """The time spent in the parts of one kind: calls, and seconds of the forward and of the backward pass."""
 
     calls: int = 0
     forward: float = 0.0
@@ -51,9 +49,10 @@ class Spent:
 
 
 class Traced(NamedTuple):
-    """A task that has been timed, for a trace.
+    """A task that has been timed and is to be traced.
 
-    label: what it is, in a trace with others. parts: empty where the kernels themselves are to be told apart.
+    label: names it in a trace that holds others too. parts: modules to name in the trace; without any, the time is told
+    apart by operator.
     """
 
     label: str
@@ -62,23 +61,25 @@ class Traced(NamedTuple):
 
 
 @dataclass
-class Watch:
-    """Looks at tasks after they were timed. Of each quantity and subject the last one is kept for the trace."""
+class Profiler:
+    """Keeps timed tasks, and runs each of them once more under torch's profiler.
+
+    trace: whether a trace is wanted; without it nothing is kept. kept: the last task of each quantity and name.
+    """
 
     device: torch.device
     trace: bool = False
     kept: dict[tuple[str, str], Traced] = field(default_factory=dict)
 
-    def look(self, row: Row, task: Task, parts: Sequence[Part] = (), memory: bool = True) -> Row:
-        """Keeps the task of a row for the trace, if there will be one; gives the row with its peak memory."""
+    def keep(self, quantity: str, name: str, traced: Traced) -> None:
+        """Keeps a task for the trace, in place of an earlier one of the same quantity and name."""
         if self.trace:
-            self.kept[row.quantity, row.subject] = Traced(f"{row.place}: {row.subject}", task, parts)
-        return replace(row, peak_memory=peak_memory(task, self.device)) if memory else row
+            self.kept[quantity, name] = traced
 
     def write(self, path: Path) -> dict[str, dict[str, Spent]]:
-        """Runs each kept task once more, writes a Chrome trace of them all, and tells where the time of each went.
+        """Runs each kept task, writes one Chrome trace of them all, and returns the time of each by kind of part.
 
-        A name that ends in `.gz` is compressed, which Perfetto reads as well.
+        A file whose name ends in `.gz` is compressed, which Perfetto reads as well.
         """
         with profile(activities=_activities(self.device)) as profiler:
             for traced in self.kept.values():
@@ -92,44 +93,9 @@ class Watch:
         return _spent(list(profiler.events() or []), list(self.kept.values()), self.device)
 
 
-def peak_memory(task: Task, device: torch.device) -> int:
-    """The most bytes that torch held at a time during one run, beyond what it held before.
-
-    On a CPU every allocation of the run is counted, and every release of one of these. The release of older memory is
-    not, so the task should leave things as they were.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        task()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        task()
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    roots: list[Any] = profiler.profiler.kineto_results.experimental_event_tree()
-    changes = sorted((event for event in _within(roots) if event.name == "[memory]"), key=lambda one: one.start_time_ns)
-    held: dict[int, int] = {}
-    return max(accumulate(_change(held, event.extra_fields) for event in changes), default=0)
-
-
-def _within(events: Sequence[Any]) -> Iterator[Any]:
-    for event in events:
-        yield event
-        yield from _within(event.children)
-
-
-def _change(held: dict[int, int], event: Any) -> int:
-    """By how much an allocation or release changes what is held of this run, by address."""
-    if event.alloc_size > 0:
-        held[event.ptr] = event.alloc_size
-        return event.alloc_size
-    return -held.pop(event.ptr, 0)
-
-
 @contextmanager
 def named(parts: Sequence[Part]) -> Iterator[None]:
-    """Every call of a part is a range with its name, as long as this lasts."""
+    """While this context lasts, every call of a part is a range with the part's name in the profiler's trace."""
     handles = [handle for part in parts for handle in _hooks(part)]
     try:
         yield
@@ -159,7 +125,7 @@ def _activities(device: torch.device) -> list[ProfilerActivity]:
 def _spent(
     events: Sequence[FunctionEvent], kept: Sequence[Traced], device: torch.device
 ) -> dict[str, dict[str, Spent]]:
-    """For every task, its time by kind of part, the longest first."""
+    """The time of every task by kind of part, the longest first."""
     roots = [event for event in events if event.cpu_parent is None]
     found = {}
     for traced in kept:
@@ -173,7 +139,7 @@ def _spent(
 
 
 class _Sums:
-    """Adds up events: an operator belongs to the range that it is in, and its backward pass to the same kind."""
+    """Sums of a trace's events by kind: an operator counts for the range it runs in, and so does its backward pass."""
 
     def __init__(self, kinds: dict[str, str], device: torch.device) -> None:
         self.spent: dict[str, Spent] = defaultdict(Spent)
@@ -181,7 +147,7 @@ class _Sums:
         self._kind_of_node: dict[int, str] = {}  # by the sequence number of the node that the operator leaves
 
     def add(self, event: FunctionEvent, kind: str) -> None:
-        """An event and all that it called, `kind` being that of its surroundings."""
+        """Adds an event and all that it called; kind: of the range around it."""
         if event.name.startswith(_BACKWARD):
             node = _GRADIENTS if event.name == _ACCUMULATION else self._kind_of_node.get(event.sequence_nr, _REST)
             self.spent[node].backward += self._seconds(event, whole=True)

@@ -1,4 +1,4 @@
-"""Growing contexts as text for people: tables of the figures, of how they grow, and why a model went no further."""
+"""The results of `longwave bench context` as tables: the figures, how they grow, and why a model was stopped."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from rich.table import Table
 
 from longwave.benchmarks.context.growth import Growth
 from longwave.benchmarks.context.run import ContextResults
-from longwave.benchmarks.table import heading, table, tables
+from longwave.benchmarks.results.table import heading, table, tables
 
 
-def context_views(results: ContextResults) -> list[RenderableType]:
-    """What it ran on and what to know of it, and the tables."""
+def context_tables(results: ContextResults) -> list[RenderableType]:
+    """The heading with the notes, a table per quantity, the table of growth, and a line for each stopped model."""
     _, *quantities, _bars = tables(results)
     growth = [growth_table(results.growth)] if results.growth else []
     stopped = [f"{name} stopped: {reason}" for name, reason in results.stopped.items()]
@@ -19,7 +19,7 @@ def context_views(results: ContextResults) -> list[RenderableType]:
 
 
 def growth_table(growths: list[Growth]) -> Table:
-    """Exponents, and the contexts that they were fitted over."""
+    """The exponents of growth, and the contexts that they were fitted over."""
     lines = [
         [one.figure, one.subject, f"{one.exponent:.2f}", f"{one.last:.2f}", _over(one.contexts)] for one in growths
     ]

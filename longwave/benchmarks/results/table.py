@@ -1,4 +1,4 @@
-"""Results of a benchmark as text for people: tables as wide as their figures, and bars of time beside the bound."""
+"""Results of a benchmark as text for people: tables, and bars of time beside the bound."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from longwave.benchmarks.profile import Spent
-from longwave.benchmarks.results import Results, Row
+from longwave.benchmarks.measure.profile import Spent
+from longwave.benchmarks.results.results import Results, Row
 from longwave.plan import short_bytes
 
 _COMPARED = ("time ratio", "by bounds", "gain of bound")
@@ -23,7 +23,7 @@ _PASSES = ("forward", "backward")
 
 
 def show(*views: RenderableType) -> None:
-    """Prints; what is wider than the terminal, or than a file is taken to be, is never cut."""
+    """Prints tables and text; a table that is wider than the terminal is printed at its full width, never cut."""
     console = Console()
     for view in views:
         wide = console.options.update(max_width=1 << 16)
@@ -31,14 +31,14 @@ def show(*views: RenderableType) -> None:
 
 
 def tables(results: Results) -> list[RenderableType]:
-    """What it ran on, one table per quantity, and the bars."""
+    """The heading, one table per quantity, and the bars."""
     quantities = dict.fromkeys(row.quantity for row in results.rows)
     views = [_table(quantity, [row for row in results.rows if row.quantity == quantity]) for quantity in quantities]
     return [heading(results), *views, bars(results.rows)]
 
 
 def heading(results: Results) -> str:
-    """What it ran on, and which models."""
+    """The kind of benchmark, the hardware with its measured peaks, and a line for each model."""
     facts = results.hardware
     peaks = f"{results.peaks.flops / 1e9:,.0f} GFLOP/s, {results.peaks.bandwidth / 1e9:,.1f} GB/s"
     threads = f"{facts['threads']} thread{'s' if facts['threads'] > 1 else ''}"
@@ -47,12 +47,12 @@ def heading(results: Results) -> str:
 
 
 def by_place(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows in groups that are compared."""
+    """The rows in groups of one quantity and size, which are compared with each other."""
     return [list(group) for _, group in groupby(rows, lambda row: row.place)]
 
 
 def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str] | None]) -> Table:
-    """A table of cells by column; None draws a line."""
+    """A table of cells by column; None in place of a line of cells draws a rule."""
     view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, min_width=len(title))
     for column in columns:
         view.add_column(column, justify="left" if column in _LEFT else "right", no_wrap=True)
@@ -73,7 +73,7 @@ def _table(quantity: str, rows: list[Row]) -> Table:
 
 
 def _columns(rows: list[Row]) -> list[str]:
-    """Those that have something to say about these rows."""
+    """The columns for which these rows have figures."""
     first, of_op = rows[0], rows[0].error is not None
     columns = ["context", "batch", "form" if of_op else "model", "time", "spread", "bound"]
     columns += ["MBU" if first.mbu > first.mfu else "MFU", *(() if of_op else ("tokens/s",))]
@@ -113,7 +113,7 @@ def _cell(row: Row, column: str) -> str:
 
 
 def _ratio(ratio: float | None) -> str:
-    """Nothing for a row that had none to be compared with."""
+    """The ratio in three decimals, or an empty cell where there is no reference."""
     return "" if ratio is None else f"{ratio:.3f}"
 
 
@@ -129,7 +129,7 @@ def bars(rows: Sequence[Row]) -> Text:
 
 
 def beside_bound(row: Row) -> str:
-    """The time and what is possible."""
+    """The time and the bound in words."""
     return f"{duration(row.timing.median)}, bound {duration(row.bound)} ({row.of_bound:.0%})"
 
 
@@ -140,7 +140,7 @@ def _bar(row: Row, longest: float) -> str:
 
 
 def where_time_went(title: str, spent: Mapping[str, Spent]) -> Table:
-    """A table of the time of one profiled run by kind of part; the smallest kinds are added up."""
+    """A table of the time of one traced task by kind of part, with one row for the sum of the smallest kinds."""
     whole = sum(one.seconds for one in spent.values())
     shown, small = dict(list(spent.items())[:_KINDS]), list(spent.items())[_KINDS:]
     if small:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from longwave import files
-from longwave.benchmarks.results import Results, Row
-from longwave.benchmarks.table import beside_bound, by_place, heading
+from longwave.benchmarks.results.results import Results, Row
+from longwave.benchmarks.results.table import beside_bound, by_place, heading
 from longwave.config import require
 from longwave.errors import UserError
 
@@ -23,7 +23,7 @@ _COLUMNS = 2
 
 
 def check_picture(path: str | Path) -> None:
-    """UserError unless a picture of that name can be drawn here."""
+    """UserError for a name that is not .svg or .png, and where matplotlib is not installed."""
     suffix = Path(path).suffix
     require(suffix in _SUFFIXES, f"plot = {path}: name a file that ends in {' or '.join(_SUFFIXES)}")
     try:
@@ -33,7 +33,7 @@ def check_picture(path: str | Path) -> None:
 
 
 def draw(results: Results, path: str | Path) -> None:
-    """Writes the picture; the same results give the same bytes."""
+    """Draws the picture to a file; the same results give the same bytes."""
     groups = by_place(results.rows)
     colours = colours_of(row.subject for row in results.rows)
     columns, lines = min(_COLUMNS, len(groups)), ceil(len(groups) / _COLUMNS)
@@ -50,7 +50,7 @@ def draw(results: Results, path: str | Path) -> None:
 
 @contextmanager
 def drawing(path: str | Path, size: tuple[float, float], results: Results, legend: str) -> Iterator[Any]:
-    """A figure of so many inches, headed by what was run, which is written when all is drawn on it."""
+    """A figure of the given size in inches, with the heading of the results; it is written when the context ends."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -70,12 +70,12 @@ def drawing(path: str | Path, size: tuple[float, float], results: Results, legen
 
 
 def colours_of(subjects: Iterable[str]) -> dict[str, str]:
-    """A colour for every subject, in the order in which they first appear."""
+    """A colour for every name, in the order in which names first appear."""
     return {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(dict.fromkeys(subjects))}
 
 
 def plain_axes(axes: Any, title: str, unit: str) -> None:
-    """No frame but a quiet line below; a title on the left, and the unit of the horizontal axis on the right."""
+    """Axes without a frame but for a grey line below; the title on the left, the horizontal axis' unit on the right."""
     axes.set_title(title, loc="left", fontsize=9.5, weight="bold")
     axes.set_xlabel(unit, color=QUIET, fontsize=8, loc="right", labelpad=1)
     axes.tick_params(length=0, colors=QUIET)
@@ -91,7 +91,7 @@ def _head(figure: Any, results: Results, legend: str, height: float) -> None:
 
 
 def _panel(axes: Any, rows: list[Row], colours: dict[str, str]) -> None:
-    """Bars of milliseconds, the first row on top."""
+    """Draws a bar of milliseconds for each row, the first row on top."""
     for level, row in enumerate(rows):
         time, bound, colour = 1e3 * row.timing.median, 1e3 * row.bound, colours[row.subject]
         axes.barh(level, time, height=0.56, color=colour, alpha=0.32)

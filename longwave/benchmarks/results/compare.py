@@ -1,4 +1,4 @@
-"""Two kept runs held against each other: has anything become slower?"""
+"""`longwave bench compare`: two saved runs, row by row, to see whether anything has become slower."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from rich.console import RenderableType
 
-from longwave.benchmarks.results import FORMAT, VERSION
-from longwave.benchmarks.table import duration, table
+from longwave.benchmarks.results.results import FORMAT, VERSION
+from longwave.benchmarks.results.table import duration, table
 from longwave.config import require
 from longwave.errors import UserError
 
@@ -24,8 +24,8 @@ _FREE = (
     "repeats",
     "limit",
     "memory",
-)  # options that rows or the hardware tell
-_FEWEST, _NOTABLE = 3, 0.05  # repeats that make a spread, and a difference of FLOPs or of peaks that is worth a line
+)  # options that may differ, since rows and hardware are compared by themselves
+_FEWEST, _NOTABLE = 3, 0.05  # rounds that a spread takes; relative difference of FLOPs or peaks that is listed
 
 Key = tuple[str, int, int, str]
 Verdict = Literal["slower", "faster", "same", "unjudged"]
@@ -33,7 +33,7 @@ Verdict = Literal["slower", "faster", "same", "unjudged"]
 
 @dataclass(frozen=True)
 class Figure:
-    """One row's seconds in one run, the rounds they are the median of, and the FLOPs they are for."""
+    """The seconds of one row in one run, with their spread, the number of rounds, and the row's FLOPs."""
 
     median: float
     low: float
@@ -42,13 +42,13 @@ class Figure:
     flops: float
 
     def holds(self, seconds: float) -> bool:
-        """Whether that lies within the spread."""
+        """Whether a time lies within the spread."""
         return self.low <= seconds <= self.high
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A run from a file; rows by quantity, context, batch and subject."""
+    """A run read from a file. rows: by quantity, context, batch and subject (a model, or a form of an op)."""
 
     path: str
     kind: str
@@ -61,7 +61,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row of both runs. ratio: the time after, relative to before."""
+    """A row that both runs have. ratio: the time after relative to the time before."""
 
     quantity: str
     context: int
@@ -75,7 +75,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of both runs, rows that only one has, and what else differs, before and after."""
+    """The verdicts on two runs. only_before, only_after: rows of one run; differs: other values, by name."""
 
     before: str
     after: str
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def read(path: str | Path) -> Kept:
-    """What `longwave bench ... --save` wrote; a UserError for anything else."""
+    """Reads a file that `longwave bench ... --save` wrote; UserError for any other file."""
     try:
         plain = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -122,11 +122,11 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 
 
 def compare(before: Kept, after: Kept, threshold: float) -> Comparison:
-    """Every row of both, with a verdict.
+    """Compares the rows that both runs have.
 
     `slower`: each median lies beyond the other run's spread, and the ratio is more than `threshold` above 1; `faster`
-    likewise; `unjudged`: a run has too few rounds of it to tell a spread; else `same`. UserError for runs that measured
-    different things.
+    likewise; `unjudged`: a run has fewer than 3 rounds of the row; else `same`. UserError for runs with different
+    models or options.
     """
     require(0 <= threshold < 1, f"threshold = {threshold}: a share, at least 0 and below 1, such as 0.05")
     _check_comparable(before, after)
@@ -163,7 +163,7 @@ def _compared(key: Key, before: Figure, after: Figure, threshold: float) -> Comp
 
 
 def _differences(before: Kept, after: Kept, rows: list[Compared]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """What else may explain a difference: hardware, versions, how fast the machine was, and other work."""
+    """Other explanations of a difference: hardware, versions, the machine's measured peaks, and FLOPs of rows."""
     for name in {**before.hardware, **after.hardware}:
         mine, other = before.hardware.get(name), after.hardware.get(name)
         if mine != other:
@@ -184,7 +184,7 @@ def _label(key: Key) -> str:
 
 
 def compared_table(comparison: Comparison) -> list[RenderableType]:
-    """A table of both times with the verdicts, and what differs besides."""
+    """A table of both times with the verdicts, and a line for everything else that differs."""
     columns = ["quantity", "context", "batch", "subject", "before", "spread", "after", "spread", "ratio", "verdict"]
     lines = [
         [*_place(row), *_cells(row.before), *_cells(row.after), f"{row.ratio:.3f}", row.verdict]

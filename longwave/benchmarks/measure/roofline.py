@@ -1,4 +1,4 @@
-"""What the machine allows: its measured bandwidth and FLOP/s, and the least time that a model's work takes on it.
+"""The roofline bound: the machine's measured bandwidth and FLOP/s, and a model's work, which takes a least time there.
 
 Williams et al. 2009. Each part of a model is bounded by its bytes or by its FLOPs, and parts run one after the other.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.benchmarks.timing import Task, seconds_of, swift_collections
+from longwave.benchmarks.measure.timing import Task, seconds_of, swift_collections
 from longwave.costs import Peaks, Work, weight_bytes
 from longwave.model import Decoder
 
@@ -20,7 +20,7 @@ _SIZES = {"cpu": (1 << 28, 2048), "cuda": (1 << 32, 8192)}  # bytes that are rea
 
 
 def measure_peaks(dtype: torch.dtype, device: torch.device | str = "cpu") -> Peaks:
-    """Measured here and now, on the threads that the models will have, at sizes beside which a launch is nothing."""
+    """Measures the machine's peaks, on the threads that models run on, at sizes beside which a launch is nothing."""
     size, side = _SIZES[torch.device(device).type]
     large, row = torch.ones(size // (4 * side), side, device=device), torch.ones(side, device=device)
     square = torch.randn(side, side, device=device).to(dtype)  # a GPU is faster on zeros and ones
@@ -35,10 +35,10 @@ def _best(task: Task) -> float:
 
 @dataclass(frozen=True)
 class Level:
-    """What one level of a model meets in decoding.
+    """The tokens at one level of a model in decoding.
 
-    held: tokens that each sequence remembers there. rows: tokens that get there per step, of all sequences.
-    runs: share of the steps at which any does, and the weights are read.
+    held: tokens that each sequence remembers there. rows: tokens of all sequences that reach the level per step. runs:
+    share of the steps at which any token reaches it, so that its weights are read.
     """
 
     held: float
@@ -53,18 +53,18 @@ class Level:
 
 @dataclass(frozen=True)
 class Load:
-    """What decoding meets at each level, by the index of its resampler, or -1 outside of all."""
+    """The tokens at every level in decoding. levels: by the index of the level's resampler, or -1 outside of all."""
 
     levels: Mapping[int, Level]
 
     @property
     def retention(self) -> tuple[float, ...]:
-        """The share of the decoded tokens that reaches each level, of all tokens decoded."""
+        """The share of all decoded tokens that reaches each level."""
         return tuple(level.rows / self.levels[-1].rows for index, level in self.levels.items() if index >= 0)
 
 
 def decode_work(model: Decoder, load: Load) -> list[Work]:
-    """What each part does in one step, the embedding (a row) left out."""
+    """The work of each part in one decoding step; without the embedding, which reads one row per token."""
     dtype, outermost = model.embed.weight.dtype, load.levels[-1]
     parts = []
     for block in model.blocks:
@@ -78,13 +78,13 @@ def decode_work(model: Decoder, load: Load) -> list[Work]:
 
 
 def prefill_work(model: Decoder, tokens: int, retention: Sequence[float]) -> Work:
-    """What one sequence does, at the retention that its tokens really have."""
+    """The work of the prefill of one sequence; retention: the share that each level really kept of it."""
     with _expecting(model, retention):
         return Work(model.prefill_flops(tokens), _all_weights(model))
 
 
 def training_work(model: Decoder, tokens: int, windows: int) -> Work:
-    """What one step over so many windows does, forward and backward, at the nominal retention."""
+    """The work of a training step over so many windows, forward and backward, at the nominal retention."""
     return Work(windows * model.training_flops(tokens), 3 * _all_weights(model))
 
 

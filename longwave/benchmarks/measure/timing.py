@@ -1,4 +1,4 @@
-"""Timing that can be compared: warm-up, then the forms in turn, medians and spread."""
+"""Times that can be compared: after a warm-up tasks run in turn; medians and spreads are taken over the rounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Task = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every repeat, in the order in which they were taken."""
+    """The seconds of every round, in the order in which they were measured."""
 
     seconds: tuple[float, ...]
 
@@ -33,21 +33,21 @@ class Timing:
         return max(self.seconds)
 
     def per(self, count: int) -> Timing:
-        """The same for one of `count` equal parts."""
+        """The timing of one of `count` equal parts."""
         return Timing(tuple(taken / count for taken in self.seconds))
 
     def ratio(self, other: Timing) -> float:
-        """The median, over the rounds of an interleaved run, of this time relative to the other's."""
+        """The median over the rounds of this time divided by the other's in the same round."""
         return median(own / others for own, others in zip(self.seconds, other.seconds, strict=True))
 
 
-def interleaved(forms: Mapping[str, Task], repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Times each form `repeats` times, A B A B ..., so that a drift of the machine meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in forms}
+def interleaved(tasks: Mapping[str, Task], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+    """Times every task in `repeats` rounds, A B A B ..., so that a machine that slows down slows all tasks alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
     with swift_collections():
         for round_ in range(warmup + repeats):
-            for name, form in forms.items():
-                taken = seconds_of(form)
+            for name, task in tasks.items():
+                taken = seconds_of(task)
                 if round_ >= warmup:
                     seconds[name].append(taken)
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
@@ -55,8 +55,8 @@ def interleaved(forms: Mapping[str, Task], repeats: int, warmup: int = 1) -> dic
 
 @contextmanager
 def swift_collections() -> Iterator[None]:
-    """The collection of garbage before each timed run passes over what lives now, which it need not look at again."""
-    if gc.get_freeze_count():  # so it is already
+    """Freezes all living objects, so that the garbage collection before each timed run skips them and is short."""
+    if gc.get_freeze_count():  # an outer call has frozen them
         yield
         return
     gc.collect()
@@ -68,7 +68,7 @@ def swift_collections() -> Iterator[None]:
 
 
 def seconds_of(task: Task) -> float:
-    """Seconds of one run, until the device has finished it."""
+    """Seconds of one run of a task, until the device has finished it."""
     gc.collect()
     synchronise()
     start = time.perf_counter()
@@ -78,6 +78,6 @@ def seconds_of(task: Task) -> float:
 
 
 def synchronise() -> None:
-    """Waits until the device has done all it was given."""
+    """Waits until the GPU, where there is one, has finished all its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

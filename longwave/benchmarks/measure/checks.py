@@ -1,4 +1,4 @@
-"""Right before fast: no number is given of a model, or of a form of an op, whose output is wrong.
+"""Checks of outputs before anything is timed: a model, or a form of an op, that is wrong gets no figure.
 
 Legend: `V` vocabulary.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from longwave.benchmarks.subjects import one_pass
 from longwave.errors import MachineError
 from longwave.model import Decoder
 from longwave.ops.benchmark import Case
+from longwave.stream import Stream
 
 _FP32_DIFFERENCE, _LOW_PRECISION_COSINE = 1e-3, 0.999
 _LOSS_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}
@@ -23,11 +24,18 @@ _OP_ERROR = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _PROMPT, _ROWS = 256, 8  # tokens of a model that run in the plain form too, and rows of logits compared
 
 
-def check_logits(name: str, found: Float[Tensor, "*rows V"], expected: Float[Tensor, "*rows V"]) -> None:
-    """MachineError that says what differs, unless the logits agree as well as their precision allows.
+@torch.no_grad()
+def one_pass(model: Decoder, tokens: Int64[Tensor, " N"], last: int) -> Float[Tensor, "{last} V"]:
+    """The logits of the last tokens, from one pass over all tokens without a state: the right ones."""
+    rows = torch.arange(len(tokens) - last, len(tokens), device=tokens.device)
+    return model.eval()(tokens, replace(Stream.of([len(tokens)], device=tokens.device), outputs=rows))
 
-    fp32: to 1e-3 of the largest. Otherwise by a cosine above 0.999 in at least half of the rows, since a token right at
-    a threshold may be kept by one way and dropped by another.
+
+def check_logits(name: str, found: Float[Tensor, "*rows V"], expected: Float[Tensor, "*rows V"]) -> None:
+    """MachineError unless logits agree with the expected ones as well as their precision allows.
+
+    fp32: within 1e-3 of the largest logit. Otherwise by a cosine above 0.999 in at least half of the rows, since
+    rounding can decide whether a token at a threshold is kept.
     """
     exact, found, expected = found.dtype == torch.float32, found.float(), expected.float()
     if not found.isfinite().all():
@@ -41,7 +49,7 @@ def check_logits(name: str, found: Float[Tensor, "*rows V"], expected: Float[Ten
 
 
 def check_loss(name: str, found: float, expected: float, precision: str) -> None:
-    """MachineError unless two losses of the same tokens under the same weights agree."""
+    """MachineError unless a loss agrees with the expected one, of the same tokens and weights."""
     if not math.isfinite(found) or abs(found - expected) > _LOSS_DIFFERENCE[precision] * abs(expected):
         raise MachineError(f"{name}: its loss is {found:.6f} where {expected:.6f} is right, so it is not timed")
 
@@ -49,7 +57,7 @@ def check_loss(name: str, found: float, expected: float, precision: str) -> None
 def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
     """MachineError unless the model gives the same logits when attention runs in its plain reference form.
 
-    The first 256 tokens are enough to tell, and as many as the reference can do.
+    Only the first 256 tokens are compared, because the reference form is slow.
     """
     prompt, mixers = tokens[:_PROMPT], [block.mixer for block in model.blocks]
     forms = [mixer.form for mixer in mixers]
@@ -64,11 +72,11 @@ def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
 
 
 def check_form(case: Case, name: str) -> float:
-    """How far a form of an op is from its reference, in its output and its gradients: the largest error of any row.
+    """The largest error of any row of the output and gradients of a form of an op, against the op's reference.
 
-    A row's error is the norm of its difference, relative to the norm of the row, or of a typical one if that is more.
+    A row's error is the norm of its difference, relative to the norm of the row, or of a typical row if that is larger.
     Where the reference gives only some rows of the output, the gradients are those of these rows. MachineError for an
-    error beyond what the precision explains: 1e-4 in fp32, 5e-2 in bf16.
+    error above what rounding explains: 1e-4 in fp32, 5e-2 in bf16.
     """
     found, expected = _outcome(case, case.forms[name]), _outcome(case, None)
     errors = {part: _error(found[part], expected[part]) for part in expected}
@@ -81,7 +89,7 @@ def check_form(case: Case, name: str) -> float:
 
 
 def _outcome(case: Case, form: Callable[..., Tensor] | None) -> dict[str, Tensor]:
-    """The output of a form, or of the reference, and the gradients of the inputs by the same slopes."""
+    """The output of a form (None: of the reference), and the inputs' gradients for the same gradient of the output."""
     dtype = next(one.dtype for one in case.inputs if one.is_floating_point())
     precision = torch.float64 if form is None else dtype
     inputs = [one.detach().to(precision) if one.is_floating_point() else one for one in case.inputs]

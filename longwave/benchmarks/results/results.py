@@ -1,4 +1,4 @@
-"""What a benchmark finds: rows of figures beside their bounds, with what they belong to."""
+"""Results of a benchmark: rows of figures with their bounds, and the options, machine and models they belong to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from longwave.benchmarks.timing import Timing
+from longwave.benchmarks.measure.timing import Timing
 from longwave.config import Strict, require
 from longwave.costs import Peaks, Work
 from longwave.device import device_of
@@ -26,7 +26,7 @@ _DERIVED = ("mfu", "mbu", "of_bound", "gain_of_bound")
 
 @dataclass(frozen=True)
 class Options(Strict):
-    """How anything is measured.
+    """Options of every benchmark.
 
     contexts: tokens of a prompt, or of a training window. batches: sequences at a time. repeats: interleaved rounds,
     of which medians are taken. threads: of the CPU; as many as PyTorch takes by default.
@@ -50,7 +50,7 @@ class Options(Strict):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Runs with that many threads."""
+        """A context in which PyTorch runs with `threads` threads."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads or before)
         try:
@@ -61,15 +61,16 @@ class Options(Strict):
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity of one subject: a model, or a form of an op.
+    """One quantity, such as `prefill`, of one subject: the name of a model, or of a form of an op.
 
     timing: seconds of one prefill, one decode step of the whole batch, one training step, or one call of an op, which
-    is of so many `tokens`. work: what it takes, and `bound` the least seconds for that at the machine's peaks. ratio:
-    the time relative to the reference's, as the median over rounds; bound_ratio: the same of the bounds. retention: the
-    share of the tokens entering each level that it kept; in decoding, the share of all tokens that got through it.
-    state_used, state_reserved: bytes of the context, of the whole batch; state_formula: what `longwave plan` gives for
-    it. peak_memory: the most bytes that torch held at a time during one run beyond those it held before (in `bench
-    context`: that its process held). error: how far an op is from its reference, where it was `checked`.
+    handles so many `tokens`. work: its FLOPs and bytes; bound: the least seconds for them at the machine's peaks.
+    ratio: the time relative to the reference's, as the median over rounds; bound_ratio: the bound relative to the
+    reference's. retention: the share of the tokens entering each level that it kept; in decoding, the share of all
+    tokens that reached it. state_used, state_reserved: bytes remembered of the context, and bytes allocated for them,
+    of the whole batch; state_formula: bytes by the formulas of `longwave plan`. peak_memory: the most bytes that torch
+    held at a time during one run beyond those it held before (in `bench context`: that the process held). error: the
+    largest error of an op's output and gradients against its reference; checked: which of them were compared.
     """
 
     quantity: str
@@ -93,7 +94,7 @@ class Row:
 
     @property
     def place(self) -> str:
-        """What rows that are compared share, in words."""
+        """The quantity and size in words, which rows that are compared have in common."""
         tokens = f"{self.context:,} token{'s' if self.context > 1 else ''}"
         return f"{self.quantity}, {tokens}, batch {self.batch}"
 
@@ -109,7 +110,7 @@ class Row:
 
     @property
     def of_bound(self) -> float:
-        """1 where nothing faster is possible at the machine's peaks."""
+        """The bound as a share of the time: 1 where nothing faster is possible at the machine's peaks."""
         return self.bound / self.timing.median
 
     @property
@@ -118,7 +119,7 @@ class Row:
         return self.bound_ratio / self.ratio if self.ratio and self.bound_ratio else None
 
     def plain(self) -> dict[str, Any]:
-        """All that the row knows, as plain values."""
+        """The fields and derived figures as plain values."""
         own = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("timing", "peaks")}
         timing = self.timing
         seconds = {"median": timing.median, "low": timing.low, "high": timing.high, "all": list(timing.seconds)}
@@ -127,7 +128,7 @@ class Row:
 
 
 def against(rows: Sequence[Row], reference: Row) -> list[Row]:
-    """The rows with their ratios to the reference; as they are where there is nothing to compare."""
+    """The rows with their ratios to the reference; a single row has no ratio."""
     if len(rows) < 2:
         return list(rows)
     return [
@@ -137,7 +138,7 @@ def against(rows: Sequence[Row], reference: Row) -> list[Row]:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model a subject is."""
+    """The layout and size of a model that was timed."""
 
     layout: str
     parameters: int
@@ -145,9 +146,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Results:
-    """All rows of a run, with what it ran on.
+    """All rows of a run, with its options, the hardware it ran on and the hardware's peaks.
 
-    kind: inference, training or ops. models: what each subject is; for ops, none.
+    kind: inference, training, ops or context. models: by their names in the rows; of ops there are none.
     """
 
     kind: str
@@ -158,7 +159,7 @@ class Results:
     models: dict[str, Model] = dataclasses.field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
-        """Plain values: what it ran on, what was asked for, and every row with all it knows."""
+        """The results as plain values, which `--save` and `--json` write."""
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -172,7 +173,7 @@ class Results:
 
 
 def hardware(options: Options) -> dict[str, Any]:
-    """What the numbers belong to: the device, its threads, and the versions."""
+    """The device, its threads, the versions and the dtype that figures belong to."""
     device = device_of(options.device)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
