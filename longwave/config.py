@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from difflib import get_close_matches
-from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
-from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Discriminator, GetCoreSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import core_schema
 
 from longwave.errors import UserError
 from longwave.files.jsonfile import plain, shown
-from longwave.layout import parse
+from longwave.layout import Layout, parse
 
 T = TypeVar("T")
 MOST = 1 << 27  # of any size: what a matrix of two such sizes holds can still be counted in 64 bits
 
 
 class Strict:
-    """Base of every config: a key that no field knows is an error."""
+    """Base of every config: a key that no field knows is an error.
 
+    only_training: fields that say how a part is trained, and nothing of what it computes afterwards.
+    """
+
+    only_training: ClassVar[frozenset[str]] = frozenset()
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
@@ -68,48 +74,16 @@ def _field_names(kind: type) -> list[str]:
             continue
         done.add(one)
         names += [entry.name for entry in dataclasses.fields(one)]
-        pending += [
-            sub for sub in Strict.__subclasses__() if sub.__name__ in str([f.type for f in dataclasses.fields(one)])
-        ]
+        pending += [sub for sub in _nested(Strict) if sub.__name__ in str([f.type for f in dataclasses.fields(one)])]
+        if issubclass(one, _Tables):
+            names += _kinds()
+            pending += _kinds().values()
     return names
 
 
-@dataclass(frozen=True)
-class AttentionConfig(Strict):
-    """Softmax attention: query heads, KV heads (all heads by default) and head size (hidden size / heads by default).
-
-    window: tokens that a `W` block sees, its own included.
-    """
-
-    heads: int
-    kv_heads: int | None = None
-    head_size: int | None = None
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: bool = False
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        require(self.heads > 0, f"attention.heads = {self.heads}: 1 or more")
-        groups = self.heads if self.kv_heads is None else self.kv_heads
-        divides = groups > 0 and self.heads % groups == 0
-        require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
-        size = self.head_size
-        require(
-            size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation"
-        )
-        require(self.window is None or self.window > 0, f"attention.window = {self.window}: 1 or more tokens")
-
-
-@dataclass(frozen=True)
-class MLPConfig(Strict):
-    """SwiGLU feed-forward of `size` inner channels."""
-
-    size: int
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        require(0 < self.size <= MOST, f"mlp.size = {self.size}: 1 or more, at most {MOST}")
+def _nested(kind: type) -> list[type]:
+    """Every class below one."""
+    return [found for sub in kind.__subclasses__() for found in (sub, *_nested(sub))]
 
 
 @dataclass(frozen=True)
@@ -246,212 +220,151 @@ class InitConfig(Strict):
         require(0 < self.std < math.inf, f"init.std = {self.std}: more than 0")
 
 
-_CAUSAL_ONLY = ("threshold_memory",)
-_PUBLISHED_ONLY = ("discard_sampling", "ranking", "balancer", "exact_gaussian")
+class _Tables(Strict):
+    """Base of configs that hold one table for each kind of part that reads it: `attention`, `mlp`, `lightning`, ...
 
-
-@dataclass(frozen=True)
-class SubllmConfig(Strict):
-    """SUBLLM's subsampling, balancer and bypass (arXiv 2406.06571); the defaults are the published ones.
-
-    selection: `published` trains with top-k over the window and runs with a threshold at 0; `causal` trains and runs
-        the same function, with a threshold that follows the quantile of the scores (ours).
-    discard_sampling: which discarded weight is subtracted from a kept one: a `uniform` draw, the next in `ranked`
-        order, or `none` (a control that keeps nearly everything at inference).
-    ranking: tokens compete within the training `window` or within their own `document`.
-    balancer_*: the gradient nudge that centres the scores; `exact_gaussian` mends its missing square root of 2.
-    bypass_*: range of the per-channel bypass, whose lower end falls linearly over `bypass_steps` optimizer steps.
-    score_lr_scale: learning rate of the score vector, relative to the model's.
-    threshold_memory: how much of the causal threshold is kept at each optimizer step.
+    Each table is a config of its own, which the file of its part defines; here they are known by name only.
     """
 
-    selection: Literal["published", "causal"] = "published"
-    discard_sampling: Literal["uniform", "ranked", "none"] = "uniform"
-    ranking: Literal["window", "document"] = "window"
-    balancer: bool = True
-    balancer_margin: float = 0.05
-    balancer_min_abs: float = 1.0
-    balancer_max_abs: float = 4.0
-    balancer_grad_scale: float = 0.04
-    balancer_steps: int = 8000
-    balancer_final_probability: float = 0.25
-    exact_gaussian: bool = False
-    bypass_probability: float = 0.6
-    bypass_floor: float = 0.9
-    bypass_final_floor: float = 0.2
-    bypass_steps: int = 20000
-    score_lr_scale: float = 0.5
-    threshold_memory: float = 0.98
+    tables: Mapping[str, Any]
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        entries = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        given = dict(zip([entry.name for entry in entries], values, strict=False)) | named
+        for entry in entries:
+            if entry.name != "tables":
+                object.__setattr__(self, entry.name, given.pop(entry.name) if entry.name in given else _default(entry))
+        tables = {**given.pop("tables", {}), **given}
+        object.__setattr__(self, "tables", {name: table for name, table in tables.items() if table is not None})
+        if unknown := set(self.tables) - set(_kinds()):
+            raise TypeError(f"unexpected fields: {', '.join(sorted(unknown))}")
+        self.__post_init__()
 
     def __post_init__(self) -> None:
-        for name in ("balancer_final_probability", "bypass_probability", "threshold_memory"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"subllm.{name} = {value}: between 0 and 1")
-        for name in ("balancer_steps", "bypass_steps"):
-            value = getattr(self, name)
-            require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
-        idle = _CAUSAL_ONLY if self.selection == "published" else _PUBLISHED_ONLY
-        for entry in dataclasses.fields(self):
-            changed = entry.name.startswith(idle) and getattr(self, entry.name) != entry.default
-            require(not changed, f"subllm.{entry.name} has no effect with selection = {self.selection!r}; leave it out")
+        """Checks what is common to all models."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The table of this name, or None if it is not given."""
+        if not name.startswith("_") and name in _kinds():
+            return self.__dict__.get("tables", {}).get(name)
+        raise AttributeError(f"{type(self).__name__} has no field {name}")
+
+    def table(self, name: str) -> Any:
+        """A table as it is given, or with its defaults; a UserError if it has none for some key."""
+        if name in self.tables:
+            return self.tables[name]
+        try:
+            return _kinds()[name]()
+        except TypeError:
+            raise UserError(f"{name} is missing; a part in the layout needs it") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `build` makes the same config from."""
+        entries = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+        common = {entry.name: _plain(getattr(self, entry.name)) for entry in entries if entry.name != "tables"}
+        return common | {name: _plain(table) for name, table in self.tables.items()}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Validates the tables as fields of their own kinds, beside the common ones."""
+        entries = [entry for entry in dataclasses.fields(cls) if entry.name != "tables"]  # pyright: ignore[reportArgumentType]
+        types = get_type_hints(cls, include_extras=True)
+        fields: list[Any] = [(entry.name, types[entry.name], _as_declared(entry)) for entry in entries]
+        fields += [(name, kind | None, None) for name, kind in _kinds().items()]
+        flat = dataclasses.make_dataclass(cls.__name__, fields, bases=(Strict,), frozen=True)
+        return core_schema.no_info_after_validator_function(lambda one: cls(**vars(one)), handler.generate_schema(flat))
 
 
-@dataclass(frozen=True)
-class LightningConfig(Strict):
-    """Linear attention with a constant decay per head, for `L` blocks; the defaults are MiniCPM-SALA's and HypeNet's.
+def _kinds() -> dict[str, type]:
+    """Every table that some registered part reads, and its config."""
+    from longwave.blocks import PARTS  # late, since parts are built on this module
+    from longwave.resamplers import BRACKETS
 
-    heads, kv_heads, head_size: attention.heads, as many KV heads as heads, and the head size of attention by default.
-    slopes: how fast head h of H forgets in layer l of N: `alibi` 2 ** (-8 h / H) in every layer, `minimax` times
-        (1 - l / (N - 1) + 1e-5), `transnormer` 8 (h - 1) / H * (1 - l / N).
-    silu: which of queries, keys and values go through SiLU: `none`, `qk` (TransNormer), `qkv` (MiniMax-01).
-    qk_norm, rotary: whether queries and keys are normed per head, and then rotated. scale: of what is read.
-    output_norm: RMSNorm over the channels of all heads. output_gate: times sigmoid of a projection of the input.
-    distance: what a head forgets by inside a resampler: tokens of the `original` sequence, or those `kept` there.
-    state_dtype: of the recurrent matrices, in models whose activations are no wider.
+    return {name: kind for part in (*PARTS.values(), *BRACKETS.values()) for name, kind in part.tables.items()}
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    if entry.default is dataclasses.MISSING:
+        raise TypeError(f"missing the field {entry.name}")
+    return entry.default
+
+
+def _as_declared(entry: dataclasses.Field[Any]) -> Any:
+    """A field of the same default for another dataclass."""
+    if entry.default_factory is not dataclasses.MISSING:
+        return field(default_factory=entry.default_factory)
+    return field() if entry.default is dataclasses.MISSING else field(default=entry.default)
+
+
+def _plain(value: Any) -> Any:
+    """A config, or a mapping of configs, as plain values."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, _Tables):
+        return value.to_dict()
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+@dataclass(frozen=True, init=False)
+class BlockConfig(_Tables):
+    """A block of a letter of its own: its parts in order, how they are wired, and tables that stand in for the model's.
+
+    parts: names of the table of parts, such as `window` and `mlp`. wiring: a name of `longwave.blocks.WIRINGS`.
     """
 
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_size: int | None = None
-    slopes: Literal["alibi", "minimax", "transnormer"] = "alibi"
-    silu: Literal["none", "qk", "qkv"] = "none"
-    qk_norm: bool = True
-    rotary: bool = True
-    scale: Literal["1/sqrt(d)", "1/d", "1"] = "1/sqrt(d)"
-    output_norm: bool = True
-    output_gate: bool = True
-    distance: Literal["kept", "original"] = "original"
-    state_dtype: Literal["float32", "float64"] = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "kv_heads", "head_size"):
-            value = getattr(self, name)
-            require(value is None or 0 < value <= MOST, f"lightning.{name} = {value}: 1 or more, at most {MOST}")
-        odd = self.rotary and self.head_size is not None and self.head_size % 2
-        require(not odd, f"lightning.head_size = {self.head_size}: an even number, for rotation")
+    parts: tuple[str, ...]
+    wiring: str = "residual"
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class InfllmConfig(Strict):
-    """Block-sparse attention (InfLLM-V2, arXiv 2509.24663), for `S` blocks; the defaults are MiniCPM-SALA's.
-
-    kernel_size, kernel_stride: tokens of the windows whose mean keys are scored, and their distance; the windows of the
-        coarse denominator are four times as long and as far apart.
-    block_size: tokens of a block of keys, of which each query chooses topk + window_size / block_size; among these are
-        the init_blocks first ones, its own, and the window_size / block_size before that.
-    dense_len: with regime `auto`, a query whose context, itself included, is shorter attends to all of it.
-    regime: `auto` decides by query, and so keeps every law; `auto_published` by the sequence's length in each call, as
-        the published code does, which breaks chunking; `sparse` and `dense` always are.
-    denominator: of the scores: the sum over `coarse` windows (published), or the `exact` softmax.
-    rotary, output_gate: whether queries and keys are rotated, and the output is gated by the input.
-    logit_scaling: base a of HypeNet's log_a(position + a), by which queries are multiplied (arXiv 2601.22156).
-    """
-
-    kernel_size: int = 32
-    kernel_stride: int = 16
-    block_size: int = 64
-    window_size: int = 2048
-    topk: int = 64
-    init_blocks: int = 1
-    dense_len: int = 8192
-    regime: Literal["auto", "sparse", "dense", "auto_published"] = "auto"
-    denominator: Literal["coarse", "exact"] = "coarse"
-    rotary: bool = False
-    output_gate: bool = True
-    logit_scaling: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("kernel_stride", "block_size", "topk"):
-            require(0 < getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 1 or more")
-        for name in ("window_size", "init_blocks", "dense_len"):
-            require(0 <= getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 0 or more")
-        kernel, stride, block, window = self.kernel_size, self.kernel_stride, self.block_size, self.window_size
-        require(kernel == 2 * stride, f"infllm.kernel_size = {kernel}: twice kernel_stride, {2 * stride}")
-        require(block % stride == 0, f"infllm.block_size = {block}: a multiple of kernel_stride = {stride}")
-        require(window % block == 0, f"infllm.window_size = {window}: a multiple of block_size = {block}")
-        enough, forced = self.topk + self.local_blocks, self.init_blocks + self.local_blocks + 1
-        problem = f"infllm.topk = {self.topk}: with window_size / block_size it makes {enough} blocks"
-        require(enough >= forced, f"{problem}, fewer than the {forced} forced ones; {self.init_blocks + 1} or more")
-        base = self.logit_scaling
-        require(base is None or 1 < base < math.inf, f"infllm.logit_scaling = {base}: more than 1, or left out")
-
-    @property
-    def local_blocks(self) -> int:
-        """Blocks before its own that a query always sees."""
-        return self.window_size // self.block_size
-
-
-@dataclass(frozen=True)
-class ModelConfig(Strict):
-    """One decoder: vocabulary, width, layout, and the config of each component.
+@dataclass(frozen=True, init=False)
+class ModelConfig(_Tables):
+    """One decoder: vocabulary, width, layout, and a table for each kind of part.
 
     layout: the one-line notation of `longwave.layout`.
     context_window: the longest sequence the model is meant for, in tokens.
+    blocks: block kinds of this model alone, by their letter in the layout.
+    tables: the settings of its parts by name, which can also be given and read as fields: `attention`, `mlp`, ...
     """
 
     vocab_size: int
     hidden_size: int
     layout: str
-    attention: AttentionConfig
-    mlp: MLPConfig
     context_window: int = 2048
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     scales: ScalesConfig = field(default_factory=ScalesConfig)
     init: InitConfig = field(default_factory=InitConfig)
-    subllm: SubllmConfig | None = None
-    lightning: LightningConfig | None = None
-    infllm: InfllmConfig | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
+    blocks: Mapping[str, BlockConfig] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parse(self.layout)  # a layout that does not parse is refused before anything is read or built
+        _ = self.parsed  # a layout that does not parse is refused first of all
         for name in ("vocab_size", "hidden_size", "context_window"):
             value = getattr(self, name)
             require(0 < value <= MOST, f"{name} = {value}: 1 or more, at most {MOST}")
         require(0 <= self.norm_eps < math.inf, f"norm_eps = {self.norm_eps}: a number of at least 0")
-        head_size = self.attention.head_size
-        even = head_size is not None or self.hidden_size % (2 * self.attention.heads) == 0
-        require(
-            even,
-            f"hidden_size = {self.hidden_size} is no even multiple of attention.heads = {self.attention.heads}; "
-            "give attention.head_size",
-        )
-        width = self.attention.heads * self.head_size
-        require(width <= MOST, f"attention.heads = {self.attention.heads} of {self.head_size}: at most {MOST} in all")
-        self._check_factors()
+        for letter in self.blocks:
+            named = len(letter) == 1 and letter.isascii() and letter.isupper()
+            require(named, f"blocks.{letter}: a block is named by one letter from A to Z")
 
-    def _check_factors(self) -> None:
-        scaling, sizes = self.rotary.scaling, {self.head_size}
-        if self.lightning is not None and self.lightning.rotary:
-            sizes.add(self.lightning.head_size or self.head_size)
-        for name in ("short_factors", "long_factors") if isinstance(scaling, LongRopeScaling) else ():
-            found = len(getattr(scaling, name))
-            for size in sorted(sizes):
-                problem = f"rotary.scaling.{name} has {found} factors; heads of {size} need {size // 2}"
-                require(found == size // 2, problem)
+    @cached_property
+    def parsed(self) -> Layout:
+        """The layout as a tree."""
+        return parse(self.layout)
 
-    @property
-    def head_size(self) -> int:
-        """Channels of one attention head."""
-        return self.attention.head_size or self.hidden_size // self.attention.heads
+    def completed(self, names: Iterable[str]) -> ModelConfig:
+        """The same config with these tables filled in, where they are not given but have a default for every key."""
+        tables = dict(self.tables)
+        for name in set(names) - set(tables):
+            with suppress(UserError):
+                tables[name] = self.table(name)
+        return dataclasses.replace(self, tables=tables)
 
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads of softmax attention."""
-        return self.attention.kv_heads or self.attention.heads
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `build` makes the same config from."""
-        return dataclasses.asdict(self)
-
-
-def retention_of(text: str) -> Fraction:
-    """A retention ratio as the exact decimal that was written; a UserError if it is outside (0, 1]."""
-    try:
-        ratio = Decimal(text)
-        legal = Decimal("1e-9") <= ratio <= 1
-    except InvalidOperation:
-        raise UserError(f"layout: retention {text!r} is not a number in (0, 1]") from None
-    require(legal, f"layout: retention {text} is outside (0, 1]")
-    return Fraction(ratio)
+    def of_block(self, letter: str) -> ModelConfig:
+        """This config as a block of the given letter sees it: with the block's own tables in place of the model's."""
+        own = self.blocks[letter].tables if letter in self.blocks else {}
+        return dataclasses.replace(self, tables={**self.tables, **own}) if own else self

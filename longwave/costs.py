@@ -6,8 +6,8 @@ rotation, softmax, the score of a resampler) is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -43,6 +43,24 @@ class Cost:
             self.unlearned_flops + other.unlearned_flops,
             self.parts + other.parts,
         )
+
+
+@dataclass(frozen=True)
+class At:
+    """Where costs are asked for: at a context of `tokens` that a layer meets, with weights and activations in `dtype`.
+
+    chance: that a new token gets there. kept: by the index of a resampler, the share of its tokens that it really
+    keeps; its nominal retention by default.
+    """
+
+    tokens: int
+    dtype: torch.dtype
+    chance: float = 1.0
+    kept: Mapping[int, float] = field(default_factory=dict)
+
+    def inside(self, tokens: int, share: float) -> At:
+        """Within a bracket that lets `tokens` of these in, and a new one with the chance `share`."""
+        return replace(self, tokens=tokens, chance=self.chance * share)
 
 
 @dataclass(frozen=True)

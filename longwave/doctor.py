@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
-from longwave.ops import attention, block_sparse, decay_linear, linear
+from longwave.ops.attention import ATTENTION
+from longwave.ops.block_sparse import BLOCK_SPARSE
+from longwave.ops.cross_entropy import CROSS_ENTROPY
+from longwave.ops.decay_linear import DECAY_LINEAR
+from longwave.ops.forms import Call, Op
+from longwave.ops.linear import LINEAR
 from longwave.version import __version__
 
 _OPTIONAL = {"tensorboard": "track"}
@@ -27,13 +33,18 @@ def facts() -> dict[str, str]:
         "bf16 matrix products": "fast" if fast_bf16() else "slow on this CPU: train in fp32",
         "devices": ", ".join(devices()),
     }
-    ops = {"attention": attention, "block_sparse": block_sparse, "decay_linear": decay_linear, "linear": linear}
-    for name, (form, reason) in {name: op.choose() for name, op in ops.items()}.items():
-        found[f"op {name}"] = f"{form} ({reason})"
-    found["op cross_entropy"] = "torch (chunks of rows; the only form)"
+    for op in (ATTENTION, BLOCK_SPARSE, DECAY_LINEAR, LINEAR, CROSS_ENTROPY):
+        found |= {f"op {op.name} on {place}": form for place, form in forms_of(op).items()}
     for package, extra in _OPTIONAL.items():
         found[package] = "installed" if find_spec(package) else f"not installed: pip install 'longwave[{extra}]'"
     return found
+
+
+def forms_of(op: Op[Any]) -> dict[str, str]:
+    """The form that an op runs in bf16 on every kind of device here, and why."""
+    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = {kind: op.resolve(Call(torch.device(kind), torch.bfloat16)) for kind in kinds}
+    return {kind: f"{form} ({reason})" for kind, (form, reason) in found.items()}
 
 
 def cpu_name() -> str:

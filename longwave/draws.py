@@ -41,9 +41,14 @@ def uniforms(keys: Int64[Tensor, "*lead"], count: int) -> Float64[Tensor, "*lead
     return _shifted(bits, 11).to(torch.float64) * 2.0**-53
 
 
-def tensor_of_keys(keys: list[int], device: torch.device) -> Int64[Tensor, " n"]:
-    """64-bit keys as the signed integers that torch has."""
-    return torch.tensor([_signed(one) for one in keys], dtype=torch.int64, device=device)
+def keys_of(parts: int, last: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    """`key(*parts, one)` for every `one` of a tensor, on its device; `parts` is the key of those before."""
+    return _finalise_tensor(last + _signed((parts + _GOLDEN) & _MASK))
+
+
+def uniform_of(keys: Int64[Tensor, "*lead"]) -> Float64[Tensor, "*lead"]:
+    """`uniform(one)` for every key."""
+    return _shifted(_finalise_tensor(keys + _signed(_GOLDEN)), 11).to(torch.float64) * 2.0**-53
 
 
 def _finalise_tensor(value: Tensor) -> Tensor:

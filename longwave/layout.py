@@ -2,8 +2,8 @@
 
     5F subllm(0.64: 5F subllm(0.64: 4F) 5F) 5F
 
-A letter keys the block table, a number in front repeats it, and a name with a bracket is a resampler: its arguments, a
-colon, and the layers that run on the tokens it keeps. Blanks are free.
+A letter keys the block table, a number in front repeats it, and a name with a bracket runs the layers in it in a way of
+its own: `name(arguments: layers)`, or `name(layers)`. `subllm` runs them on the tokens it keeps. Blanks are free.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from longwave.errors import UserError
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)|(?P<name>[a-z_][a-z_0-9]*)|(?P<letter>[A-Z])|(?P<mark>[(),:])|(?P<bad>\S))")
 _MOST_BLOCKS, _DEEPEST = 100_000, 64
 _ARGUMENT = re.compile(r"\s*([^\s,:()]+)")
+_BODY = re.compile(r"\s*(?:[a-z_]\w*\s*\(|\d*[A-Z](?![^()]*:))")  # a first layer; arguments would lead to a colon
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Resampled:
-    """A resampler by name, its arguments as written, and the layout of its body."""
+class Bracketed:
+    """A bracket by name, its arguments as written, and the layout of its body."""
 
     name: str
     arguments: tuple[str, ...]
@@ -41,14 +42,14 @@ class Resampled:
     at: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
-        return f"{self.name}({', '.join(self.arguments)}: {self.body})"
+        return f"{self.name}({', '.join(self.arguments)}{': ' if self.arguments else ''}{self.body})"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks and resamplers in order, outermost level."""
+    """Blocks and brackets in order, outermost level."""
 
-    items: tuple[Blocks | Resampled, ...]
+    items: tuple[Blocks | Bracketed, ...]
 
     def __str__(self) -> str:
         return " ".join(map(str, self.items))
@@ -58,11 +59,11 @@ class Layout:
         """Number of blocks, at every level."""
         return sum(item.count if isinstance(item, Blocks) else item.body.depth for item in self.items)
 
-    def walk(self) -> Iterator[Blocks | Resampled]:
-        """Every item in the order of the text; a resampler comes before what it holds."""
+    def walk(self) -> Iterator[Blocks | Bracketed]:
+        """Every item in the order of the text; a bracket comes before what it holds."""
         for item in self.items:
             yield item
-            if isinstance(item, Resampled):
+            if isinstance(item, Bracketed):
                 yield from item.body.walk()
 
 
@@ -73,13 +74,13 @@ def parse(text: str) -> Layout:
     return layout
 
 
-def check_names(text: str, layout: Layout, letters: Container[str], resamplers: Container[str]) -> None:
-    """Refuses letters and resampler names that no table knows, pointing at them."""
+def check_names(text: str, layout: Layout, letters: Container[str], brackets: Container[str]) -> None:
+    """Refuses letters and names that no table knows, pointing at them."""
     for item in layout.walk():
         if isinstance(item, Blocks) and item.letter not in letters:
             raise pointed(text, item.at, f"no block kind '{item.letter}'; known: {_listed(letters)}")
-        if isinstance(item, Resampled) and item.name not in resamplers:
-            raise pointed(text, item.at, f"no resampler '{item.name}'; known: {_listed(resamplers)}")
+        if isinstance(item, Bracketed) and item.name not in brackets:
+            raise pointed(text, item.at, f"no resampler '{item.name}'; known: {_listed(brackets)}")
 
 
 def pointed(text: str, at: int, message: str) -> UserError:
@@ -97,7 +98,7 @@ class _Parser:
         self.text, self.at, self.nesting = text, 0, 0
 
     def layout(self, inside: bool) -> Layout:
-        items: list[Blocks | Resampled] = []
+        items: list[Blocks | Bracketed] = []
         while True:
             kind, value, at = self._peek()
             if kind == "end" or (inside and value == ")"):
@@ -109,7 +110,7 @@ class _Parser:
             raise pointed(self.text, at, "expected ')' that closes the resampler")
         return Layout(tuple(items))
 
-    def _item(self) -> Blocks | Resampled:
+    def _item(self) -> Blocks | Bracketed:
         kind, value, at = self._take()
         if kind == "letter":
             return Blocks(1, value, at)
@@ -127,20 +128,24 @@ class _Parser:
             raise pointed(self.text, at, f"a count is 1 to {_MOST_BLOCKS}")
         return Blocks(count, letter, letter_at)
 
-    def _resampled(self, name: str, at: int) -> Resampled:
+    def _resampled(self, name: str, at: int) -> Bracketed:
         self._expect("(", f"expected '(' after {name}")
         self.nesting += 1
         if self.nesting > _DEEPEST:
             raise pointed(self.text, self.at - 1, f"nested deeper than {_DEEPEST} levels")
+        arguments = [] if _BODY.match(self.text, self.at) else self._arguments(name)
+        body = self.layout(inside=True)
+        self._expect(")", f"expected ')' that closes {name}")
+        self.nesting -= 1
+        return Bracketed(name, tuple(arguments), body, at)
+
+    def _arguments(self, name: str) -> list[str]:
         arguments = [self._argument(name)]
         while self._peek()[1] == ",":
             self._take()
             arguments.append(self._argument(name))
         self._expect(":", f"expected ',' or ':' after the arguments of {name}")
-        body = self.layout(inside=True)
-        self._expect(")", f"expected ')' that closes {name}")
-        self.nesting -= 1
-        return Resampled(name, tuple(arguments), body, at)
+        return arguments
 
     def _argument(self, name: str) -> str:
         match = _ARGUMENT.match(self.text, self.at)

@@ -13,7 +13,8 @@ Legend: `T` tokens of the stream, `D` hidden size, `V` vocabulary, `O` rows whos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from longwave.blocks import BLOCKS, Block, Stack, reading
 from longwave.config import ModelConfig, require
-from longwave.costs import Cost, count, total, weight_bytes
-from longwave.initialise import initialise
-from longwave.layers.block import BLOCKS, Block, Stack
+from longwave.costs import At, Cost, count, total, weight_bytes
+from longwave.errors import UserError
+from longwave.layers.head import Head, TiedHead
 from longwave.layers.norm import RMSNorm
-from longwave.layout import Blocks, Layout, check_names, parse
-from longwave.mixers import Site
-from longwave.ops.attention import choose
-from longwave.ops.cross_entropy import cross_entropy
-from longwave.ops.linear import linear
-from longwave.resamplers import RESAMPLERS, Clock, Subllm
+from longwave.layout import Blocks, Bracketed, Layout, check_names
+from longwave.part import InitialDraws, Part, Site
+from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
 from longwave.states import State
 from longwave.stream import Stream
 
@@ -51,25 +50,21 @@ class Decoder(nn.Module):
         self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
         self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
         self.carried: dict[str, dict[str, Any]] = {}  # its folder's config.json, by its layout, if that is not ours
-        self.layout = parse(config.layout)
-        check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
+        self.layout = config.parsed
+        check_names(config.layout, self.layout, {*BLOCKS, *config.blocks}, BRACKETS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.stack = _Builder(config).stack(self.layout, level=-1)
+        self.stack = _Builder(config, self.layout.depth).stack(self.layout, level=-1)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._rotations = {block.mixer.rotation for block in self.blocks if block.mixer.rotation is not None}
-        unused = config.subllm is not None and not self.resamplers
-        require(not unused, "subllm has no effect: the layout has no subllm(...)")
-        used = {
-            f"attention.window = {config.attention.window}": (config.attention.window, "W"),
-            "lightning": (config.lightning, "L"),
-            "infllm": (config.infllm, "S"),
-        }
-        for name, (value, letter) in used.items():
-            idle = value is not None and all(block.letter != letter for block in self.blocks)
-            require(not idle, f"{name} has no effect: the layout has no {letter} block")
+        self.head = TiedHead(self.embed) if config.tie_embeddings else Head(config.hidden_size, config.vocab_size)
+        self._check_tables()
+        self._rotations = {part.rotation for part in self.parts if part.rotation is not None}
+        for rotation in self._rotations:
+            rotation.check(config)
+        self.clock: Clock | None = None
+        self._asked: dict[str, str] = {}
+        self._placed: tuple[torch.device, torch.dtype] | None = None
         if not self.embed.weight.is_meta:
-            initialise(self, seed)
+            self._draw(seed)
 
     def forward(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O V"]:
         """Logits of the rows in `stream.outputs`, of all rows by default."""
@@ -80,26 +75,27 @@ class Decoder(nn.Module):
 
         With a state, `stream` comes from `state.stream(...)`, and the tokens count as seen afterwards.
         """
+        self._place()
         hidden = self.embed(tokens)
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
-        hidden = self.stack(hidden, stream.carrying(**self._turns(stream)), state)
+        hidden = self.stack(hidden, stream.carrying(**self._cosines_and_sines(stream)), state)
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
 
     def logits(self, hidden: Float[Tensor, "O D"]) -> Float[Tensor, "O V"]:
         """The head on what `hidden` gives."""
-        return linear(hidden, self.head_weight) * self.config.scales.logits
+        return self.head(hidden) * self.config.scales.logits
 
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
         """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""
-        return cross_entropy(self.hidden(tokens, stream), self.head_weight, targets, self.config.scales.logits)
+        return self.head(self.hidden(tokens, stream), targets, self.config.scales.logits)
 
     @property
     def head_weight(self) -> Tensor:
         """The (V, D) matrix of the head, which may be the embedding's."""
-        return self.embed.weight if self.head is None else self.head.weight
+        return self.head.weight
 
     @property
     def blocks(self) -> list[Block]:
@@ -107,22 +103,31 @@ class Decoder(nn.Module):
         return [module for module in self.stack.modules() if isinstance(module, Block)]
 
     @property
-    def resamplers(self) -> list[Subllm]:
-        """Every resampler in the order of the layout, outer ones first."""
-        return [module for module in self.stack.modules() if isinstance(module, Subllm)]
+    def brackets(self) -> list[Bracket]:
+        """Every bracket in the order of the layout, outer ones first."""
+        return [module for module in self.stack.modules() if isinstance(module, Bracket)]
+
+    @property
+    def resamplers(self) -> list[Resampler]:
+        """The brackets that are resamplers."""
+        return [bracket for bracket in self.brackets if isinstance(bracket, Resampler)]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The parts of every block, and every bracket."""
+        return [*(part for block in self.blocks for part in block.parts), *self.brackets]
 
     def state(self, slots: int = 1) -> State:
         """An empty state for `slots` sequences."""
-        parts = [
-            *((b.site.name, b.mixer.state_spec()) for b in self.blocks),
-            *((r.site.name, r.state_spec()) for r in self.resamplers),
-        ]
-        return State(dict(parts), slots, dtype=self._activation_dtype(), device=self.embed.weight.device)
+        specs = {part.site.name: part.state_spec() for part in self.parts}
+        kept = {name: spec for name, spec in specs.items() if spec.per_token or spec.per_sequence}
+        return State(kept, slots, dtype=self._activation_dtype(), device=self.embed.weight.device)
 
     def set_step(self, step: int, seed: int = 0) -> None:
         """Tells every step-driven schedule the optimizer step about to run, and every draw its seed."""
-        for resampler in self.resamplers:
-            resampler.set_clock(Clock(step, seed))
+        self.clock = Clock(step, seed)
+        for bracket in self.brackets:
+            bracket.follow(self.clock)
 
     def checkpoint_blocks(self, on: bool) -> None:
         """Trades compute for memory in training: blocks keep only their inputs and run again in the backward pass."""
@@ -130,34 +135,62 @@ class Decoder(nn.Module):
             if isinstance(module, Stack):
                 module.recompute = on
 
-    def use_form(self, form: str) -> None:
-        """Runs attention in the given form everywhere: `torch`, or `reference` to see the plain maths."""
-        name, _ = choose(form)
-        for block in self.blocks:
-            block.mixer.use_form(name)
+    @contextmanager
+    def watching(self, watcher: Callable[[Resampler, Stream, Selection], None]) -> Iterator[None]:
+        """While the block runs, the watcher is told of every level's selections."""
+        with ExitStack() as watched:
+            for resampler in self.resamplers:
+                watched.enter_context(resampler.watched_by(watcher))
+            yield
+
+    def use_form(self, form: str | None, op: str | None = None) -> None:
+        """Runs an op, or every op that has such a form, in the given one: `torch`, or `reference` for the plain maths.
+
+        None gives the choice back. UserError for a form that no op of the model has, or that cannot run here.
+        """
+        ops = {one.name: one for part in self.parts for one in part.ops if op in (None, one.name)}
+        asked = [name for name, one in ops.items() if form in one.forms]
+        if form is not None and not asked:
+            known = sorted({name for one in ops.values() for name in one.forms})
+            raise UserError(f"form = {form!r}: use one of {', '.join(known)}")
+        before = self._asked
+        self._asked = {} if form is None else {**before, **dict.fromkeys(asked, form)}
+        try:
+            self._resolve()
+        except UserError:
+            self._asked = before
+            raise
 
     def describe(self) -> list[str]:
-        """Lines for people: the shape, and the form that each kind of part runs."""
+        """Lines for people: the shape, and the form that each kind of block runs each of its ops in."""
+        self._place()
         weight, parameters = self.embed.weight, total(self.costs(1)).parameters
-        shape = f"{self.config.layout}  {parameters:,} parameters"
-        forms = sorted({f"{block.letter}: {block.mixer.form}" for block in self.blocks})
-        return [f"{shape}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}; attention {', '.join(forms)}"]
+        dtype = str(weight.dtype).removeprefix("torch.")
+        forms = sorted(
+            {f"{b.letter}: {name} {form}" for b in self.blocks for part in b.parts for name, form in part.forms.items()}
+        )
+        return [f"{self.config.layout}  {parameters:,} parameters, {dtype} on {weight.device}; {', '.join(forms)}"]
 
-    def costs(self, tokens: int, dtype: torch.dtype | None = None) -> list[Cost]:
-        """What each part costs at a context of `tokens`, with weights and activations in `dtype` (the model's own)."""
-        dtype = dtype or self.embed.weight.dtype
-        own, flops = count(self.norm) + (0 if self.head is None else count(self.head)), self.head_flops()
-        head_bytes = weight_bytes(count(self.norm) + self.head_weight.numel(), dtype)
-        row = self.config.hidden_size * dtype.itemsize
+    def costs(
+        self, tokens: int, dtype: torch.dtype | None = None, kept: Mapping[int, float] | None = None
+    ) -> list[Cost]:
+        """What each part costs at a context of `tokens`, with weights and activations in `dtype` (the model's own).
+
+        kept: by the index of a resampler, the share of its tokens that it really keeps; its nominal one by default.
+        """
+        at = At(tokens, dtype or self.embed.weight.dtype, kept=kept or {})
+        own = 0 if isinstance(self.head, TiedHead) else count(self.head)
+        head_bytes = weight_bytes(count(self.norm) + self.head_weight.numel(), at.dtype)
+        flops = self.head_flops()
         return [
-            Cost("embedding", count(self.embed), decode_bytes=row),
-            *self.stack.costs(tokens, 1.0, dtype),
-            Cost("norm and head", own, flops, flops, head_bytes),
+            Cost("embedding", count(self.embed), decode_bytes=self.config.hidden_size * at.dtype.itemsize),
+            *self.stack.costs(at),
+            Cost("norm and head", count(self.norm) + own, flops, flops, head_bytes),
         ]
 
-    def prefill_flops(self, tokens: int) -> int:
+    def prefill_flops(self, tokens: int, kept: Mapping[int, float] | None = None) -> int:
         """FLOPs of one sequence of `tokens`, logits of the last row only."""
-        return total(self.costs(tokens)).prefill_flops
+        return total(self.costs(tokens, kept=kept)).prefill_flops
 
     def training_flops(self, tokens: int) -> int:
         """FLOPs of forward and backward over one sequence, logits at every row."""
@@ -172,8 +205,39 @@ class Decoder(nn.Module):
         """FLOPs of one row of logits."""
         return 2 * self.config.hidden_size * self.config.vocab_size
 
-    def _turns(self, stream: Stream) -> dict[str, Tensor]:
-        """The cosines and sines that the mixers will turn heads by."""
+    def _place(self) -> None:
+        """Resolves the forms of all ops for where the model is, and the type it computes in, if either has changed."""
+        if self._placed != (self.embed.weight.device, self._activation_dtype()):
+            self._resolve()
+
+    def _resolve(self) -> None:
+        device, dtype = self.embed.weight.device, self._activation_dtype()
+        for part in self.parts:
+            part.resolve(device, dtype, self._asked)
+        self._placed = (device, dtype)
+
+    def _draw(self, seed: int) -> None:
+        """Fills every weight with its initial draws, as `config.init` says."""
+        draws = InitialDraws(self.config.init, self.config.hidden_size, seed)
+        draws.normal(self.embed.weight, self.config.init.embedding_std or draws.width**-0.5, "embed")
+        if isinstance(self.head, Head):
+            draws.uniform(self.head.weight, draws.width**-0.5, "head")
+        for part in self.parts:
+            part.draw(draws)
+        draws.fill()
+
+    def _check_tables(self) -> None:
+        """UserError for a table of the config that no part reads."""
+        read = {name for part in self.parts for name in part.tables}
+        for name in self.config.tables:
+            where = f"{name}(...)" if name in BRACKETS else reading(name)
+            require(name in read, f"{name} has no effect: the layout has no {where}")
+        for letter in self.config.blocks:
+            used = any(block.letter == letter for block in self.blocks)
+            require(used, f"blocks.{letter} has no effect: the layout has no {letter} block")
+
+    def _cosines_and_sines(self, stream: Stream) -> dict[str, Tensor]:
+        """The angles by which parts will turn heads, once for all of them."""
         dtype, carried = self._activation_dtype(), dict[str, Tensor]()
         for rotation in self._rotations:
             carried |= rotation.passengers(self.config, stream.positions, dtype)
@@ -187,11 +251,13 @@ class Decoder(nn.Module):
 
 @dataclass
 class _Builder:
-    """Builds layers from a layout; depth and resampler indices are flat, whatever the nesting."""
+    """Builds layers from a layout; blocks, resamplers and other brackets are numbered flat, whatever the nesting."""
 
     config: ModelConfig
+    layers: int
     depth: int = 0
-    index: int = 0
+    levels: int = 0
+    others: int = 0
 
     def stack(self, layout: Layout, level: int) -> Stack:
         return Stack(self._layers(layout, level))
@@ -200,11 +266,22 @@ class _Builder:
         for item in layout.items:
             if isinstance(item, Blocks):
                 for _ in range(item.count):
-                    yield Block(self.config, item.letter, Site(f"blocks.{self.depth}", self.depth, level))
+                    yield Block(self.config, item.letter, self._site(f"blocks.{self.depth}", level))
                     self.depth += 1
             else:
-                index, self.index = self.index, self.index + 1
-                body = self.stack(item.body, level=index)
-                yield RESAMPLERS[item.name](
-                    self.config, item.arguments, body, Site(f"resamplers.{index}", self.depth, level), index
-                )
+                yield self._bracket(item, level)
+
+    def _bracket(self, item: Bracketed, level: int) -> Bracket:
+        kind = BRACKETS[item.name]
+        if not issubclass(kind, Resampler):
+            index, self.others = self.others, self.others + 1
+            bracket = kind(self.config, item.arguments, self._site(f"brackets.{index}", level))
+        else:
+            index, self.levels = self.levels, self.levels + 1
+            bracket = kind(self.config, item.arguments, self._site(f"resamplers.{index}", level), index)
+            level = index
+        bracket.body = self.stack(item.body, level)  # last, so that its tensors stand behind the bracket's own
+        return bracket
+
+    def _site(self, name: str, level: int) -> Site:
+        return Site(name, self.depth, self.layers, level)

@@ -1,50 +1,215 @@
 """The stream: a batch of token runs laid end to end, without padding - the one data shape inside the model.
 
-Legend: `T` tokens of the stream, `R` runs, `W` training windows, `O` rows whose outputs are needed.
+Legend: `T` tokens of the stream, `R` runs, `W` training windows, `O` rows whose outputs are needed, `N` entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from torch import Tensor
+
+T = TypeVar("T")
+Spans: TypeAlias = "Sequence[tuple[int, int]]"  # first entry and end of each run, on the host
+
+
+def to_host(numbers: Int64[Tensor, " n"]) -> tuple[int, ...]:
+    """Integers of a device, read by the host: the one place where a forward waits for its device."""
+    return tuple(numbers.tolist())
+
+
+class Runs:
+    """Where the runs of a stream begin and end. Made once per step and level, and shared by all layers there.
+
+    bounds: the row where each run begins, and T at the end, on the stream's device. tokens: T. lengths: tokens of each
+    run as host integers, where they are known; otherwise they are read when first asked for, which waits for the
+    device. most: an upper bound of the longest run, which needs no reading.
+    """
+
+    def __init__(
+        self,
+        bounds: Int64[Tensor, " ends"],
+        tokens: int,
+        lengths: tuple[int, ...] | None = None,
+        most: int | None = None,
+    ) -> None:
+        self.bounds, self.tokens, self._lengths = bounds, tokens, lengths
+        self._most = tokens if most is None else min(most, tokens)
+        self._notes: dict[object, Any] = {}
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Runs:
+        """Runs of the given lengths, end to end."""
+        bounds = torch.tensor([0, *accumulate(lengths)], device=device)
+        return cls(bounds, sum(lengths), tuple(lengths))
+
+    @property
+    def count(self) -> int:
+        """R, empty runs included."""
+        return self.bounds.shape[0] - 1
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the host knows the lengths."""
+        return self._lengths is not None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each run."""
+        if self._lengths is None:
+            self._lengths = to_host(self.sizes)
+        return self._lengths
+
+    @property
+    def most(self) -> int:
+        """At least the tokens of the longest run; exactly, where the host knows the lengths."""
+        return self._most if self._lengths is None else self.longest
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """Whatever an op derives from the runs, made for the first layer of a step and kept for the others."""
+        if key not in self._notes:
+            self._notes[key] = make()
+        return self._notes[key]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest run."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def are_equal(self) -> bool:
+        """Whether all runs have one length."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def sizes(self) -> Int64[Tensor, " R"]:
+        """The lengths, on the device."""
+        return self.bounds.diff()
+
+    @cached_property
+    def of_token(self) -> Int64[Tensor, " T"]:
+        """The run that each row belongs to."""
+        return torch.repeat_interleave(self.sizes, output_size=self.tokens)
+
+    @cached_property
+    def places(self) -> Int64[Tensor, " T"]:
+        """How many tokens of its run stand before each row."""
+        rows = torch.arange(self.tokens, device=self.bounds.device)
+        return rows - self.bounds.index_select(0, self.of_token)
+
+    @cached_property
+    def bounds32(self) -> Int32[Tensor, " ends"]:
+        """The bounds in the type that kernels take them in; a normal tensor, so that training can keep it."""
+        with torch.inference_mode(False):
+            return self.bounds.clone().to(torch.int32)
+
+
+class Places:
+    """Where the entries of each run lie in an array of N entries: run `r` has those from begins[r] to ends[r].
+
+    spans: the same as host integers, where they are known; otherwise they are read when first asked for.
+    """
+
+    def __init__(
+        self,
+        begins: Int64[Tensor, " R"],
+        ends: Int64[Tensor, " R"],
+        spans: Spans | None = None,
+    ) -> None:
+        self.begins, self.ends, self._spans = begins, ends, spans
+
+    @property
+    def spans(self) -> Spans:
+        """First entry and end of each run, on the host."""
+        if self._spans is None:
+            self._spans = list(zip(to_host(self.begins), to_host(self.ends), strict=True))
+        return self._spans
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Training windows: groups of whole runs among which a resampler ranks its tokens.
+    """Training windows: groups of whole runs among which a resampler may rank its tokens.
 
     sizes: tokens of each window, in the order of the stream; they add up to T.
     samples: the index of each window in the data order, which keys its random draws.
+    of_runs: the window that each run lies in, on the host and on the device; ids: the samples, on the device. A stream
+        fills them in.
     """
 
     sizes: tuple[int, ...]
     samples: tuple[int, ...]
+    of_runs: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    index: Int64[Tensor, " R"] | None = field(default=None, compare=False, repr=False)
+    ids: Int64[Tensor, " W"] | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def each(cls, runs: Runs) -> Windows:
+        """Every run as a window of its own, numbered as they come."""
+        index = torch.arange(runs.count, device=runs.bounds.device)
+        samples = tuple(range(runs.count))
+        return cls(runs.lengths, samples, samples, index, index)
+
+    def over(self, runs: Runs) -> Windows:
+        """These windows over the runs of a stream."""
+        device, of_runs = runs.bounds.device, _window_of_runs(runs.lengths, self.sizes)
+        ids = torch.tensor(self.samples, dtype=torch.int64, device=device)
+        return replace(self, of_runs=of_runs, index=torch.tensor(of_runs, dtype=torch.int64, device=device), ids=ids)
+
+    @property
+    def are_runs(self) -> bool:
+        """Whether every window is one run."""
+        return self.of_runs == tuple(range(len(self.sizes)))
+
+    def resized(self, sizes: tuple[int, ...]) -> Windows:
+        """The same windows with other numbers of tokens."""
+        return replace(self, sizes=sizes)
+
+    def by_run(self, runs: Runs) -> Windows:
+        """Every run as a window of its own that keeps the sample of the window it lay in."""
+        assert self.ids is not None
+        assert self.index is not None
+        samples = tuple([self.samples[window] for window in self.of_runs])
+        each = torch.arange(runs.count, device=self.ids.device)
+        return Windows(runs.lengths, samples, tuple(range(runs.count)), each, self.ids.index_select(0, self.index))
+
+
+def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    windows, window, left = [], 0, sum(sizes[:1])
+    for length in lengths:
+        while left == 0 and window + 1 < len(sizes):
+            window += 1
+            left = sizes[window]
+        windows.append(window)
+        left -= length
+    return tuple(windows)
 
 
 @dataclass(frozen=True)
 class Stream:
     """What the layers know about the rows of `hidden (T, D)`.
 
-    lengths: tokens of each run, as host integers. A run is a piece of one sequence (in training, of one document), and
-        attention never leaves it.
+    runs: where each run begins and ends. A run is a piece of one sequence (in training, of one document), and attention
+        never leaves it.
     order: each token's place in its sequence, which causality goes by.
     positions: what rotation goes by; the same tensor as `order` unless a position scheme says otherwise.
-    slots: the state slot that each run continues, or None without a state.
+    slots: the state slot that each run continues, or None without a state. rows: where that slot's memory lies, on the
+        device.
     windows: the training windows, or None outside training.
     outputs: rows whose outputs are needed, or None for all.
     passengers: per-token tensors (T, ...) that travel along when a resampler gathers tokens.
     """
 
-    lengths: tuple[int, ...]
+    runs: Runs
     order: Int64[Tensor, " T"]
     positions: Int64[Tensor, " T"]
     slots: tuple[int, ...] | None = None
+    rows: Int64[Tensor, " R"] | None = None
     windows: Windows | None = None
     outputs: Int64[Tensor, " O"] | None = None
     passengers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -55,43 +220,41 @@ class Stream:
         lengths: Sequence[int],
         *,
         starts: Sequence[int] | None = None,
-        slots: Sequence[int] | None = None,
         windows: Windows | None = None,
         device: torch.device | str = "cpu",
     ) -> Stream:
         """A stream of runs, run `r` beginning at place `starts[r]` (0 by default) of its sequence."""
-        pieces = zip(lengths, starts or [0] * len(lengths), strict=True)
-        order = torch.cat([torch.arange(start, start + n, device=device) for n, start in pieces] or [torch.arange(0)])
-        return cls(tuple(lengths), order, order, None if slots is None else tuple(slots), windows)
+        runs = Runs.of(lengths, device)
+        order = runs.places
+        if starts is not None and any(starts):
+            order = order + torch.tensor(list(starts), device=device).index_select(0, runs.of_token)
+        return cls(runs, order, order, windows=None if windows is None else windows.over(runs))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each run, as host integers."""
+        return self.runs.lengths
 
     @property
     def tokens(self) -> int:
         """T, the rows of the stream."""
-        return sum(self.lengths)
-
-    @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """Row where each run begins, and T at the end: R + 1 integers."""
-        return (0, *accumulate(self.lengths))
-
-    @cached_property
-    def run_of_token(self) -> Int64[Tensor, " T"]:
-        """The run that each row belongs to."""
-        lengths = torch.tensor(self.lengths, device=self.order.device)
-        return torch.repeat_interleave(torch.arange(len(self.lengths), device=self.order.device), lengths)
+        return self.runs.tokens
 
     def last_rows(self) -> Stream:
         """The same stream, with outputs needed at the last row of each run that has one."""
-        rows = [end - 1 for end, length in zip(self.bounds[1:], self.lengths, strict=True) if length]
-        return replace(self, outputs=torch.tensor(rows, device=self.order.device))
+        rows = self.runs.bounds[1:] - 1
+        if 0 in self.lengths:
+            filled = [run for run, length in enumerate(self.lengths) if length]
+            rows = rows[torch.tensor(filled, dtype=torch.int64, device=rows.device)]
+        return replace(self, outputs=rows)
 
     def carrying(self, **passengers: Tensor) -> Stream:
         """The same stream with more passengers."""
         return replace(self, passengers={**self.passengers, **passengers})
 
-    def gather(self, rows: Int64[Tensor, " K"], lengths: Sequence[int], windows: Windows | None = None) -> Stream:
-        """The stream of the given rows (ascending), of which run `r` keeps `lengths[r]`; empty runs stay."""
+    def gather(self, rows: Int64[Tensor, " K"], runs: Runs, windows: Windows | None = None) -> Stream:
+        """The stream of the given rows (ascending), whose runs are `runs`: as many as here, some of them empty."""
         order = self.order.index_select(0, rows)
         positions = order if self.positions is self.order else self.positions.index_select(0, rows)
         passengers = {name: value.index_select(0, rows) for name, value in self.passengers.items()}
-        return Stream(tuple(lengths), order, positions, self.slots, windows, None, passengers)
+        return Stream(runs, order, positions, self.slots, self.rows, windows, None, passengers)

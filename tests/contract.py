@@ -17,39 +17,32 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longwave.config import (
-    AttentionConfig,
-    InfllmConfig,
-    InitConfig,
-    LightningConfig,
-    MLPConfig,
-    ModelConfig,
-    ScalesConfig,
-    SubllmConfig,
-)
+from longwave.blocks import BLOCKS
+from longwave.config import InitConfig, ModelConfig, ScalesConfig
 from longwave.laws import ALL, Law
-from longwave.layers.block import BLOCKS
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig, InfllmConfig, LightningConfig, WindowConfig
 from longwave.model import Decoder
-from longwave.resamplers import RESAMPLERS
+from longwave.resamplers import BRACKETS, SubllmConfig
 from longwave.states import State
 from longwave.stream import Stream, Windows
 
 VOCABULARY, WIDTH, WINDOW = 61, 32, 5
 SPARSE = InfllmConfig(kernel_size=2, kernel_stride=1, block_size=2, window_size=2, topk=2, dense_len=9)
-NEEDS: dict[str, dict[str, Any]] = {"S": {"infllm": SPARSE}}
+NEEDS: dict[str, dict[str, Any]] = {"S": {"infllm": SPARSE}, "W": {"window": WindowConfig(WINDOW)}}
 MINIMAX = LightningConfig(slopes="minimax", silu="qkv", qk_norm=False, rotary=False, scale="1")
 ARGUMENTS = {"subllm": "0.6"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model to hold to the laws: a layout, and config fields by name; `window` where a block has a sliding window."""
+    """A model to hold to the laws: a layout, and config fields by name."""
 
     layout: str
     fields: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
-        attention = AttentionConfig(heads=4, kv_heads=2, window=WINDOW if "W" in self.layout else None)
+        attention = AttentionConfig(heads=4, kv_heads=2)
         needs = {name: value for part in NEEDS if part in self.layout for name, value in NEEDS[part].items()}
         plain = {"attention": attention, "mlp": MLPConfig(40), "init": InitConfig(std=0.2)}
         return ModelConfig(VOCABULARY, WIDTH, self.layout, **{**plain, **needs, **self.fields})
@@ -57,7 +50,7 @@ class Case:
 
 def _cases() -> dict[str, Case]:
     blocks = {f"block {letter}": Case(f"3{letter}") for letter in BLOCKS}
-    levels = {name: f"{name}({ARGUMENTS.get(name, '0.5')}:" for name in RESAMPLERS}
+    levels = {name: f"{name}({ARGUMENTS.get(name, '0.5')}:" for name in BRACKETS}
     one = {f"resampler {name}": Case(f"F {level} F) F") for name, level in levels.items()}
     inside = {
         f"{name} around {letter}": Case(f"{letter} {level} {letter} {level} {letter}) {letter}) {letter}")
@@ -102,6 +95,8 @@ def decoder(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64) -> De
     model = Decoder(case.config(), seed)
     with torch.no_grad():
         for resampler in model.resamplers:
+            if not isinstance(resampler, Subllm):
+                continue
             resampler.score.weight.mul_(8)
             resampler.bypass.uniform_(0.3, 1.1, generator=torch.Generator().manual_seed(seed))
             if resampler.config.selection == "causal":
@@ -120,8 +115,8 @@ def model_of(name: str, training: bool = False, dtype: torch.dtype = torch.float
 
 def declared(model: Decoder, training: bool) -> frozenset[Law]:
     """The laws that every part of the model keeps."""
-    parts = [*(block.mixer.laws for block in model.blocks), *(resampler.laws for resampler in model.resamplers)]
-    return ALL.intersection(*(laws.training if training else laws.inference for laws in parts))
+    laws = [part.laws for part in model.parts]
+    return ALL.intersection(*(one.training if training else one.inference for one in laws))
 
 
 @torch.no_grad()

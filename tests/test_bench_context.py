@@ -34,12 +34,15 @@ from longwave.benchmarks.measure.timing import Timing
 from longwave.benchmarks.results.results import Model
 from longwave.checkpoints import save
 from longwave.cli import main
-from longwave.config import AttentionConfig, LightningConfig, MLPConfig, ModelConfig, SubllmConfig
+from longwave.config import ModelConfig
 from longwave.costs import total
 from longwave.data.sources import documents
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig, LightningConfig
 from longwave.model import Decoder
+from longwave.resamplers import SubllmConfig
 
 CPU = torch.device("cpu")
 LAYOUTS = ["2F", "F W", "F subllm(0.64: F subllm(0.5: F)) W", "F 2L", "L subllm(0.64: L) F"]

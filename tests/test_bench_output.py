@@ -24,9 +24,11 @@ from longwave.benchmarks.results.picture import draw
 from longwave.benchmarks.results.results import Model, Results, Row
 from longwave.benchmarks.results.table import bars, show, tables
 from longwave.cli import main
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig
+from longwave.config import ModelConfig
 from longwave.costs import Peaks, Work
 from longwave.errors import UserError
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 
 PEAKS = Peaks(bandwidth=1e12, flops=1e10)

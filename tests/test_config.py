@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig, SubllmConfig, build, retention_of
+from longwave.config import ModelConfig, build
 from longwave.errors import UserError
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
+from longwave.resamplers import SubllmConfig
+from longwave.resamplers.subllm import retention_of
 
 PLAIN: dict[str, Any] = {
     "vocab_size": 61,

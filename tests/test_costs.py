@@ -12,8 +12,8 @@ import torch
 from contract import CASES, Case, decoder, step
 from torch.utils.flop_counter import FlopCounterMode
 
-from longwave.config import AttentionConfig
 from longwave.costs import by_kind, total
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 from longwave.stream import Stream
 

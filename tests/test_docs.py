@@ -20,9 +20,9 @@ from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, run
 
 import longwave
 from longwave import cli
+from longwave.blocks import BLOCKS
 from longwave.checkpoints import save
 from longwave.data.tokenizer import Tokenizer
-from longwave.layers.block import BLOCKS
 from longwave.mixers import MIXERS
 from longwave.model import Decoder
 from longwave.training.recipe import Recipe

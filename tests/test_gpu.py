@@ -10,10 +10,13 @@ import runs
 import torch
 from torch import Tensor
 
-from longwave.config import AttentionConfig, InfllmConfig, MLPConfig, ModelConfig, SubllmConfig, build
+from longwave.config import ModelConfig, build
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig, InfllmConfig
 from longwave.model import Decoder
 from longwave.ops.attention import attention
 from longwave.ops.block_sparse import Geometry, block_sparse_attention
+from longwave.resamplers import SubllmConfig
 from longwave.stream import Stream, Windows
 from longwave.training.loop import Interrupted
 from longwave.training.recipe import Recipe

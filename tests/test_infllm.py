@@ -12,10 +12,11 @@ import torch
 from contract import SPARSE, Case, alone, declared, decoder, distance, in_pieces, step
 from torch import Tensor
 
-from longwave.config import AttentionConfig, InfllmConfig, MLPConfig, ModelConfig, build
+from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.laws import Law
-from longwave.mixers import InfllmAttention
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig, InfllmAttention, InfllmConfig
 from longwave.model import Decoder
 from longwave.ops.block_sparse import compress
 from longwave.stream import Stream

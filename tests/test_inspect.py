@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_report import HOSTILE, Page, drawn_file, is_ready
 
 import longwave as lw
+from longwave.blocks import BLOCKS
 from longwave.cli import main
 from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
@@ -27,7 +28,6 @@ from longwave.inspection.flops import TokenFlops, extremes, token_flops
 from longwave.inspection.inspect import block_before
 from longwave.inspection.source import pieces
 from longwave.inspection.trace import LevelTrace, by_token, trace_levels, watching_levels
-from longwave.layers.block import BLOCKS
 from longwave.model import Decoder
 from longwave.ops.attention import attention
 from longwave.ops.attention.weights import attention_weights

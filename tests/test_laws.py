@@ -36,12 +36,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longwave.blocks import BLOCKS
 from longwave.errors import UserError
 from longwave.laws import ALL, Law
-from longwave.layers.block import BLOCKS
 from longwave.mixers import MIXERS
 from longwave.model import Decoder
-from longwave.resamplers import RESAMPLERS
+from longwave.resamplers import BRACKETS
 from longwave.states import Extents, PerToken, State, StateSpec
 from longwave.stream import Stream, Windows
 
@@ -57,7 +57,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 def test_every_registered_part_is_in_a_case():
     letters = {letter for case in CASES.values() for letter in case.layout if letter in BLOCKS}
     assert letters == set(BLOCKS)
-    assert all(any(f"{name}(" in case.layout for case in CASES.values()) for name in RESAMPLERS)
+    assert all(any(f"{name}(" in case.layout for case in CASES.values()) for name in BRACKETS)
     assert {kind.mixer for kind in BLOCKS.values()} == set(MIXERS)
 
 

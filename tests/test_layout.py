@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longwave.blocks import BLOCKS
 from longwave.errors import UserError
-from longwave.layers.block import BLOCKS
 from longwave.layout import Blocks, Layout, Resampled, check_names, parse
-from longwave.resamplers import RESAMPLERS
+from longwave.resamplers import BRACKETS
 
 LETTERS = st.sampled_from("ABCFLSWZ")
 BLOCK = st.builds(Blocks, st.integers(1, 30), LETTERS)
@@ -98,7 +98,7 @@ def test_a_mistake_is_pointed_at(text: str, at: int, message: str):
 )
 def test_an_unknown_name_is_pointed_at(text: str, at: int, message: str):
     with pytest.raises(UserError) as caught:
-        check_names(text, parse(text), BLOCKS, RESAMPLERS)
+        check_names(text, parse(text), BLOCKS, BRACKETS)
     assert str(caught.value).startswith(f"layout, character {at + 1}: {message}")
     assert all(letter in str(caught.value) for letter in BLOCKS) or "resampler" in message
 

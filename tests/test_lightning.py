@@ -11,10 +11,10 @@ import torch
 from contract import CASES, Case, alone, decoder, distance, in_pieces, model_of, step
 from torch import Tensor
 
-from longwave.config import LightningConfig, ModelConfig
+from longwave.config import ModelConfig
 from longwave.errors import UserError
 from longwave.layers.rotary import Rotation, angles
-from longwave.mixers import LightningAttention
+from longwave.mixers import LightningAttention, LightningConfig
 from longwave.mixers.lightning import slopes
 from longwave.model import Decoder
 from longwave.stream import Stream

@@ -25,10 +25,12 @@ import longwave
 from longwave import files, plan
 from longwave.checkpoints import load, load_config, save, weights
 from longwave.checkpoints.weights import WeightFiles
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig
+from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.files.checksum import joined
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 
 

@@ -20,10 +20,9 @@ from longwave import cli
 from longwave.checkpoints import FORMATS, load, load_config, save
 from longwave.checkpoints.families import TABLE
 from longwave.checkpoints.foreign import disassemble
-from longwave.config import InfllmConfig, LightningConfig
 from longwave.errors import UserError
 from longwave.hf import LongwaveForCausalLM
-from longwave.mixers import InfllmAttention
+from longwave.mixers import InfllmAttention, InfllmConfig, LightningConfig
 from longwave.model import Decoder
 from longwave.plan import meta_model
 from longwave.stream import Stream

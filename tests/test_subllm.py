@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from longwave.config import AttentionConfig, InitConfig, MLPConfig, ModelConfig, SubllmConfig, retention_of
+from longwave.config import InitConfig, ModelConfig
 from longwave.draws import uniform
+from longwave.layers.mlp import MLPConfig
 from longwave.layers.rotary import Rotation, angles
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
-from longwave.resamplers import Clock, Subllm
+from longwave.resamplers import Clock, Subllm, SubllmConfig
 from longwave.resamplers.regulators import Limits, balance, limit, limits, nudge
 from longwave.resamplers.selection import (
     SAMPLERS,
@@ -38,6 +40,7 @@ from longwave.resamplers.selection import (
     uniform_sample,
     window_keys,
 )
+from longwave.resamplers.subllm import retention_of
 from longwave.stream import Stream, Windows
 
 SEEDS = [0, 1, 2]
@@ -1021,7 +1024,9 @@ def refuse(*args, **kwargs): raise OSError("no network in this test")
 socket.socket.connect = refuse
 for name in ("flash_attn", "fla", "xformers", "transformers", "triton"): sys.modules[name] = None
 import torch
-from longwave.config import AttentionConfig, MLPConfig, ModelConfig
+from longwave.config import ModelConfig
+from longwave.layers.mlp import MLPConfig
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 from longwave.stream import Stream
 model = Decoder(ModelConfig(61, 32, "F subllm(0.64: F subllm(0.64: F) F) F", AttentionConfig(4), MLPConfig(40)))

@@ -41,6 +41,7 @@ from longwave.costs import Peaks, Work, count
 from longwave.device import device_of, dtype_of
 from longwave.model import Decoder
 from longwave.progress import say
+from longwave.resamplers import Kept
 from longwave.states import State
 from longwave.stream import Stream, Windows
 
@@ -147,11 +148,11 @@ class Longwave:
         found = [Part("embed", "embedding", decoder.embed), Part("norm", "norms", decoder.norm)]
         for block in decoder.blocks:
             name = block.site.name
-            found += [Part(name, "residuals", block), Part(f"{name}.mixer", f"mixers {block.letter}", block.mixer)]
-            norms = {"mixer_norm": block.mixer_norm, "mlp_norm": block.mlp_norm}
-            found += [Part(f"{name}.{inner}", "norms", norm) for inner, norm in norms.items()]
-            found.append(Part(f"{name}.mlp", "MLPs", block.mlp))
-        return found + [Part(one.site.name, "resamplers", one) for one in decoder.resamplers]
+            found.append(Part(name, "residuals", block))
+            for inner, (norm, part) in zip(block.names, block.branches(), strict=True):
+                kind = "MLPs" if part.role == "mlp" else f"{part.role}s {block.letter}"
+                found += [Part(f"{name}.{inner}", kind, part), Part(f"{name}.{inner}_norm", "norms", norm)]
+        return found + [Part(one.site.name, "resamplers", one) for one in decoder.brackets]
 
     def _mean_loss(self, tokens: Tensor) -> Tensor:
         sizes = (tokens.shape[1],) * tokens.shape[0]
@@ -173,7 +174,7 @@ class Longwave:
     def _decoding(self, state: State, following: Tensor) -> Decoding:
         context, (batch, steps) = state.seen[0], following.shape
         state.reorder([0] * batch)
-        _make_room(state, steps)
+        state.make_room(steps)
         recurs = any(spec.per_sequence for spec in state.specs.values())
         snapshots = [state.snapshot(slot) for slot in range(batch)] if recurs else []
         used, reserved = state.used_bytes(), state.reserved_bytes()
@@ -185,7 +186,7 @@ class Longwave:
             if recurs:
                 for snapshot in snapshots:
                     state.restore(snapshot)
-                _make_room(state, steps)
+                state.make_room(steps)
                 return
             for slot in range(batch):
                 state.truncate(slot, context)
@@ -199,13 +200,6 @@ class Longwave:
         load = decode_load(self.decoder, state, context, steps)
         forget()
         return Decoding(run, load, used, reserved)
-
-
-def _make_room(state: State, steps: int) -> None:
-    """Reserves memory for so many more tokens of every slot, so that decoding them allocates nothing."""
-    for slot in range(state.slots):
-        for part in (state.of(name, slot) for name in state.specs):
-            part.reserve(part.held + steps)
 
 
 def computing_in(precision: str, device: torch.device) -> torch.autocast:
@@ -449,7 +443,7 @@ def decode_load(model: Decoder, state: State, context: int, steps: int) -> Load:
     """The tokens that reached each level while so many steps were decoded, from a state that holds all of them."""
     levels = {-1: Level.whole(context, state.slots, steps)}
     for resampler in model.resamplers:
-        kept = [state.of(resampler.site.name, slot).view("order").flatten() for slot in range(state.slots)]
+        kept = [state.places(resampler.index, slot) for slot in range(state.slots)]
         new = torch.cat([places[places >= context] for places in kept])
         levels[resampler.index] = Level(
             held=mean(int((places < context).sum()) + int((places >= context).sum()) / 2 for places in kept),
@@ -467,19 +461,16 @@ def force_retention(model: Decoder, tokens: Int64[Tensor, " N"]) -> tuple[float,
     """
     model.eval()
     for resampler in model.resamplers:
-        seen: list[Tensor] = []
-        hook = resampler.score.register_forward_hook(lambda module, inputs, scores, seen=seen: seen.append(scores))
-        one_pass(model, tokens, 1)
-        hook.remove()
-        ordered = seen[0].double().sort(descending=True).values
-        kept = min(round(ordered.numel() * float(resampler.retention)), ordered.numel() - 1)
-        resampler.threshold.low.copy_((ordered[kept - 1] + ordered[kept]) / 2 if kept else ordered[0])
+        scores: dict[int, Tensor] = {}
+        with model.watching(lambda level, _, selection, seen=scores: seen.update({level.index: selection.scores})):
+            one_pass(model, tokens, 1)
+        resampler.force(scores[resampler.index])
     return retention_in(model, lambda: one_pass(model, tokens, 1))[1]
 
 
 def retention_in(model: Decoder, inference: Callable[[], T]) -> tuple[T, tuple[float, ...]]:
     """The result of `inference`, and the share of the tokens entering each level that the model kept meanwhile."""
-    for resampler in model.resamplers:
-        resampler.kept_of = [0, 0]
-    result = inference()
-    return result, tuple(kept / max(met, 1) for kept, met in (resampler.kept_of for resampler in model.resamplers))
+    kept = Kept.of(model.resamplers)
+    with model.watching(kept):
+        result = inference()
+    return result, kept.shares

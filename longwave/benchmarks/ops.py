@@ -85,8 +85,10 @@ def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptio
     sizes: dict[str, Any] = {}
     if model is not None:
         config = plan.model_config(model)
-        sizes = {"heads": config.attention.heads, "kv_heads": config.kv_heads, "head_size": config.head_size}
-        sizes |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size, "window": config.attention.window}
+        heads, window = config.table("attention"), config.tables.get("window")
+        sizes = {"heads": heads.heads, "kv_heads": heads.groups, "head_size": heads.size_in(config.hidden_size)}
+        sizes |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}
+        sizes |= {"window": window.size} if window else {}
     elif "heads" in chosen:
         sizes = {"kv_heads": chosen["heads"]}
     return build(OpsOptions, sizes | dict(chosen), "bench ops")

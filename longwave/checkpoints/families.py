@@ -19,7 +19,8 @@ from typing import Any, Literal
 from longwave.checkpoints.foreign import Row
 from longwave.checkpoints.hybrid import Hybrid
 from longwave.config import ModelConfig, RotaryScaling, ScalesConfig
-from longwave.layout import Blocks, parse
+from longwave.layout import Blocks
+from longwave.mixers import AttentionConfig
 
 TABLE = (
     Row("model.embed_tokens.weight", "embed.weight"),
@@ -84,11 +85,13 @@ class Family:
 
     def _rules(self, config: ModelConfig) -> Iterator[tuple[bool, str, object, str]]:
         """Whether a rule is kept, by which field of the config, its value, and what would do."""
-        attention, width, letters = config.attention, config.hidden_size, _letters(config)
+        width, letters = config.hidden_size, _letters(config)
         scaling, kinds = config.rotary.scaling, ", ".join(self.scalings)
         kinds_of_block = "hybrid" if self.hybrid else self.windows
         alike = kinds_of_block in ("some", "hybrid") or len(letters) == 1
         yield letters <= _LETTERS[kinds_of_block] and alike, "layout", config.layout, _BLOCKS[kinds_of_block]
+        attention: AttentionConfig = config.table("attention")
+        size = attention.size_in(width)
         normed = self.qk_norm in (None, attention.qk_norm)
         yield normed, "attention.qk_norm", attention.qk_norm, f"it is {self.qk_norm}"
         yield attention.qkv_bias in _QKV_BIAS[self.bias], "attention.qkv_bias", attention.qkv_bias, _BIASES[self.bias]
@@ -97,8 +100,8 @@ class Family:
         yield self.mlp_bias or not config.mlp.bias, "mlp.bias", config.mlp.bias, "it is False"
         whole = self.head_size != "whole" or width % attention.heads == 0
         yield whole, "hidden_size", width, f"a multiple of the {attention.heads} heads"
-        shared = self.head_size != "shared" or letters == {"L"} or config.head_size * attention.heads == width
-        yield shared, "attention.head_size", config.head_size, "hidden_size / heads"
+        shared = self.head_size != "shared" or letters == {"L"} or size * attention.heads == width
+        yield shared, "attention.head_size", size, "hidden_size / heads"
         yield self.mup or config.scales == ScalesConfig(), "scales", config.scales, "all are 1"
         yield scaling is None or scaling.kind in self.scalings, "rotary.scaling.kind", _kind(scaling), kinds
         yield from self.hybrid.rules(config) if self.hybrid else ()
@@ -120,8 +123,8 @@ _BIASES = {
 
 
 def _letters(config: ModelConfig) -> set[str]:
-    """The letters of a layout, and the names of its resamplers."""
-    return {item.letter if isinstance(item, Blocks) else item.name for item in parse(config.layout).walk()}
+    """The letters of a layout, and the names of its brackets."""
+    return {item.letter if isinstance(item, Blocks) else item.name for item in config.parsed.walk()}
 
 
 def _kind(scaling: RotaryScaling | None) -> str | None:

@@ -13,6 +13,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import FLOATS, Described, Weights, check
 from longwave.config import ModelConfig
 from longwave.errors import UserError
+from longwave.layers.constant import Constant
 from longwave.layout import parse
 from longwave.model import Decoder
 
@@ -107,6 +108,9 @@ def fill(model: Decoder, weights: Weights, held: Mapping[str, Holding], wishes: 
     for stored in list(read):
         native |= held[stored].take(read.pop(stored), own)
     model.load_state_dict({name: native[flat] for name, flat in names.items()}, assign=True)
+    for module in model.modules():
+        if isinstance(module, Constant):
+            module.restore(model.embed.weight.device)
     return model.eval()
 
 

@@ -75,18 +75,18 @@ def assemble(
     source: where the config comes from. UserError for a missing, unexpected or misshapen tensor, by its foreign name.
     """
     model = empty(config, weights, source)
-    for resampler in model.resamplers:
-        resampler.threshold = type(resampler.threshold)()
+    for bracket in model.brackets:
+        bracket.reset()
     return fill(model, weights, holdings(flat_names(model).values(), table, numbering), wishes)
 
 
 def disassemble(model: Decoder, table: Sequence[Row], numbering: Numbering | None = None) -> dict[str, Tensor]:
-    """The weights of a model under their foreign names; thresholds have none."""
+    """The weights of a model under their foreign names; the buffers of brackets have none."""
     names = flat_names(model)
     native = {names[name]: tensor for name, tensor in model.state_dict().items()}
     held = holdings(native, table, numbering)
     left = set(native) - {name for holding in held.values() for name in holding.ours}
-    assert all(".threshold." in name for name in left), left
+    assert not left & {names[name] for name, _ in model.named_parameters()}, left
     return {theirs: holding.give(native) for theirs, holding in held.items()}
 
 

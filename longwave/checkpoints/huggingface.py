@@ -20,6 +20,7 @@ from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.files.jsonfile import shown
 from longwave.layout import Blocks, Layout
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 
 _TYPES = {"full_attention": "F", "sliding_attention": "W"}
@@ -70,6 +71,7 @@ def config_from(
         "norm_eps": theirs.get("rms_norm_eps", float, 1e-6),
         "tie_embeddings": theirs.get("tie_word_embeddings", bool, False),
         **(family.hybrid.read(theirs, letters) if family.hybrid else {}),
+        **({"window": {"size": theirs.positive("sliding_window")}} if "W" in letters else {}),
     }
     if family.hybrid and stored is not None:
         family.hybrid.refuse_other_parts(theirs, letters, stored)
@@ -81,9 +83,11 @@ def config_json(family: Family, model: Decoder, ids: dict[str, Any]) -> dict[str
 
     ids: of special tokens, as `transformers` names them.
     """
-    config, attention = model.config, model.config.attention
+    config = model.config
     if problem := family.problem(config):
         refuse_unless(False, family.model_type, *problem)
+    attention: AttentionConfig = config.table("attention")
+    size = attention.size_in(config.hidden_size)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -93,8 +97,8 @@ def config_json(family: Family, model: Decoder, ids: dict[str, Any]) -> dict[str
         "intermediate_size": config.mlp.size,
         "num_hidden_layers": model.layout.depth,
         "num_attention_heads": attention.heads,
-        "num_key_value_heads": config.kv_heads,
-        **({} if family.head_size == "shared" and not family.hybrid else {"head_dim": config.head_size}),
+        "num_key_value_heads": attention.groups,
+        **({} if family.head_size == "shared" and not family.hybrid else {"head_dim": size}),
         "hidden_act": "silu",
         "max_position_embeddings": config.context_window,
         "initializer_range": config.init.std,
@@ -146,7 +150,6 @@ def _attention(family: Family, theirs: ForeignConfig, letters: list[str], stored
         "qkv_bias": keyed or family.bias == "qkv",
         "output_bias": keyed,
         "qk_norm": _has_norms(letters, stored) if family.qk_norm is None else family.qk_norm,
-        "window": theirs.positive("sliding_window") if "W" in letters else None,
     }
 
 
@@ -195,7 +198,8 @@ def _typed(theirs: ForeignConfig, key: str, known: Mapping[str, str], depth: int
 
 
 def _written_windows(family: Family, model: Decoder) -> dict[str, Any]:
-    window, letters = model.config.attention.window, [block.letter for block in model.blocks]
+    letters = [block.letter for block in model.blocks]
+    window = model.config.table("window").size if "W" in letters else None
     if family.windows == "none":
         return {}
     if family.windows == "all":

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longwave.checkpoints.foreign import ForeignConfig
-from longwave.config import InfllmConfig, LightningConfig, ModelConfig, build
+from longwave.config import ModelConfig, build
+from longwave.mixers import AttentionConfig, InfllmConfig, LightningConfig
 
 _LINEAR = ("lightning-attn", "lightning", "lightning_attn")  # the first is written
 _GEOMETRY = ("kernel_size", "kernel_stride", "init_blocks", "block_size", "window_size", "topk")
@@ -48,13 +49,14 @@ class Hybrid:
 
     def write(self, config: ModelConfig, letters: Sequence[str]) -> dict[str, Any]:
         """The keys of `config.json`."""
-        linear, softmax = config.lightning or LightningConfig(), _softmax(config)
-        heads = linear.heads or config.attention.heads
+        linear, softmax = _linear(config), _softmax(config)
+        attention: AttentionConfig = config.table("attention")
+        heads = linear.heads or attention.heads
         return {
             "mixer_types": [{"S": self.softmax, "L": _LINEAR[0]}[letter] for letter in letters],
             "lightning_nh": heads,
             "lightning_nkv": linear.kv_heads or heads,
-            "lightning_head_dim": linear.head_size or config.head_size,
+            "lightning_head_dim": linear.head_size or attention.size_in(config.hidden_size),
             "lightning_scale": linear.scale,
             "lightning_use_rope": linear.rotary,
             self.qk_norm: linear.qk_norm,
@@ -67,7 +69,7 @@ class Hybrid:
 
     def rules(self, config: ModelConfig) -> Iterator[Rule]:
         """What a model of the family must keep to: whether it does, by which field, its value, and what would do."""
-        linear, softmax = config.lightning or LightningConfig(), _softmax(config)
+        linear, softmax = _linear(config), _softmax(config)
         yield linear.slopes == "alibi", "lightning.slopes", linear.slopes, "it is alibi"
         yield linear.silu == "none", "lightning.silu", linear.silu, "it is none"
         yield softmax.denominator == "coarse", "infllm.denominator", softmax.denominator, "it is coarse"
@@ -109,8 +111,13 @@ class Hybrid:
         return dataclasses.asdict(build(InfllmConfig, {"rotary": rotary, "output_gate": gate, **shape}, source))
 
 
+def _linear(config: ModelConfig) -> LightningConfig:
+    """The settings of L blocks."""
+    return config.table("lightning")
+
+
 def _softmax(config: ModelConfig) -> InfllmConfig:
-    """What S blocks are; where there are none, what no family minds."""
+    """The settings of S blocks; for a model without any, settings that every family can write."""
     return config.infllm or InfllmConfig(regime="auto" if "S" in config.layout else "dense")
 
 

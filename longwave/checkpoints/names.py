@@ -11,7 +11,7 @@ def flat_names(model: Decoder) -> dict[str, str]:
     Blocks and resamplers are numbered flat, in the order of the layout, so that a Llama and a SUBLLM of one shape have
     the same names for what they share: `blocks.7.mixer.q_proj.weight`, `resamplers.0.score.weight`.
     """
-    modules = {id(part): part.site.name for part in (*model.blocks, *model.resamplers)}
+    modules = {id(part): part.site.name for part in (*model.blocks, *model.brackets)}
     prefixes = {name: modules[id(module)] for name, module in model.named_modules() if id(module) in modules}
     ordered = sorted(prefixes, key=len, reverse=True)  # the innermost part that holds a tensor names it
     names = {}

@@ -19,7 +19,7 @@ from longwave.model import Decoder
 from longwave.version import __version__
 
 MODEL_TYPE = "longwave"
-FORMAT = 1
+FORMAT = 2
 STUB = "modeling_longwave.py"
 _STUB_TEXT = '''"""By this file `trust_remote_code=True` finds longwave, which must be installed."""
 
@@ -59,13 +59,23 @@ def config_json(model: Decoder) -> dict[str, Any]:
 
 def config_from(values: dict[str, Any], source: str) -> ModelConfig:
     """The model config in a parsed `config.json`."""
-    if values.get("longwave_format") != FORMAT:
-        found = values.get("longwave_format")
-        raise UserError(f"{source}: longwave_format = {shown(found)}; this longwave reads format {FORMAT}")
+    found = values.get("longwave_format")
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise UserError(f"{source}: longwave_format = {shown(found)}; this longwave reads formats 1 to {FORMAT}")
     model = values.get("model")
     if not isinstance(model, dict):
         raise UserError(f"{source}: model = {shown(model)}: expected the table that describes the model")
-    return build(ModelConfig, model, source)
+    return build(ModelConfig, _of_format_2(model) if found == 1 else model, source)
+
+
+def _of_format_2(model: dict[str, Any]) -> dict[str, Any]:
+    """The table of a model of format 1, in which the size of a sliding window was a key of `attention`."""
+    attention = model.get("attention")
+    if not isinstance(attention, dict) or "window" not in attention:
+        return model
+    size = attention["window"]
+    attention = {name: value for name, value in attention.items() if name != "window"}
+    return {**model, "attention": attention, **({} if size is None else {"window": {"size": size}})}
 
 
 def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:

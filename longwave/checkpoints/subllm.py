@@ -26,10 +26,12 @@ from longwave.checkpoints.filling import Wishes
 from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless
 from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.weights import INDEX, WEIGHTS, WeightFiles, Weights, write
-from longwave.config import ModelConfig, ScalesConfig, build, retention_of
+from longwave.config import ModelConfig, ScalesConfig, build
 from longwave.errors import UserError
 from longwave.layout import Blocks, Layout, parse
+from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
+from longwave.resamplers.subllm import retention_of
 
 MODEL_TYPE = "subllm"
 _EPS, _ROTARY_BASE = 1e-5, 10000.0
@@ -237,20 +239,17 @@ def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _refuse_what_the_published_code_lacks(model: Decoder) -> None:
-    config, attention = model.config, model.config.attention
-    heads = attention.heads
+    config = model.config
     levels = [part for part in model.layout.walk() if not isinstance(part, Blocks)]
     letters = {part.letter for part in model.layout.walk() if isinstance(part, Blocks)}
     plain = letters == {"F"} and all(level.name == "subllm" for level in levels)
+    refuse_unless(plain, MODEL_TYPE, "layout", config.layout, "only F blocks and subllm(...)")
+    attention: AttentionConfig = config.table("attention")
+    size = attention.size_in(config.hidden_size)
+    whole = size * attention.heads == config.hidden_size
     rules = (
-        (plain, "layout", config.layout, "only F blocks and subllm(...)"),
-        (config.kv_heads == heads, "attention.kv_heads", config.kv_heads, "as many as heads"),
-        (
-            config.head_size * heads == config.hidden_size,
-            "attention.head_size",
-            config.head_size,
-            "hidden_size / heads",
-        ),
+        (attention.groups == attention.heads, "attention.kv_heads", attention.groups, "as many as heads"),
+        (whole, "attention.head_size", size, "hidden_size / heads"),
         (not attention.qkv_bias, "attention.qkv_bias", True, "no biases"),
         (not attention.output_bias, "attention.output_bias", True, "no biases"),
         (not config.mlp.bias, "mlp.bias", True, "no biases"),

@@ -16,6 +16,7 @@ from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.device import device_of
 from longwave.model import Decoder
+from longwave.resamplers import Kept
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ def held_out_loss(
     """
     count = len(data) if windows == 0 else min(windows, len(data))
     device = model.embed.weight.device
-    with _mode(model, training=selection == "training"), torch.no_grad():
+    kept = Kept.of(model.resamplers)
+    with _mode(model, training=selection == "training"), model.watching(kept), torch.no_grad():
         total, tokens = 0.0, 0
         for start in range(0, count, batch_windows):
             batch = data.batch(range(start, min(start + batch_windows, count)))
             total += float(model.loss(*batch.inputs(device)))
             tokens += batch.predicted
-    kept = [resampler.kept_of for resampler in model.resamplers]
-    return HeldOut(total / max(tokens, 1), tokens, tuple(some / max(met, 1) for some, met in kept))
+    return HeldOut(total / max(tokens, 1), tokens, kept.shares)
 
 
 def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
@@ -77,10 +78,8 @@ def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
 
 @contextmanager
 def _mode(model: Decoder, training: bool) -> Iterator[None]:
-    """Puts the model into a mode with fresh retention counts, and back."""
+    """Puts the model into a mode, and back."""
     before = model.training
-    for resampler in model.resamplers:
-        resampler.kept_of = [0, 0]
     model.train(training)
     try:
         yield

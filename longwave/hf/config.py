@@ -61,7 +61,7 @@ class LongwaveConfig(PretrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        return self._described().attention.heads
+        return self._described().table("attention").heads
 
     @property
     def max_position_embeddings(self) -> int:

@@ -29,6 +29,7 @@ from longwave.hf import folder
 from longwave.hf.cache import LongwaveCache
 from longwave.hf.config import LongwaveConfig
 from longwave.hf.door import Columns
+from longwave.layers.head import TiedHead
 from longwave.model import Decoder
 from longwave.ops.cross_entropy import cross_entropy
 from longwave.resamplers import Clock
@@ -89,7 +90,7 @@ class Backbone(nn.Module):
 
     def _samples(self, rows: int) -> tuple[int, ...]:
         """The index of each row among those of the present optimizer step."""
-        clock = self.decoder.resamplers[0].clock if self.decoder.resamplers else None
+        clock = self.decoder.clock
         if clock is not self._clock:
             self._clock, self._windows = clock, 0
         first = self._windows if self.training else 0
@@ -102,7 +103,7 @@ class Backbone(nn.Module):
             return
         if cache is not None:
             raise UserError("a SUBLLM in training mode ranks whole windows, without a cache; call model.eval() first")
-        if self.decoder.resamplers[0].clock is None:
+        if self.decoder.clock is None:
             raise UserError(
                 "a SUBLLM in training mode follows the optimizer step, which it was not told: give Trainer "
                 "callbacks=[longwave.hf.StepCallback()], or call model.decoder.set_step(step, seed) before each step"
@@ -239,13 +240,13 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         return self._head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
 
     def _head(self, hidden: Tensor) -> Tensor:
-        head, weight = self.decoder.head, self.decoder.head_weight
-        logits = F.linear(hidden, weight) if head is None or self._has_plain_head() else head(hidden)
+        plain = self._has_plain_head()
+        logits = F.linear(hidden, self.decoder.head_weight) if plain else self.decoder.head(hidden)
         return logits * self.decoder.config.scales.logits
 
     def _has_plain_head(self) -> bool:
         """Whether the head is its weight; an adapter around it has to be called."""
-        return self.decoder.head is None or isinstance(self.decoder.head, nn.Linear)
+        return isinstance(self.decoder.head, nn.Linear | TiedHead)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the decoder has drawn or loaded its own."""
@@ -295,17 +296,19 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed = cast(nn.Embedding, value)
+        if isinstance(self.decoder.head, TiedHead):
+            self.decoder.head = TiedHead(self.decoder.embed)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, or the embedding that serves as one."""
-        if self.decoder.head is not None:
+        if not self.decoder.config.tie_embeddings:
             return self.decoder.head
         self.decoder.embed.__dict__["bias"] = None  # as of a linear head: TRL reads weight and bias of whatever it gets
         return self.decoder.embed
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if self.decoder.head is not None:
-            self.decoder.head = cast(nn.Linear, new_embeddings)
+        if not self.decoder.config.tie_embeddings:
+            self.decoder.head = cast(Any, new_embeddings)
 
 
 def _check_arguments(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:

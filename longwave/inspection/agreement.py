@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.draws import key, tensor_of_keys, uniforms
+from longwave.draws import keys_of, uniforms
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.trace import LevelTrace
 
@@ -155,7 +155,7 @@ def _against_chance(values: Tensor) -> Statistic:
 
 def _shuffles(groups: Tensor) -> list[Tensor]:
     """Random orders within the groups, whose numbers ascend in steps of one."""
-    keys = tensor_of_keys([key(draw) for draw in range(_DRAWS)], groups.device)
+    keys = keys_of(0, torch.arange(_DRAWS, device=groups.device))
     return [(groups + uniforms(one, groups.numel())).argsort() for one in keys]
 
 

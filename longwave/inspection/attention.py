@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from longwave.layers.block import Block
-from longwave.mixers import FullAttention, Site
+from longwave.blocks import Block
+from longwave.mixers import FullAttention
 from longwave.model import Decoder
 from longwave.ops.attention.weights import attention_weights
+from longwave.part import Site
 
 CELLS = 256  # the most cells along either side of a map
 
@@ -56,9 +57,14 @@ class BlockAttention:
     maps: tuple[AttentionMap, ...]
 
 
+def softmax_of(block: Block) -> FullAttention | None:
+    """The part of a block, if any, that is softmax attention in which every query weighs all tokens it can see."""
+    return next((part for part in block.parts if isinstance(part, FullAttention) and part.sees_all), None)
+
+
 def has_weights(block: Block) -> bool:
-    """Whether a block has softmax attention in which every query weighs all tokens it can see."""
-    return isinstance(block.mixer, FullAttention) and block.mixer.sees_all
+    """Whether there is such a part."""
+    return softmax_of(block) is not None
 
 
 @contextmanager
@@ -73,8 +79,8 @@ def watching_attention(
     found: dict[int, BlockAttention] = {}
     hooks = []
     for block in model.blocks:
-        if block.site.depth in depths and has_weights(block):
-            hooks.append(block.mixer.register_forward_pre_hook(_Watch(heads, found)))
+        if block.site.depth in depths and (part := softmax_of(block)):
+            hooks.append(part.register_forward_pre_hook(_Watch(heads, found)))
     try:
         yield found
     finally:
@@ -94,8 +100,8 @@ class _Watch:
         hidden, stream = inputs[:2]
         assert isinstance(mixer, FullAttention)
         query, key = mixer.queries_and_keys(hidden, stream)
-        tally = _Tally(query.shape[0], self.heads, mixer.window)
-        for start, first, weights in attention_weights(query, key, window=mixer.window, scale=mixer.scale):
+        tally = _Tally(query.shape[0], self.heads, mixer.pattern.window)
+        for start, first, weights in attention_weights(query, key, window=mixer.pattern.window, scale=mixer.scale):
             tally.add(start, first, weights.cpu())
         self.found[mixer.site.depth] = tally.result(mixer.site, stream.order.cpu())
 

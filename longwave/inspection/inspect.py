@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from longwave.api import load
+from longwave.blocks import Block
 from longwave.config import require
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.inspection.agreement import Agreement, agreement
-from longwave.inspection.attention import BlockAttention, has_weights, watching_attention
+from longwave.inspection.attention import BlockAttention, has_weights, softmax_of, watching_attention
 from longwave.inspection.flops import Passage, TokenFlops, extremes, token_flops
 from longwave.inspection.source import Piece, encode, pieces
 from longwave.inspection.trace import LevelTrace, TracedToken, by_token, watching_levels
-from longwave.layers.block import Block
 from longwave.model import Decoder
 from longwave.progress import say
-from longwave.resamplers import Subllm
+from longwave.resamplers import Resampler
 from longwave.stream import Stream
 
 _MOST_MAPS, _FEW_LAYERS, _FEW_HEADS = 64, 4, 2
@@ -39,13 +39,13 @@ class Choice:
 class Level:
     """A level's scores and kept tokens, and their agreement with attention.
 
-    target: the share it was trained to keep. threshold: the score above which it keeps a token. own, other: agreement
-    with the attention of a block of its own model, and of the other model's block at that depth.
+    target: the share it was trained to keep. threshold: the score above which it keeps a token, if it goes by one.
+    own, other: agreement with the attention of a block of its own model, and of the other model's block at that depth.
     """
 
     trace: LevelTrace
     target: float
-    threshold: float
+    threshold: float | None
     own: Agreement
     other: Agreement | None
 
@@ -114,7 +114,7 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     )
 
 
-def block_before(model: Decoder, level: Subllm) -> Block | None:
+def block_before(model: Decoder, level: Resampler) -> Block | None:
     """The last block with softmax attention before a level, which sees all tokens that enter the level."""
     around = [level.site.level]
     while around[-1] >= 0:
@@ -163,7 +163,7 @@ def _level(
     resampler = model.resamplers[trace.index]
     own = _compared(trace, block, blocks, "no token got this far")
     other = None if others is None else _compared(trace, block, others, "the other model ran no attention there")
-    return Level(trace, float(resampler.retention), float(resampler.threshold.low), own, other)
+    return Level(trace, float(resampler.retention), resampler.cutoff, own, other)
 
 
 def _compared(trace: LevelTrace, block: Block | None, blocks: dict[int, BlockAttention], absent: str) -> Agreement:
@@ -187,7 +187,7 @@ def _layers(model: Decoder, asked: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def _heads(model: Decoder, asked: tuple[int, ...] | None) -> tuple[int, ...]:
-    count = model.config.attention.heads
+    count = max([part.heads for block in model.blocks if (part := softmax_of(block))], default=0)
     if asked is None:
         return tuple(range(min(count, _FEW_HEADS)))
     for one in asked:

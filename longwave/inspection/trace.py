@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Tensor
 
 from longwave.model import Decoder
-from longwave.resamplers import Subllm
+from longwave.resamplers import Resampler, Selection
 from longwave.stream import Stream
 
 
@@ -59,41 +58,18 @@ def by_token(levels: Sequence[LevelTrace], tokens: int) -> list[TracedToken]:
 
 @contextmanager
 def watching_levels(model: Decoder) -> Iterator[list[LevelTrace]]:
-    """Watches every level while one text runs through the model; the list is filled when the block ends."""
-    watches = [_Watch(resampler) for resampler in model.resamplers]
+    """Watches every level while one text runs through the model; the list is filled when the block ends.
+
+    A level that no token reaches has seen nothing.
+    """
+    nothing = torch.zeros(0)
+    seen = {level.index: LevelTrace(level.index, nothing.long(), nothing, nothing.bool()) for level in model.resamplers}
+
+    def watch(level: Resampler, stream: Stream, selection: Selection) -> None:
+        kept = torch.zeros(stream.tokens, dtype=torch.bool).index_fill_(0, selection.rows.cpu(), True)
+        seen[level.index] = LevelTrace(level.index, stream.order.cpu(), selection.scores.detach().cpu(), kept)
+
     found: list[LevelTrace] = []
-    try:
+    with model.watching(watch):
         yield found
-    finally:
-        for watch in watches:
-            watch.remove()
-    found += [watch.trace() for watch in watches]
-
-
-class _Watch:
-    """Hooks on one level; one that no token reaches is never called and has seen nothing."""
-
-    def __init__(self, level: Subllm) -> None:
-        self._index = level.index
-        self._places, self._scores, self._kept = torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
-        self._hooks = [
-            level.register_forward_pre_hook(self._enter),
-            level.score.register_forward_hook(self._score),
-            level.body.register_forward_pre_hook(self._stay),
-        ]
-
-    def _enter(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._places = inputs[1].order.cpu()
-
-    def _score(self, module: nn.Module, inputs: tuple[Any, ...], scores: Tensor) -> None:
-        self._scores = scores.cpu()
-
-    def _stay(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._kept = inputs[1].order.cpu()
-
-    def trace(self) -> LevelTrace:
-        return LevelTrace(self._index, self._places, self._scores, torch.isin(self._places, self._kept))
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    found += seen.values()

@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from longwave.config import ModelConfig
+from longwave.config import MOST, ModelConfig, Strict, require
 from longwave.layers.linear import Linear
+from longwave.part import Part, Site
+from longwave.states import State
+from longwave.stream import Stream
 
 
-class MLP(nn.Module):
+@dataclass(frozen=True)
+class MLPConfig(Strict):
+    """SwiGLU feed-forward of `size` inner channels."""
+
+    size: int
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        require(0 < self.size <= MOST, f"mlp.size = {self.size}: 1 or more, at most {MOST}")
+
+
+class MLP(Part):
     """down(silu(gate x) * up x), each token by itself."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        size, bias = config.mlp.size, config.mlp.bias
-        self.gate_proj = Linear(config.hidden_size, size, bias=bias)
-        self.up_proj = Linear(config.hidden_size, size, bias=bias)
-        self.down_proj = Linear(size, config.hidden_size, bias=bias)
+    tables: ClassVar[Mapping[str, type]] = {"mlp": MLPConfig}
+    role = "mlp"
 
-    def forward(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
+    def __init__(self, config: ModelConfig, site: Site) -> None:
+        super().__init__(config, site)
+        shape: MLPConfig = config.table("mlp")
+        self.gate_proj = Linear(config.hidden_size, shape.size, bias=shape.bias)
+        self.up_proj = Linear(config.hidden_size, shape.size, bias=shape.bias)
+        self.down_proj = Linear(shape.size, config.hidden_size, bias=shape.bias)
+
+    def forward(
+        self, hidden: Float[Tensor, "T D"], stream: Stream | None = None, state: State | None = None
+    ) -> Float[Tensor, "T D"]:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
-    def flops(self) -> int:
-        """Matrix-product FLOPs per token."""
+    def prefill_flops(self, tokens: int) -> int:
+        return tokens * self.decode_flops(0)
+
+    def decode_flops(self, context: int) -> int:
         return 2 * 3 * self.gate_proj.in_features * self.gate_proj.out_features

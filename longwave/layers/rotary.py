@@ -13,7 +13,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from longwave.config import Llama3Scaling, LongRopeScaling, ModelConfig, RotaryConfig, RotaryScaling, YarnScaling
+from longwave.config import (
+    Llama3Scaling,
+    LongRopeScaling,
+    ModelConfig,
+    RotaryConfig,
+    RotaryScaling,
+    YarnScaling,
+    require,
+)
 from longwave.stream import Stream
 
 
@@ -32,6 +40,15 @@ class Rotation:
         dtype = torch.promote_types(dtype, torch.float32) if self.precise else dtype
         names = self._names()
         return {name: turn.to(dtype) for name, turn in zip(names, turns(config, positions, self.size), strict=True)}
+
+    def check(self, config: ModelConfig) -> None:
+        """UserError if the config's scaling does not fit heads of this size."""
+        if isinstance(scaling := config.rotary.scaling, LongRopeScaling):
+            for name in ("short_factors", "long_factors"):
+                found, problem = len(getattr(scaling, name)), f"rotary.scaling.{name} has"
+                require(
+                    found == self.size // 2, f"{problem} {found} factors; heads of {self.size} need {self.size // 2}"
+                )
 
     def __call__(self, heads: Float[Tensor, "T H K"], stream: Stream) -> Float[Tensor, "T H K"]:
         """The heads, turned by the angles of the stream's tokens."""

@@ -1,16 +1,17 @@
-"""The token mixers by name; a new one is a file and a line here."""
+"""The token mixers: what moves information between the tokens of a layer, a file for each."""
 
-from longwave.mixers.base import Mixer, Site
-from longwave.mixers.full import FullAttention
-from longwave.mixers.infllm import InfllmAttention
-from longwave.mixers.lightning import LightningAttention
-from longwave.mixers.window import WindowAttention
+from longwave.mixers.full import AttentionConfig, FullAttention
+from longwave.mixers.infllm import InfllmAttention, InfllmConfig
+from longwave.mixers.lightning import LightningAttention, LightningConfig
+from longwave.mixers.window import WindowAttention, WindowConfig
 
-MIXERS: dict[str, type[Mixer]] = {
-    "full": FullAttention,
-    "window": WindowAttention,
-    "lightning": LightningAttention,
-    "infllm": InfllmAttention,
-}
-
-__all__ = ["MIXERS", "FullAttention", "InfllmAttention", "LightningAttention", "Mixer", "Site", "WindowAttention"]
+__all__ = [
+    "AttentionConfig",
+    "FullAttention",
+    "InfllmAttention",
+    "InfllmConfig",
+    "LightningAttention",
+    "LightningConfig",
+    "WindowAttention",
+    "WindowConfig",
+]

@@ -2,34 +2,73 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import ModelConfig
+from longwave.config import MOST, ModelConfig, Strict, require
 from longwave.costs import visible_pairs
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation
-from longwave.mixers.base import Mixer, Site
-from longwave.ops.attention import attention, choose
-from longwave.states import PerToken, State, StateSpec
-from longwave.stream import Stream
-
-Keys: TypeAlias = "Tensor | list[Tensor]"  # in the layout of the stream, or head-major per run where a state holds more
+from longwave.ops.attention import ATTENTION, CAUSAL, Pattern, attention
+from longwave.part import Part, Site
+from longwave.states import Memory, PerToken, State, StateSpec, memory_of
+from longwave.stream import Places, Runs, Stream
 
 
-class FullAttention(Mixer):
+@dataclass(frozen=True)
+class AttentionConfig(Strict):
+    """Softmax attention: query heads, KV heads (as many by default), head size (hidden size / heads by default)."""
+
+    heads: int
+    kv_heads: int | None = None
+    head_size: int | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.heads > 0, f"attention.heads = {self.heads}: 1 or more")
+        groups = self.heads if self.kv_heads is None else self.kv_heads
+        divides = groups > 0 and self.heads % groups == 0
+        require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
+        size = self.head_size
+        require(
+            size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation"
+        )
+
+    @property
+    def groups(self) -> int:
+        """Heads of keys and values."""
+        return self.kv_heads or self.heads
+
+    def size_in(self, hidden_size: int) -> int:
+        """Channels of one head in a model of this width."""
+        even = self.head_size is not None or hidden_size % (2 * self.heads) == 0
+        problem = f"hidden_size = {hidden_size} is no even multiple of attention.heads = {self.heads}"
+        require(even, f"{problem}; give attention.head_size")
+        size = self.head_size or hidden_size // self.heads
+        require(self.heads * size <= MOST, f"attention.heads = {self.heads} of {size}: at most {MOST} in all")
+        return size
+
+
+class FullAttention(Part):
     """Every token sees its whole past (Vaswani et al. 2017; GQA: Ainslie et al. 2023)."""
 
-    window: int | None = None
+    tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig}
+    ops = (ATTENTION,)
+    pattern: Pattern = CAUSAL
     sees_all = True  # within the window, if there is one
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
-        shape, width = config.attention, config.hidden_size
-        self.heads, self.kv_heads, self.head_size = shape.heads, config.kv_heads, config.head_size
+        shape: AttentionConfig = config.table("attention")
+        width = config.hidden_size
+        self.heads, self.kv_heads, self.head_size = shape.heads, shape.groups, shape.size_in(width)
         self.q_proj = Linear(width, self.heads * self.head_size, bias=shape.qkv_bias)
         self.k_proj = Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
         self.v_proj = Linear(width, self.kv_heads * self.head_size, bias=shape.qkv_bias)
@@ -38,17 +77,21 @@ class FullAttention(Mixer):
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.rotation = Rotation(self.head_size)
         self.scale = self.head_size**-0.5
-        self.form, _ = choose()
 
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
         query, key = self.queries_and_keys(hidden, stream)
         value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
-        keys, values = (key, value) if state is None else self._remember(key, value, stream, state)
-        mixed = self._mix(query, keys, values, stream, state)
+        memory = memory_of(state, self.site.name, stream)
+        keys, values = memory.append(key=key, value=value)
+        places = None if state is None else memory.places
+        mixed = self._mix(query, keys, values, stream.runs, places, memory)
         return self.o_proj(self._gated(mixed.flatten(1), hidden))
 
-    def _mix(self, query: Tensor, keys: Keys, values: Keys, stream: Stream, state: State | None) -> Tensor:
-        return attention(query, keys, values, stream.lengths, window=self.window, scale=self.scale, form=self.form)
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places | None, memory: Memory
+    ) -> Tensor:
+        options = {"pattern": self.pattern, "scale": self.scale, "form": self.forms["attention"]}
+        return attention(query, key, value, runs, places, **options).output
 
     def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
         return mixed
@@ -65,29 +108,16 @@ class FullAttention(Mixer):
             query, key = self.rotation(query, stream), self.rotation(key, stream)
         return query, key
 
-    def _remember(self, key: Tensor, value: Tensor, stream: Stream, state: State) -> tuple[list[Tensor], list[Tensor]]:
-        """Appends the new keys and values (T, G, K) to the state; returns all of each run, head-major (G, N, K)."""
-        assert stream.slots is not None
-        pieces = zip(stream.slots, key.split(stream.lengths), value.split(stream.lengths), strict=True)
-        held = [
-            state.of(self.site.name, slot).append(key=k.transpose(0, 1), value=v.transpose(0, 1))
-            for slot, k, v in pieces
-        ]
-        return [k for k, _ in held], [v for _, v in held]
-
-    def use_form(self, form: str) -> None:
-        self.form = form
-
     def state_spec(self) -> StateSpec:
         entry = PerToken(self.kv_heads, self.head_size)
-        return StateSpec({"key": entry, "value": entry}, self.window, self.site.level)
+        return StateSpec({"key": entry, "value": entry}, self.pattern.window, self.site.level)
 
     def prefill_flops(self, tokens: int) -> int:
-        pairs = visible_pairs(tokens, self.window)
+        pairs = visible_pairs(tokens, self.pattern.window)
         return tokens * self._linear_flops() + 4 * self.heads * self.head_size * pairs
 
     def decode_flops(self, context: int) -> int:
-        seen = min(self.window or context + 1, context + 1)
+        seen = min(self.pattern.window or context + 1, context + 1)
         return self._linear_flops() + 4 * self.heads * self.head_size * seen
 
     def _linear_flops(self) -> int:

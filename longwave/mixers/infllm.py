@@ -9,38 +9,89 @@ Legend: `T` tokens of the stream, `D` hidden size, `H` query heads, `G` KV heads
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import InfllmConfig, ModelConfig
+from longwave.config import MOST, ModelConfig, Strict, require
 from longwave.laws import ALL, Law, Laws
 from longwave.layers.linear import Linear
-from longwave.mixers.base import Site
-from longwave.mixers.full import FullAttention, Keys
-from longwave.ops.block_sparse import (
-    FORMS,
-    Compressed,
-    Geometry,
-    block_sparse_attention,
-    choose,
-    compress,
-    windows,
-)
+from longwave.mixers.full import FullAttention
+from longwave.ops.attention import ATTENTION
+from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, Geometry, block_sparse_attention, compress, windows
 from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
-from longwave.states import PerToken, State, StateSpec
-from longwave.stream import Stream
+from longwave.part import Site
+from longwave.states import Memory, PerToken, StateSpec
+from longwave.stream import Places, Runs, Stream
 
 _ALWAYS = 1 << 62  # tokens: a context that no sequence reaches
+
+
+@dataclass(frozen=True)
+class InfllmConfig(Strict):
+    """Block-sparse attention (InfLLM-V2, arXiv 2509.24663), for `S` blocks; the defaults are MiniCPM-SALA's.
+
+    kernel_size, kernel_stride: tokens of the windows whose mean keys are scored, and their distance; the windows of the
+        coarse denominator are four times as long and as far apart.
+    block_size: tokens of a block of keys, of which each query chooses topk + window_size / block_size; among these are
+        the init_blocks first ones, its own, and the window_size / block_size before that.
+    dense_len: with regime `auto`, a query whose context, itself included, is shorter attends to all of it.
+    regime: `auto` decides by query, and so keeps every law; `auto_published` by the sequence's length in each call, as
+        the published code does, which breaks chunking; `sparse` and `dense` always are.
+    denominator: of the scores: the sum over `coarse` windows (published), or the `exact` softmax.
+    rotary, output_gate: whether queries and keys are rotated, and the output is gated by the input.
+    logit_scaling: base a of HypeNet's log_a(position + a), by which queries are multiplied (arXiv 2601.22156).
+    """
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    window_size: int = 2048
+    topk: int = 64
+    init_blocks: int = 1
+    dense_len: int = 8192
+    regime: Literal["auto", "sparse", "dense", "auto_published"] = "auto"
+    denominator: Literal["coarse", "exact"] = "coarse"
+    rotary: bool = False
+    output_gate: bool = True
+    logit_scaling: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("kernel_stride", "block_size", "topk"):
+            require(0 < getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 1 or more")
+        for name in ("window_size", "init_blocks", "dense_len"):
+            require(0 <= getattr(self, name) <= MOST, f"infllm.{name} = {getattr(self, name)}: 0 or more")
+        kernel, stride, block, window = self.kernel_size, self.kernel_stride, self.block_size, self.window_size
+        require(kernel == 2 * stride, f"infllm.kernel_size = {kernel}: twice kernel_stride, {2 * stride}")
+        require(block % stride == 0, f"infllm.block_size = {block}: a multiple of kernel_stride = {stride}")
+        require(window % block == 0, f"infllm.window_size = {window}: a multiple of block_size = {block}")
+        enough, forced = self.topk + self.local_blocks, self.init_blocks + self.local_blocks + 1
+        problem = f"infllm.topk = {self.topk}: with window_size / block_size it makes {enough} blocks"
+        require(enough >= forced, f"{problem}, fewer than the {forced} forced ones; {self.init_blocks + 1} or more")
+        base = self.logit_scaling
+        require(base is None or 1 < base < math.inf, f"infllm.logit_scaling = {base}: more than 1, or left out")
+
+    @property
+    def local_blocks(self) -> int:
+        """Blocks before its own that a query always sees."""
+        return self.window_size // self.block_size
 
 
 class InfllmAttention(FullAttention):
     """Inside a resampler, blocks are of the tokens that are kept there; `dense_len` counts those, too."""
 
+    tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "infllm": InfllmConfig}
+    ops = (BLOCK_SPARSE, ATTENTION)
+
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.config = shape = config.infllm or InfllmConfig()
+        self.config: InfllmConfig = config.table("infllm")
+        shape = self.config
         self.geometry = Geometry(
             shape.kernel_size,
             shape.kernel_stride,
@@ -52,7 +103,6 @@ class InfllmAttention(FullAttention):
         self.sees_all = shape.regime == "dense"
         self.rotation = self.rotation if shape.rotary else None
         self.o_gate = Linear(config.hidden_size, self.heads * self.head_size, bias=False) if shape.output_gate else None
-        self.form, _ = choose()
         if shape.regime == "auto_published":  # a call changes its mind with the length, about what earlier calls did
             self.laws = Laws(inference=ALL - {Law.CHUNKING})
 
@@ -69,29 +119,29 @@ class InfllmAttention(FullAttention):
             query = (query * growth.view(-1, 1, 1)).to(query.dtype)
         return query, key
 
-    def _mix(self, query: Tensor, keys: Keys, values: Keys, stream: Stream, state: State | None) -> Tensor:
+    def _mix(
+        self, query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places | None, memory: Memory
+    ) -> Tensor:
         if self.sees_all:
-            return super()._mix(query, keys, values, stream, state)
+            return super()._mix(query, key, value, runs, places, memory)
+        totals = runs.lengths if places is None else [end - begin for begin, end in places.spans]
         return block_sparse_attention(
             query,
-            keys,
-            values,
-            stream.lengths,
+            key,
+            value,
+            runs,
+            places,
             self.geometry,
             scale=self.scale,
-            compressed=None if state is None else self._compressed(stream, state),
-            dense_below=self._dense_below(keys, stream),
+            compressed=None if places is None else self._compressed(key, runs.count, memory),
+            dense_below=tuple([self._threshold(total) for total in totals]),
             denominator=self.config.denominator,
-            form=self.form,
+            form=self.forms["block_sparse"],
+            dense_form=self.forms["attention"],
         )
 
     def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
         return mixed if self.o_gate is None else mixed * torch.sigmoid(self.o_gate(hidden))
-
-    def _dense_below(self, keys: Keys, stream: Stream) -> tuple[int, ...]:
-        """Per run, the context below which a query sees all of it."""
-        totals = stream.lengths if isinstance(keys, Tensor) else [key.shape[1] for key in keys]
-        return tuple(map(self._threshold, totals))
 
     def _threshold(self, total: int) -> int:
         """The context below which a query sees all of it, in a call after which the sequence has `total` tokens."""
@@ -106,25 +156,19 @@ class InfllmAttention(FullAttention):
             case "auto_published":
                 return _ALWAYS if total < shape.dense_len else 0
 
-    def _compressed(self, stream: Stream, state: State) -> list[Compressed]:
-        """The windows of every run, of which the state makes those that the newest keys have completed."""
-        assert stream.slots is not None
-        return [(self._windows("fine", slot, state), self._windows("coarse", slot, state)) for slot in stream.slots]
-
-    def _windows(self, name: str, slot: int, state: State) -> Float[Tensor, "G n K"]:
-        part = state.of(self.site.name, slot)
-        if name not in part.spec.per_token:
-            return part.view("key")[:, :0]
-        width, stride = self._sizes()[name]
-        return part.sum_up(name, "key", lambda keys: compress(keys, width, stride))
+    def _compressed(self, key: Tensor, runs: int, memory: Memory) -> Compressed:
+        """The windows of every run, of which the memory makes those that the newest keys have completed."""
+        none = (key[:, :0], [(0, 0)] * runs)
+        found = {
+            name: memory.sum_up(name, "key", partial(compress, width=width, stride=stride))
+            for name, (width, stride) in self._sizes().items()
+        }
+        return Compressed(*found["fine"], *found.get("coarse", none))
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         """Width and stride of the windows that are needed."""
         fine, coarse = {"fine": self.geometry.fine}, {"coarse": self.geometry.coarse}
         return fine | coarse if self.config.denominator == "coarse" else fine
-
-    def use_form(self, form: str) -> None:
-        self.form = form if form in FORMS else self.form
 
     def state_spec(self) -> StateSpec:
         entries = dict(super().state_spec().per_token)

@@ -8,31 +8,77 @@ Legend: `T` tokens of the stream, `D` hidden size, `H` heads, `G` KV heads, `K` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.config import LightningConfig, ModelConfig, require
+from longwave.config import MOST, ModelConfig, Strict, require
+from longwave.layers.constant import Constant
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation
-from longwave.layout import parse
-from longwave.mixers.base import Mixer, Site
-from longwave.ops.decay_linear import FORMS, choose, decay_linear_attention
-from longwave.states import PerSequence, State, StateSpec
+from longwave.mixers.full import AttentionConfig
+from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
+from longwave.part import Part, Site
+from longwave.states import PerSequence, State, StateSpec, memory_of
 from longwave.stream import Stream
 
 _SCALES = {"1/sqrt(d)": lambda size: size**-0.5, "1/d": lambda size: 1 / size, "1": lambda size: 1.0}
 
 
-class LightningAttention(Mixer):
+@dataclass(frozen=True)
+class LightningConfig(Strict):
+    """Linear attention with a constant decay per head, for `L` blocks; the defaults are MiniCPM-SALA's and HypeNet's.
+
+    heads, kv_heads, head_size: attention.heads, as many KV heads as heads, and the head size of attention by default.
+    slopes: how fast head h of H forgets in layer l of N: `alibi` 2 ** (-8 h / H) in every layer, `minimax` times
+        (1 - l / (N - 1) + 1e-5), `transnormer` 8 (h - 1) / H * (1 - l / N).
+    silu: which of queries, keys and values go through SiLU: `none`, `qk` (TransNormer), `qkv` (MiniMax-01).
+    qk_norm, rotary: whether queries and keys are normed per head, and then rotated. scale: of what is read.
+    output_norm: RMSNorm over the channels of all heads. output_gate: times sigmoid of a projection of the input.
+    distance: what a head forgets by inside a resampler: tokens of the `original` sequence, or those `kept` there.
+    state_dtype: of the recurrent matrices, in models whose activations are no wider.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_size: int | None = None
+    slopes: Literal["alibi", "minimax", "transnormer"] = "alibi"
+    silu: Literal["none", "qk", "qkv"] = "none"
+    qk_norm: bool = True
+    rotary: bool = True
+    scale: Literal["1/sqrt(d)", "1/d", "1"] = "1/sqrt(d)"
+    output_norm: bool = True
+    output_gate: bool = True
+    distance: Literal["kept", "original"] = "original"
+    state_dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "kv_heads", "head_size"):
+            value = getattr(self, name)
+            require(value is None or 0 < value <= MOST, f"lightning.{name} = {value}: 1 or more, at most {MOST}")
+        odd = self.rotary and self.head_size is not None and self.head_size % 2
+        require(not odd, f"lightning.head_size = {self.head_size}: an even number, for rotation")
+
+
+class LightningAttention(Part):
     """Every head keeps one (K, K) matrix, to which tokens add key times value and which fades with each of them."""
+
+    tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig, "lightning": LightningConfig}
+    ops = (DECAY_LINEAR,)
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.config = shape = config.lightning or LightningConfig()
+        self.config: LightningConfig = config.table("lightning")
+        shape = self.config
         width = config.hidden_size
-        self.heads, self.head_size = shape.heads or config.attention.heads, shape.head_size or config.head_size
+        self.heads = shape.heads or config.table("attention").heads
+        self.head_size = shape.head_size or config.table("attention").size_in(width)
         self.kv_heads = shape.kv_heads or self.heads
         groups = f"lightning.kv_heads = {self.kv_heads} does not divide lightning.heads = {self.heads}"
         require(self.heads % self.kv_heads == 0, groups)
@@ -47,19 +93,21 @@ class LightningAttention(Mixer):
         self.z_proj = Linear(width, channels, bias=False) if shape.output_gate else None
         self.rotation = Rotation(self.head_size, precise=True) if shape.rotary else None
         self.scale = _SCALES[shape.scale](self.head_size)
-        self.slopes = slopes(shape.slopes, self.heads, site.depth, parse(config.layout).depth)
+        forgetting = slopes(shape.slopes, self.heads, site.depth, site.layers)
+        self.log_decay = Constant([-slope for slope in forgetting])
         self.by_place = shape.distance == "original" and site.level >= 0
-        self.form, _ = choose()
 
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
         query, key, value = self.queries_keys_and_values(hidden, stream)
-        decay = self._log_decay(stream, state)
-        past = None if state is None else self._recall(stream, state)
-        mixed, finals = decay_linear_attention(
-            query, key, value, decay, stream.lengths, scale=self.scale, states=past, form=self.form
-        )
-        if state is not None:
-            self._remember(finals, stream, state)
+        memory = memory_of(state, self.site.name, stream)
+        decay = self.log_decay.value.to(torch.promote_types(self.q_proj.weight.dtype, torch.float32)).unsqueeze(0)
+        if self.by_place:
+            earlier = memory.recall("place")
+            decay = decay * distances(stream, memory.fresh, earlier).to(decay.dtype).unsqueeze(1)
+            memory.replace(place=last_places(stream, earlier))
+        options = {"scale": self.scale, "states": memory.recall("memory"), "form": self.forms["decay_linear"]}
+        mixed, finals = decay_linear_attention(query, key, value, decay, stream.runs, **options)
+        memory.replace(memory=finals)
         return self.o_proj(self._gated(mixed.flatten(1), hidden))
 
     def queries_keys_and_values(
@@ -85,40 +133,6 @@ class LightningAttention(Mixer):
             mixed = self.o_norm(mixed)
         return mixed if self.z_proj is None else mixed * torch.sigmoid(self.z_proj(hidden))
 
-    def _log_decay(self, stream: Stream, state: State | None) -> Float[Tensor, "E H"]:
-        """Per head, or per token and head where distances are those of the original sequence."""
-        dtype = torch.float64 if self.q_proj.weight.dtype == torch.float64 else torch.float32
-        decay = -torch.tensor([self.slopes], dtype=dtype, device=stream.order.device)
-        if not self.by_place:
-            return decay
-        return decay * self._distances(stream, state).to(dtype).unsqueeze(1)
-
-    def _distances(self, stream: Stream, state: State | None) -> Tensor:
-        """(T,) how far each token stands behind the one that was kept before it; the first one fades nothing."""
-        pieces, slots = stream.order.split(stream.lengths), stream.slots or ()
-        parts = [None] * len(pieces) if state is None else [state.of(self.site.name, slot) for slot in slots]
-        earlier = [
-            part.recall("place") if part is not None and part.length else piece[:1]
-            for piece, part in zip(pieces, parts, strict=True)
-        ]
-        gaps = [piece.diff(prepend=before[: len(piece)]) for piece, before in zip(pieces, earlier, strict=True)]
-        return torch.cat(gaps) if gaps else stream.order
-
-    def _recall(self, stream: Stream, state: State) -> Float[Tensor, "R H K K"]:
-        assert stream.slots is not None
-        return torch.stack([state.of(self.site.name, slot).recall("memory") for slot in stream.slots])
-
-    def _remember(self, finals: Float[Tensor, "R H K K"], stream: Stream, state: State) -> None:
-        assert stream.slots is not None
-        orders = stream.order.split(stream.lengths)
-        for slot, memory, order in zip(stream.slots, finals, orders, strict=True):
-            if order.numel():
-                place = {"place": order[-1:]} if self.by_place else {}
-                state.of(self.site.name, slot).replace(order.numel(), memory=memory, **place)
-
-    def use_form(self, form: str) -> None:
-        self.form = form if form in FORMS else self.form
-
     def state_spec(self) -> StateSpec:
         matrix = (self.heads, self.head_size, self.head_size)
         wider = torch.float64 if self.config.state_dtype == "float64" else None
@@ -136,6 +150,30 @@ class LightningAttention(Mixer):
         wide = 2 + (self.z_proj is not None)
         linear = 2 * width * (wide * channels + 2 * self.kv_heads * self.head_size)
         return linear + 4 * channels * self.head_size
+
+
+def distances(stream: Stream, fresh: Bool[Tensor, " R"], earlier: Int64[Tensor, "R 1"] | None) -> Int64[Tensor, " T"]:
+    """How far each token stands behind the one that was kept before it; the first of a sequence fades nothing.
+
+    fresh: whether nothing of a run's sequence was kept before. earlier: the place of the token that was, in all others.
+    """
+    order, runs = stream.order, stream.runs
+    if not runs.tokens:
+        return order
+    firsts = order.index_select(0, runs.bounds[:-1].clamp(max=runs.tokens - 1))
+    if earlier is not None:
+        firsts = torch.where(fresh, firsts, earlier.flatten())
+    before = torch.where(runs.places == 0, firsts.index_select(0, runs.of_token), F.pad(order[:-1], (1, 0)))
+    return order - before
+
+
+def last_places(stream: Stream, earlier: Int64[Tensor, "R 1"] | None) -> Int64[Tensor, "R 1"]:
+    """The place of the newest token of each run; of an empty one, that of the token before it."""
+    order, runs = stream.order, stream.runs
+    if earlier is None or not runs.tokens:
+        return order.new_zeros(runs.count, 1) if earlier is None else earlier
+    lasts = order.index_select(0, (runs.bounds[1:] - 1).clamp(min=0)).unsqueeze(1)
+    return torch.where(runs.sizes.unsqueeze(1) > 0, lasts, earlier)
 
 
 def slopes(kind: str, heads: int, depth: int, layers: int) -> tuple[float, ...]:

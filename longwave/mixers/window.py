@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from longwave.config import ModelConfig, require
-from longwave.mixers.base import Site
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from longwave.config import ModelConfig, Strict, require
 from longwave.mixers.full import FullAttention
+from longwave.ops.attention import Pattern
+from longwave.part import Site
+
+
+@dataclass(frozen=True)
+class WindowConfig(Strict):
+    """A sliding window: the newest `size` tokens that a query sees, its own included."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        require(self.size > 0, f"window.size = {self.size}: 1 or more tokens")
 
 
 class WindowAttention(FullAttention):
-    """Every token sees the last `attention.window` tokens of its level, itself included."""
+    """Every token sees the last `window.size` tokens of its level, itself included."""
+
+    tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "window": WindowConfig}
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
-        require(config.attention.window is not None, "attention.window is missing; W blocks in the layout need it")
-        self.window = config.attention.window
+        self.pattern = Pattern(window=config.table("window").size)

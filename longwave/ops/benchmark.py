@@ -7,14 +7,15 @@ checks and times every form of every case.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops import compiled
+from longwave.ops.forms import REFERENCE, Op
 
 WHOLE = 128  # tokens at which a case is checked whole, where of a longer one only some rows are
 
@@ -94,7 +95,6 @@ class Case:
         return "all" if self.rows is None else f"{len(self.rows)} rows, all of {WHOLE} tokens"
 
 
-def forms_here(forms: Iterable[str], device: torch.device) -> list[str]:
-    """Of an op's forms those that can be timed: not the reference, and compiled ones only where there are any."""
-    absent = {"reference", *(["compiled"] if device.type != "cpu" or compiled.why_not() else [])}
-    return [name for name in forms if name not in absent]
+def forms_here(op: Op[Any], shape: Shape) -> list[str]:
+    """Of an op's forms those that can be timed: all that take these inputs, but for the reference."""
+    return [name for name in op.forms_on(shape.device, shape.dtype, shape.head_size) if name != REFERENCE]

@@ -1,7 +1,8 @@
-"""The resamplers by their name in a layout; a new one is a file and a line here."""
+"""The brackets of a layout by their name: resamplers, and whatever else runs other layers in a way of its own."""
 
-from longwave.resamplers.subllm import Clock, Subllm
+from longwave.resamplers.base import Bracket, Clock, Kept, Resampler, Selection
+from longwave.resamplers.subllm import Subllm, SubllmConfig
 
-RESAMPLERS: dict[str, type[Subllm]] = {"subllm": Subllm}
+BRACKETS: dict[str, type[Bracket]] = {"subllm": Subllm}
 
-__all__ = ["RESAMPLERS", "Clock", "Subllm"]
+__all__ = ["BRACKETS", "Bracket", "Clock", "Kept", "Resampler", "Selection", "SubllmConfig"]

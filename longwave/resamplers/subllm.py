@@ -10,107 +10,151 @@ the quantile of the scores, and a token's weight is its place between that thres
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longwave.config import ModelConfig, SubllmConfig, require, retention_of
-from longwave.costs import Cost, weight_bytes
+from longwave.config import ModelConfig, Strict, require
 from longwave.draws import uniform
 from longwave.errors import UserError
 from longwave.laws import ALL, Law, Laws
-from longwave.layers.block import Stack
-from longwave.mixers import Site
+from longwave.part import InitialDraws, Site
+from longwave.resamplers.base import Clock, Resampler, Selection, kept_count, runs_above, runs_of
 from longwave.resamplers.regulators import balance, limit, limits
-from longwave.resamplers.selection import SAMPLERS, Selection, above_threshold, kept_count, top_scores, window_keys
-from longwave.states import PerToken, State, StateSpec
-from longwave.stream import Stream, Windows
+from longwave.resamplers.selection import SAMPLERS, top_scores, window_keys
+from longwave.stream import Runs, Stream, Windows
 
 _BALANCER_DRAW, _BYPASS_DRAW, _DISCARD_DRAW = range(3)
+_CAUSAL_ONLY = ("threshold_memory",)
+_PUBLISHED_ONLY = ("discard_sampling", "ranking", "balancer", "exact_gaussian")
 
 
 @dataclass(frozen=True)
-class Clock:
-    """The optimizer step that schedules follow, and the seed that draws are keyed by."""
+class SubllmConfig(Strict):
+    """SUBLLM's subsampling, balancer and bypass (arXiv 2406.06571); the defaults are the published ones.
 
-    step: int
-    seed: int
-
-
-class Subllm(nn.Module):
-    """One subsampling level around a body of layers.
-
-    arguments: the retention ratio, of the tokens that enter this level. site.level is the enclosing level, `index` this
-    one. `threshold` holds the score above which a token is kept, and, for causal selection, the one where its weight
-    reaches 1; `expected_retention` is what the cost formulas assume.
+    selection: `published` trains with top-k over the window and runs with a threshold at 0; `causal` trains and runs
+        the same function, with a threshold that follows the quantile of the scores (ours).
+    discard_sampling: which discarded weight is subtracted from a kept one: a `uniform` draw, the next in `ranked`
+        order, or `none` (a control that keeps nearly everything at inference).
+    ranking: tokens compete within the training `window` or within their own `document`.
+    balancer_*: the gradient nudge that centres the scores; `exact_gaussian` mends its missing square root of 2.
+    bypass_*: range of the per-channel bypass, whose lower end falls linearly over `bypass_steps` optimizer steps.
+    score_lr_scale: learning rate of the score vector, relative to the model's.
+    threshold_memory: how much of the causal threshold is kept at each optimizer step.
     """
 
-    def __init__(self, config: ModelConfig, arguments: tuple[str, ...], body: Stack, site: Site, index: int) -> None:
-        super().__init__()
+    selection: Literal["published", "causal"] = "published"
+    discard_sampling: Literal["uniform", "ranked", "none"] = "uniform"
+    ranking: Literal["window", "document"] = "window"
+    balancer: bool = True
+    balancer_margin: float = 0.05
+    balancer_min_abs: float = 1.0
+    balancer_max_abs: float = 4.0
+    balancer_grad_scale: float = 0.04
+    balancer_steps: int = 8000
+    balancer_final_probability: float = 0.25
+    exact_gaussian: bool = False
+    bypass_probability: float = 0.6
+    bypass_floor: float = 0.9
+    bypass_final_floor: float = 0.2
+    bypass_steps: int = 20000
+    score_lr_scale: float = 0.5
+    threshold_memory: float = 0.98
+
+    def __post_init__(self) -> None:
+        for name in ("balancer_final_probability", "bypass_probability", "threshold_memory"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"subllm.{name} = {value}: between 0 and 1")
+        for name in ("balancer_steps", "bypass_steps"):
+            value = getattr(self, name)
+            require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
+        idle = _CAUSAL_ONLY if self.selection == "published" else _PUBLISHED_ONLY
+        for entry in fields(self):
+            changed = entry.name.startswith(idle) and getattr(self, entry.name) != entry.default
+            require(not changed, f"subllm.{entry.name} has no effect with selection = {self.selection!r}; leave it out")
+
+
+SubllmConfig.only_training = frozenset(entry.name for entry in fields(SubllmConfig)) - {"selection"}
+
+
+class Subllm(Resampler):
+    """One subsampling level around a body of layers; its one argument is the retention ratio.
+
+    `threshold` holds the score above which a token is kept, and, for causal selection, the one where its weight
+    reaches 1.
+    """
+
+    tables: ClassVar[Mapping[str, type]] = {"subllm": SubllmConfig}
+
+    def __init__(self, config: ModelConfig, arguments: tuple[str, ...], site: Site, index: int) -> None:
+        super().__init__(config, arguments, site, index)
         require(len(arguments) == 1, f"layout: subllm takes one argument, its retention, not {len(arguments)}")
-        self.config = config.subllm or SubllmConfig()
-        self.retention, self.retention_text = retention_of(arguments[0]), arguments[0]
-        self.expected_retention = float(self.retention)
-        self.site, self.index = site, index
+        self.config: SubllmConfig = config.table("subllm")
+        self._retention = retention_of(arguments[0])
         self.score = _Score(config.hidden_size, self.config.score_lr_scale)
         self.bypass = nn.Parameter(torch.full((config.hidden_size,), 0.5))
         self.threshold = _Threshold()
-        self.body = body
         self.clock: Clock | None = None
-        self.shares: dict[str, Tensor] = {}
-        self.kept_of = [0, 0]  # tokens kept and tokens met at inference, for whoever asks how much is really kept
 
     @property
-    def laws(self) -> Laws:
+    def retention(self) -> Fraction:
+        return self._retention
+
+    @property
+    def laws(self) -> Laws:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Published training ranks tokens against later ones, and against the other documents of their window."""
         if self.config.selection == "causal":
             return Laws(training=frozenset({Law.COMPANY, Law.CAUSALITY}), inference=ALL)
         by_document = self.config.ranking == "document"
         return Laws(training=frozenset({Law.COMPANY}) if by_document else frozenset(), inference=ALL)
 
-    def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
-        windows = stream.windows or Windows(stream.lengths, tuple(range(len(stream.lengths))))
-        chosen = self._select(hidden, stream, windows)
-        inner = self._inner_stream(stream, windows, chosen)
-        if state is not None:
-            self._remember(inner, state)
-        if not inner.tokens and not self.training:
-            return hidden  # in training an empty body runs too, so that sharded ranks stay in step
-        kept = hidden.index_select(0, chosen.rows)
-        change = (self.body(kept, inner, state) - kept) * (chosen.weights.unsqueeze(1) * self._bypass(windows)).to(kept)
-        return hidden.index_add(0, chosen.rows, change)
-
-    def _select(self, hidden: Tensor, stream: Stream, windows: Windows) -> Selection:
+    def select(self, hidden: Float[Tensor, "T D"], stream: Stream) -> Selection:
         scores = self.score(hidden)
         if not self.training:
-            chosen = above_threshold(scores, self._weights(scores), self.threshold.low)
-            self.kept_of[0] += chosen.rows.numel()
-            self.kept_of[1] += scores.numel()
-            return chosen
-        clock = self._running_clock()
-        if self.config.selection == "causal":
-            if torch.is_grad_enabled():
-                self.threshold.observe(scores.detach(), float(self.retention))
-            chosen = above_threshold(scores, self._weights(scores), self.threshold.low)
-        else:
-            chosen = self._top(self._balanced(scores, clock, windows), stream, windows, clock)
-        self._count(scores.detach(), chosen)
-        return chosen
+            return self._above(scores, stream.runs, None)
+        clock, windows = self._running_clock(), stream.windows or Windows.each(stream.runs)
+        if self.config.selection == "published":
+            return self._top(self._balanced(scores, clock, windows), stream.runs, windows, clock)
+        if torch.is_grad_enabled():
+            self.threshold.observe(scores.detach(), float(self.retention))
+        return self._above(scores, stream.runs, windows)
 
-    def _top(self, scores: Tensor, stream: Stream, windows: Windows, clock: Clock) -> Selection:
-        keys = window_keys(clock.seed, clock.step, self._draw(_DISCARD_DRAW), windows.samples)
-        sizes = windows.sizes
+    def mix(
+        self,
+        hidden: Float[Tensor, "T D"],
+        kept: Float[Tensor, "K D"],
+        changed: Float[Tensor, "K D"],
+        selection: Selection,
+        stream: Stream,
+    ) -> Float[Tensor, "T D"]:
+        """Kept tokens take y = x + c w (body(x) - x); the others leave as they came."""
+        share = (selection.weights.unsqueeze(1) * self._bypass(stream)).to(kept)
+        return hidden.index_add(0, selection.rows, (changed - kept) * share)
+
+    def _above(self, scores: Tensor, runs: Runs, windows: Windows | None) -> Selection:
+        """The tokens whose score exceeds the threshold: a choice that looks at each token alone."""
+        rows, inner = runs_above(scores > self.threshold.low, runs)
+        weights = self._weights(scores).index_select(0, rows)
+        return Selection(rows, inner, weights, scores, None if windows is None else windows.by_run(inner))
+
+    def _top(self, scores: Tensor, runs: Runs, windows: Windows, clock: Clock) -> Selection:
+        """The highest scores of each window, less what is subtracted of them; their number is known beforehand."""
         if self.config.ranking == "document":
-            keys = [keys[window] for window in _window_of_runs(stream.lengths, sizes)]
-            sizes = stream.lengths
-        return top_scores(
-            scores, self._weights(scores), sizes, keys, self.retention, SAMPLERS[self.config.discard_sampling]
-        )
+            windows = windows.by_run(runs)
+        assert windows.ids is not None
+        keys = window_keys(clock.seed, clock.step, self._draw(_DISCARD_DRAW), windows.ids)
+        sampler = SAMPLERS[self.config.discard_sampling]
+        rows, weights = top_scores(scores, self._weights(scores), windows.sizes, keys, self.retention, sampler)
+        kept = tuple([kept_count(size, self.retention) for size in windows.sizes])
+        inner = runs_of(rows, runs, kept if windows.are_runs else None)
+        return Selection(rows, inner, weights, scores, windows.resized(kept))
 
     def _weights(self, scores: Tensor) -> Tensor:
         """The share of the body's result that a token takes, from its score."""
@@ -128,16 +172,14 @@ class Subllm(nn.Module):
         shape = (self.config.balancer_min_abs, self.config.balancer_max_abs, self.config.balancer_grad_scale)
         return balance(scores, limits(target - margin, target + margin, *shape, self.config.exact_gaussian))
 
-    def _bypass(self, windows: Windows) -> Tensor:
+    def _bypass(self, stream: Stream) -> Tensor:
         if not (self.training and torch.is_grad_enabled()):
             return self.bypass
-        clock = self._running_clock()
-        draw = uniform(clock.seed, clock.step, self._draw(_BYPASS_DRAW), *windows.samples[:1])
-        return (
-            limit(self.bypass, self.bypass_floor(clock.step), 1.0)
-            if draw < self.config.bypass_probability
-            else self.bypass
-        )
+        clock, first = self._running_clock(), (0,) if stream.windows is None else stream.windows.samples[:1]
+        draw = uniform(clock.seed, clock.step, self._draw(_BYPASS_DRAW), *first)
+        if draw >= self.config.bypass_probability:
+            return self.bypass
+        return limit(self.bypass, self.bypass_floor(clock.step), 1.0)
 
     def balancer_probability(self, step: int) -> float:
         """How often the Balancer acts: 1 at first, falling linearly to its final probability."""
@@ -149,8 +191,8 @@ class Subllm(nn.Module):
         done = min(1.0, step / self.config.bypass_steps)
         return self.config.bypass_floor + done * (self.config.bypass_final_floor - self.config.bypass_floor)
 
-    def set_clock(self, clock: Clock) -> None:
-        """Tells the optimizer step about to run; what causal thresholds saw since the last call is folded in."""
+    def follow(self, clock: Clock) -> None:
+        """Told of the optimizer step; what causal thresholds saw since the last one is folded in."""
         if self.clock is not None and clock.step > self.clock.step:
             self.threshold.follow(self.config.threshold_memory)
         self.clock = clock
@@ -166,38 +208,14 @@ class Subllm(nn.Module):
     def _draw(self, purpose: int) -> int:
         return 3 * self.index + purpose
 
-    def _inner_stream(self, stream: Stream, windows: Windows, chosen: Selection) -> Stream:
-        if len(stream.lengths) == 1:
-            lengths = [chosen.rows.numel()]
-        else:
-            runs = stream.run_of_token.index_select(0, chosen.rows)
-            lengths = torch.bincount(runs, minlength=len(stream.lengths)).tolist()
-        return stream.gather(
-            chosen.rows, lengths, self._inner_windows(stream, windows, lengths) if self.training else None
-        )
-
-    def _inner_windows(self, stream: Stream, windows: Windows, lengths: list[int]) -> Windows:
-        """Windows of the kept tokens; only a selection of known size per window can go on ranking within it."""
-        by_window = self.config.selection == "published" and self.config.ranking == "window"
-        if by_window:
-            return Windows(tuple(kept_count(size, self.retention) for size in windows.sizes), windows.samples)
-        samples = tuple(windows.samples[window] for window in _window_of_runs(stream.lengths, windows.sizes))
-        return Windows(tuple(lengths), samples)
-
-    def _remember(self, inner: Stream, state: State) -> None:
-        assert inner.slots is not None
-        for slot, order in zip(inner.slots, inner.order.split(inner.lengths), strict=True):
-            if order.numel():
-                state.of(self.site.name, slot).append(order=order.view(1, -1, 1))
-
     @torch.no_grad()
-    def _count(self, scores: Tensor, chosen: Selection) -> None:
+    def metrics(self, selection: Selection) -> Mapping[str, Float[Tensor, ""]]:
         """Shares of the entering tokens: above the threshold, live (0 < w < 1), wrongly kept or dropped by top-k."""
-        above = scores > self.threshold.low
-        weights = self._weights(scores)
-        kept = torch.zeros_like(above).index_fill(0, chosen.rows, True)
+        scores = selection.scores.detach()
+        above, weights = scores > self.threshold.low, self._weights(scores)
+        kept = torch.zeros_like(above).index_fill(0, selection.rows, True)
         dropped = ~kept
-        self.shares = {
+        return {
             "positive": above.float().mean(),
             "live": ((weights > 0) & (weights < 1)).float().mean(),
             "false_keep": (kept & ~above).float().mean(),
@@ -205,39 +223,22 @@ class Subllm(nn.Module):
             "discarded_weight": (weights * dropped).sum() / dropped.sum().clamp(min=1),
         }
 
-    def state_spec(self) -> StateSpec:
-        """The place in the sequence of every kept token, by which states are truncated."""
-        return StateSpec({"order": PerToken(1, 1, torch.int32)}, None, self.index)
+    @torch.no_grad()
+    def force(self, scores: Float[Tensor, " T"]) -> None:
+        """Puts the threshold between the last score of the nominal share and the first beyond it."""
+        ordered = scores.double().sort(descending=True).values
+        kept = min(round(ordered.numel() * float(self.retention)), ordered.numel() - 1)
+        self.threshold.low.copy_((ordered[kept - 1] + ordered[kept]) / 2 if kept else ordered[0])
 
-    def costs(self, tokens: int, chance: float, dtype: torch.dtype) -> list[Cost]:
-        """What the level and its body cost at `tokens` tokens entering it, at the expected retention."""
-        parameters = self.score.weight.numel() + self.bypass.numel()
-        kept = self.kept(tokens)
-        own = Cost(
-            f"subllm {self.retention_text}",
-            parameters,
-            decode_bytes=chance * weight_bytes(parameters, dtype),
-            state_bytes=self.state_spec().bytes(kept, dtype),
-        )
-        return [own, *self.body.costs(kept, chance * self.expected_retention, dtype)]
+    @property
+    def cutoff(self) -> float:
+        return float(self.threshold.low)
 
-    def kept(self, tokens: int) -> int:
-        """Tokens that are expected to stay of `tokens`."""
-        if self.expected_retention == float(self.retention):
-            return kept_count(tokens, self.retention)
-        return math.ceil(tokens * self.expected_retention)
+    def reset(self) -> None:
+        self.threshold = _Threshold()
 
-
-def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> list[int]:
-    """The window that each run lies in."""
-    windows, window, left = [], 0, sum(sizes[:1])
-    for length in lengths:
-        while left == 0 and window + 1 < len(sizes):
-            window += 1
-            left = sizes[window]
-        windows.append(window)
-        left -= length
-    return windows
+    def draw(self, draws: InitialDraws) -> None:
+        draws.uniform(self.score.weight, draws.width**-0.5, self.site.name)
 
 
 class _Score(nn.Module):
@@ -258,6 +259,7 @@ class _Threshold(nn.Module):
 
     low: Tensor
     high: Tensor
+    following: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,10 +276,10 @@ class _Threshold(nn.Module):
     @torch.no_grad()
     def observe(self, scores: Tensor, retention: float) -> None:
         """Notes two quantiles of a training stream: that which keeps `retention`, and that which keeps half of it."""
-        if scores.numel():
+        if count := scores.numel():
             ordered = scores.double().sort(descending=True).values
-            places = [min(scores.numel() - 1, round(scores.numel() * share)) for share in (retention, retention / 2)]
-            self._seen.append(ordered[places])
+            places = [min(count - 1, round(count * share)) for share in (retention, retention / 2)]
+            self._seen.append(torch.stack([ordered[place] for place in places]))
 
     @torch.no_grad()
     def follow(self, memory: float) -> None:
@@ -285,9 +287,9 @@ class _Threshold(nn.Module):
         if not self._seen:
             return
         low, high = torch.stack(self._seen).mean(0)
-        memory = memory if self.following else 0.0
-        self.low.lerp_(low, 1 - memory)
-        self.high.lerp_(high, 1 - memory)
+        step = 1 - memory * (self.following > 0).double()
+        self.low.lerp_(low, step)
+        self.high.lerp_(high, step)
         self.following += 1
         self._seen.clear()
 
@@ -302,3 +304,14 @@ class _Threshold(nn.Module):
 def _unrounded(before: Tensor, after: Tensor) -> Tensor:
     """The value of `before` where `after` lies; a meta tensor has no value to keep."""
     return after.double() if before.is_meta else before.to(after.device)
+
+
+def retention_of(text: str) -> Fraction:
+    """A retention ratio as the exact decimal that was written; a UserError if it is outside (0, 1]."""
+    try:
+        ratio = Decimal(text)
+        legal = Decimal("1e-9") <= ratio <= 1
+    except InvalidOperation:
+        raise UserError(f"layout: retention {text!r} is not a number in (0, 1]") from None
+    require(legal, f"layout: retention {text} is outside (0, 1]")
+    return Fraction(ratio)

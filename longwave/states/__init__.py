@@ -1,7 +1,19 @@
-"""What parts remember of a sequence between calls: what they declare, and where it is kept."""
+"""The memory of parts between calls: what they declare, how they speak to it, and where it is kept."""
 
 from longwave.states.extents import Extents
+from longwave.states.memory import Memory, NoMemory, Store
 from longwave.states.spec import PerSequence, PerToken, StateSpec
-from longwave.states.state import Snapshot, State
+from longwave.states.state import Snapshot, State, memory_of
 
-__all__ = ["Extents", "PerSequence", "PerToken", "Snapshot", "State", "StateSpec"]
+__all__ = [
+    "Extents",
+    "Memory",
+    "NoMemory",
+    "PerSequence",
+    "PerToken",
+    "Snapshot",
+    "State",
+    "StateSpec",
+    "Store",
+    "memory_of",
+]

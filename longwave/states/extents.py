@@ -1,164 +1,419 @@
-"""Contiguous head-major arrays that grow: where the CPU keeps what one part remembers of one sequence."""
+"""Contiguous head-major arrays that grow: where longwave keeps a state unless another store is asked for.
+
+An array (heads, N, size) holds the entries of all sequences; a sequence has an extent of it, contiguous for each head.
+Arrays grow by being laid out anew, one after the other, with half as much again for every sequence. Recurrent state
+lies in pools with a row for each sequence.
+
+Legend: `T` tokens of the stream, `R` runs, `G` heads of an entry, `K` its size, `N` entries of an array.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.states.spec import StateSpec
+from longwave.states.spec import PerToken, StateSpec
+from longwave.stream import Places, Spans, Stream
 
-_SMALLEST = 64
+_SMALLEST = 64  # tokens that an extent has room for, if for any
+
+Name: TypeAlias = tuple[str, str]  # of an array: the part's, and its own
 
 
-class Extents:
-    """The per-token arrays of one part for one sequence, each (heads, capacity, size), and its per-sequence arrays.
+@dataclass
+class _Row:
+    """The memory of one sequence. length: tokens ever appended and not cut off again, those from `start` on held.
 
-    `length` tokens were ever appended, of which those from `start` on are still held (all of them without a window).
-    After `hold` at some length, a window forgets nothing that a return to that length, or to a later one, would need.
+    capacity: tokens that its extent has room for. kept_from: the length to which `hold` made a return possible.
     """
 
-    def __init__(self, spec: StateSpec, dtype: torch.dtype, device: torch.device) -> None:
-        assert spec.window is None or not any(entry.sums_up for entry in spec.per_token.values())
-        self.spec, self.dtype, self.device = spec, dtype, device
-        self.length = self.start = self.capacity = 0
-        self._held_length: int | None = None
-        self._arrays: dict[str, Tensor] = {}
-        self._summed_up = {name: 0 for name, entry in spec.per_token.items() if entry.sums_up}
-        self._current: dict[str, Tensor] = {}  # never changed in place, so that copies can share it
-        self.reserve(0)
+    length: int = 0
+    start: int = 0
+    capacity: int = 0
+    kept_from: int | None = None
 
     @property
     def held(self) -> int:
         """Tokens that are still held."""
         return self.length - self.start
 
-    def append(self, **entries: Tensor) -> list[Tensor]:
-        """Adds (heads, n, size) entries and returns each array's held part (heads, held, size), in the same order.
 
-        With a window the result still holds every token that the n new ones can see.
+@dataclass(frozen=True)
+class Saved:
+    """A copy of what one row remembers: the row's figures, and those arrays that truncation could not bring back."""
+
+    row: _Row
+    arrays: Mapping[Name, Tensor]
+
+
+class Extents:
+    """The memory of parts that grow alike: on one level, with one window (see `states.memory.Store`).
+
+    After `hold` at some length, a window forgets nothing that a return to that length, or to a later one, would need.
+    """
+
+    def __init__(self, specs: Mapping[str, StateSpec], rows: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.specs, self.dtype, self.device = dict(specs), dtype, device
+        (self.window,) = {spec.window for spec in specs.values()}
+        self._entries = {(part, name): one for part, spec in specs.items() for name, one in spec.per_token.items()}
+        assert self.window is None or not any(entry.sums_up for entry in self._entries.values())
+        self._fixed = {(part, name): one for part, spec in specs.items() for name, one in spec.per_sequence.items()}
+        self._rows: list[_Row] = []
+        self._arrays: dict[Name, Tensor] = {}
+        self._pools: dict[Name, Tensor] = {}
+        self._begins: dict[Name, list[int]] = {}  # of every array: where each row's extent begins
+        self._summed: dict[Name, list[int]] = {name: [] for name, entry in self._entries.items() if entry.sums_up}
+        self._step: _Step | None = None
+        self.extend(rows)
+        self.begin()
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def memory(self, part: str, stream: Stream, rows: Sequence[int]) -> _PartMemory:
+        """The memory of one part for the stream at hand; the first part of a step makes room for all of them."""
+        if self._step is None or self._step.runs is not stream.runs:
+            self._step = self._open(stream, rows)
+        return _PartMemory(self, part, self._step)
+
+    def begin(self) -> None:
+        """Ready for a step; one that was begun and not closed has not happened."""
+        if self._step is not None:
+            for name, counts in self._summed.items():
+                for row in self._step.rows:
+                    counts[row] = min(counts[row], self._entries[name].count(self._rows[row].length))
+            self._step = None
+        self._upload()
+
+    def close(self) -> None:
+        """Counts the tokens of the step as remembered."""
+        if (step := self._step) is not None:
+            for row, count in zip(step.rows, step.runs.lengths, strict=True):
+                self._rows[row].length += count
+            self._ends = self._ends.index_add(0, step.index, step.runs.sizes)
+            self._step = None
+
+    def _open(self, stream: Stream, rows: Sequence[int]) -> _Step:
+        self._upload()
+        table, lengths = [self._rows[row] for row in rows], stream.runs.lengths
+        if self._arrays:
+            largest = 4 * _SMALLEST if self.window else 1 << 62  # beyond it a window may give its extent back
+            tight = [
+                (row, count)
+                for row, one, count in zip(rows, table, lengths, strict=True)
+                if one.length - one.start + count > one.capacity or one.capacity > largest
+            ]
+            self._make_room(tight)
+        firsts = [self._offsets[row] for row in rows]
+        ends = [first + one.length - one.start + n for first, one, n in zip(firsts, table, lengths, strict=True)]
+        return _Step(stream, rows, self._firsts, self._ends, list(zip(firsts, ends, strict=True)))
+
+    # --- room ---------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, new: Sequence[tuple[int, int]]) -> None:
+        """Room for more tokens in some rows (row, tokens): by forgetting what no window sees, or by growing."""
+        window, grown = self.window or 0, dict[int, int]()
+        for row, count in new:
+            one, idle = self._rows[row], self._forgettable(row)
+            needed = max(window, one.held - idle) + count
+            too_large = bool(window) and one.capacity > 4 * max(_SMALLEST, needed)  # a long prefill has left it so
+            if one.held + count <= one.capacity and not too_large:
+                continue
+            if idle:
+                self._forget(row, idle)
+            if too_large:
+                grown[row] = max(_SMALLEST, one.held + count + window)
+            elif one.held + count + window // 2 > one.capacity:  # slack: a window moves once in window / 2 tokens
+                grown[row] = max(_SMALLEST, one.held + count + window, one.capacity + one.capacity // 2)
+        if grown:
+            self._lay_out(grown)
+        self._upload()
+
+    def _forgettable(self, row: int) -> int:
+        """How many of the oldest tokens no later query can see, nor one after a return to the length that is held."""
+        if self.window is None:
+            return 0
+        one = self._rows[row]
+        length = one.length if one.kept_from is None else min(one.length, one.kept_from)
+        return max(0, length - self.window - one.start)
+
+    def _forget(self, row: int, count: int) -> None:
+        """Drops the oldest `count` tokens of a row by moving the others to the front of its extent."""
+        begin = self._offsets[row]
+        for name, array in self._arrays.items():
+            kept = self.view(*name, row)[:, count:].clone()
+            array[:, begin : begin + kept.shape[1]] = kept
+        self._rows[row].start += count
+        self._stale = True
+
+    def _lay_out(self, capacities: Mapping[int, int]) -> None:
+        """Gives these rows extents of new sizes; the others keep theirs, or get half as much again as they hold.
+
+        So a store whose sequences grow in turn is not laid out anew for each of them.
         """
-        count = next(iter(entries.values())).shape[1]
-        self._make_room(count)
-        begin, end = self.held, self.held + count
-        for name, entry in entries.items():
-            self._arrays[name][:, begin:end] = entry
-        self.length += count
-        return [self._arrays[name][:, :end] for name in entries]
+        for row, one in enumerate(self._rows):
+            half_more = 0 if self.window else one.held + one.held // 2
+            one.capacity = capacities.get(row, max(one.capacity, half_more))
+        for name, entry in self._entries.items():
+            counts = [entry.count(one.capacity) for one in self._rows]
+            begins = [0, *accumulate(counts)]
+            array = torch.empty(entry.heads, begins[-1], entry.size, dtype=self._dtype_of(entry), device=self.device)
+            for row in range(len(self._rows)):
+                if held := self._count(name, row):
+                    array[:, begins[row] : begins[row] + held] = self.view(*name, row)
+            self._arrays[name], self._begins[name] = array, begins[:-1]
+        self._offsets = [0, *accumulate(one.capacity if self._entries else 0 for one in self._rows)][:-1]
+        self._stale = True
 
-    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """Completes an array whose entries sum up tokens of array `of`, and returns it (heads, count, size).
+    def _dtype_of(self, entry: PerToken) -> torch.dtype:
+        return entry.dtype or self.dtype
 
-        make: the entries (heads, n, size) of the tokens (heads, m, size) that exactly these sum up.
-        """
-        entry, begin = self.spec.per_token[name], self._summed_up[name]
-        end = entry.count(self.length)
-        if end > begin:
-            tokens = self.view(of)[:, begin * entry.every : (end - 1) * entry.every + entry.width]
-            self._arrays[name][:, begin:end] = make(tokens)
-            self._summed_up[name] = end
-        return self._arrays[name][:, :end]
+    def _count(self, name: Name, row: int) -> int:
+        """Entries of an array that a row holds."""
+        return self._summed[name][row] if name in self._summed else self._rows[row].held
 
-    def recall(self, name: str) -> Tensor:
-        """A per-sequence array as the newest token left it, zeros before the first one; not to be changed in place."""
-        if name not in self._current:
-            entry = self.spec.per_sequence[name]
-            return torch.zeros(entry.shape, dtype=entry.of(self.dtype), device=self.device)
-        return self._current[name]
+    def _upload(self) -> None:
+        """Tells the device where each row's extent begins and where its next token goes, if it does not know."""
+        if self._stale:
+            ends = [offset + one.held for offset, one in zip(self._offsets, self._rows, strict=True)]
+            self._firsts, self._ends = torch.tensor([self._offsets, ends], dtype=torch.int64, device=self.device)
+            self._stale = False
 
-    def replace(self, count: int, **arrays: Tensor) -> None:
-        """Per-sequence arrays after `count` more tokens."""
-        self._current |= arrays
-        self.length += count
+    def extend(self, rows: int) -> None:
+        """Makes room for so many rows in all."""
+        new = rows - len(self._rows)
+        self._rows += [_Row() for _ in range(new)]
+        for counts in self._summed.values():
+            counts += [0] * new
+        for name, entry in self._fixed.items():
+            pool = torch.zeros(rows, *entry.shape, dtype=entry.of(self.dtype), device=self.device)
+            if name in self._pools:
+                pool[: rows - new] = self._pools[name]
+            self._pools[name] = pool
+        self._lay_out({})
 
-    def view(self, name: str) -> Tensor:
-        """The held part (heads, count, size) of a per-token array."""
-        entries = self._summed_up.get(name, self.held)
-        return self._arrays[name][:, :entries]
+    def reserve(self, tokens: Mapping[int, int]) -> None:
+        """Makes room for `tokens[row]` held tokens in all, so that appending moves nothing."""
+        more = {row: count for row, count in tokens.items() if count > self._rows[row].capacity}
+        if more and self._entries:
+            self._lay_out(more)
 
-    def check_truncation(self, length: int) -> None:
-        """ValueError if there are fewer tokens than `length`, or what would be visible again is forgotten."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"length {length} is outside the {self.length} tokens remembered")
-        window = self.spec.window
-        if window is not None and self.start > max(0, length - window + 1):
+    # --- one row ------------------------------------------------------------------------------------------------------
+
+    def length(self, row: int) -> int:
+        """Tokens that were ever appended and not cut off again."""
+        return self._rows[row].length
+
+    def held(self, row: int) -> int:
+        """Tokens that are still held."""
+        return self._rows[row].held
+
+    def view(self, part: str, name: str, row: int) -> Tensor:
+        """The held entries (G, n, K) of a per-token array, or a per-sequence array; not to be changed."""
+        if (part, name) in self._pools:
+            return self._pools[part, name][row]
+        begin = self._begins[part, name][row]
+        return self._arrays[part, name][:, begin : begin + self._count((part, name), row)]
+
+    def kept_before(self, row: int, place: int) -> int:
+        """How many of the remembered tokens stand before a place of their sequence."""
+        part, name = next((part, spec.places) for part, spec in self.specs.items() if spec.places is not None)
+        return int(torch.searchsorted(self.view(part, name, row).flatten(), place))
+
+    def check_truncation(self, row: int, length: int) -> None:
+        """ValueError if there are fewer tokens than `length`, or if what would be visible again is forgotten."""
+        one, window = self._rows[row], self.window
+        if not 0 <= length <= one.length:
+            raise ValueError(f"length {length} is outside the {one.length} tokens remembered")
+        if window is not None and one.start > max(0, length - window + 1):
             raise ValueError(f"length {length} cannot be returned to: a window of {window} has forgotten it; snapshot")
-        if self.spec.per_sequence and length not in (0, self.length):
+        if self._fixed and length not in (0, one.length):
             raise ValueError(f"length {length} cannot be returned to: a recurrent state has forgotten it; snapshot")
 
-    def truncate(self, length: int) -> None:
+    def truncate(self, row: int, length: int) -> None:
         """Forgets every token from `length` on."""
-        self.check_truncation(length)
+        self.check_truncation(row, length)
         if length == 0:
-            self._current = {}
-        for name, complete in self._summed_up.items():
-            self._summed_up[name] = min(complete, self.spec.per_token[name].count(length))
-        self.length = length
+            self._zero(row)
+        for name, counts in self._summed.items():
+            counts[row] = min(counts[row], self._entries[name].count(length))
+        self._rows[row].length = length
+        self._stale = True
 
-    def hold(self) -> None:
-        """From now on `truncate` can return to any length that is not below the present one, but for what recurs."""
-        self._held_length = self.length
+    def hold(self, row: int) -> None:
+        """From now on `truncate` can return to any length not below the present one, except in what recurs."""
+        self._rows[row].kept_from = self._rows[row].length
 
-    def reserve(self, tokens: int) -> None:
-        """Makes room for `tokens` held tokens in all, so that appending does not copy."""
-        if tokens > self.capacity or (self.spec.per_token and not self._arrays):
-            self._allocate(tokens)
+    def clear(self, row: int) -> None:
+        """Makes a row ready for another sequence; it keeps its extent."""
+        self._rows[row] = _Row(capacity=self._rows[row].capacity)
+        for counts in self._summed.values():
+            counts[row] = 0
+        self._zero(row)
+        self._stale = True
 
-    def _allocate(self, tokens: int) -> None:
-        for name, entry in self.spec.per_token.items():
-            room, dtype = entry.count(tokens), entry.dtype or self.dtype
-            array = torch.empty(entry.heads, room, entry.size, dtype=dtype, device=self.device)
-            if self.held:
-                kept = self.view(name)
-                array[:, : kept.shape[1]] = kept
-            self._arrays[name] = array
-        self.capacity = tokens
+    def _zero(self, row: int) -> None:
+        for pool in self._pools.values():
+            pool[row].zero_()
 
-    def copy(self) -> Extents:
-        """An independent copy of what is held."""
-        other = Extents(self.spec, self.dtype, self.device)
-        other.reserve(self.held)
-        for name, array in other._arrays.items():
-            kept = self.view(name)
-            array[:, : kept.shape[1]] = kept
-        other.length, other.start, other._held_length = self.length, self.start, self._held_length
-        other._summed_up, other._current = dict(self._summed_up), dict(self._current)
-        return other
+    def copy(self, source: int, target: int) -> None:
+        """Makes one row what another is."""
+        self._put(target, Saved(self._rows[source], {name: self.view(*name, source) for name in self._names()}))
+        for counts in self._summed.values():
+            counts[target] = counts[source]
+
+    def save(self, row: int) -> Saved | None:
+        """A copy of what truncation could not bring back; None where it brings back all."""
+        names = self._names() if self.window is not None else self._pools
+        if self.window is None and not self._pools:
+            return None
+        return Saved(replace(self._rows[row]), {name: self.view(*name, row).clone() for name in names})
+
+    def load(self, row: int, saved: Saved | None, length: int) -> None:
+        """Returns a row to where `save` was called, at `length` tokens."""
+        if saved is None or self.window is None:
+            for name, counts in self._summed.items():
+                counts[row] = min(counts[row], self._entries[name].count(length))
+            self._rows[row].length = length
+            self._stale = True
+        if saved is not None:
+            self._put(row, saved)
+
+    def _names(self) -> list[Name]:
+        return [*self._arrays, *self._pools]
+
+    def _put(self, row: int, saved: Saved) -> None:
+        """Writes copied arrays into a row, which takes over their length."""
+        if saved.row.held > self._rows[row].capacity and self._entries:
+            self._lay_out({row: saved.row.held})
+        self._rows[row] = replace(saved.row, capacity=self._rows[row].capacity)
+        self._stale = True
+        for name, kept in saved.arrays.items():
+            if name in self._pools:
+                self._pools[name][row] = kept
+            else:
+                begin = self._begins[name][row]
+                self._arrays[name][:, begin : begin + kept.shape[1]] = kept
+
+    def used_bytes(self, row: int) -> int:
+        """Bytes of what later tokens can see: the declared formula."""
+        return sum(spec.bytes(self._rows[row].length, self.dtype) for spec in self.specs.values())
+
+    def reserved_bytes(self, row: int | None = None) -> int:
+        """Bytes allocated, for one row or in all."""
+        if row is None:
+            return sum(array.nbytes for array in (*self._arrays.values(), *self._pools.values()))
+        capacity = self._rows[row].capacity
+        grown = sum(entry.bytes(capacity, self.dtype) for entry in self._entries.values())
+        return grown + sum(entry.bytes(self.dtype) for entry in self._fixed.values())
+
+    # --- what a part does in a step -----------------------------------------------------------------------------------
+
+    def append(self, name: Name, entries: Float[Tensor, "T G K"], step: _Step) -> Float[Tensor, "G N K"]:
+        """Writes the stream's entries behind those of each run's row; the whole array."""
+        array, entries = self._arrays[name], entries.to(self._dtype_of(self._entries[name])).transpose(0, 1)
+        if len(step.rows) == 1:
+            _, end = step.places.spans[0]
+            array[:, end - step.runs.tokens : end] = entries
+        else:
+            array.index_copy_(1, step.at, entries)
+        return array
+
+    def sum_up(
+        self, name: Name, of: Name, make: Callable[[Tensor], Tensor], step: _Step
+    ) -> tuple[Float[Tensor, "G N K"], Spans]:
+        """Makes those entries of an array that the newest tokens complete; the array, and where each run's lie."""
+        array, counts, begins = self._arrays[name], self._summed[name], self._begins[name]
+        width, every = self._entries[name].width, self._entries[name].every
+        complete = [(end - first - width) // every + 1 for first, end in step.places.spans]
+        for row, (first, _), count in zip(step.rows, step.places.spans, complete, strict=True):
+            if count > (done := counts[row]):
+                tokens = slice(first + done * every, first + (count - 1) * every + width)
+                array[:, begins[row] + done : begins[row] + count] = make(self._arrays[of][:, tokens])
+                counts[row] = count
+        return array, [(begins[row], begins[row] + counts[row]) for row in step.rows]
+
+    def recall(self, name: Name, step: _Step) -> Tensor:
+        """A pool's rows of the runs at hand: a view of them where they follow each other and nothing is learned."""
+        pool = self._pools[name]
+        if step.block is None or torch.is_grad_enabled():
+            return pool.index_select(0, step.index)
+        return pool[step.block]
+
+    @torch.no_grad()
+    def replace(self, name: Name, rows: Tensor, step: _Step) -> None:
+        """Writes the rows of a pool; what is stored is never a view of a batch's result."""
+        pool = self._pools[name]
+        if step.block is None:
+            pool.index_copy_(0, step.index, rows.to(pool.dtype))
+        else:
+            pool[step.block] = rows
+
+
+class _Step:
+    """A stream under way through a store: the rows its runs continue, and where their tokens go.
+
+    firsts, ends: for every row of the store, where its extent begins and where its next token goes, on the device.
+    spans: for every run, where its entries begin and end, the new ones included.
+    """
+
+    def __init__(
+        self, stream: Stream, rows: Sequence[int], firsts: Tensor, ends: Tensor, spans: Sequence[tuple[int, int]]
+    ) -> None:
+        assert stream.rows is not None
+        self.runs, self.rows, self.index = stream.runs, rows, stream.rows
+        self._firsts, self._before = firsts.index_select(0, self.index), ends.index_select(0, self.index)
+        self.places = Places(self._firsts, self._before + self.runs.sizes, spans)
+
+    @cached_property
+    def fresh(self) -> Bool[Tensor, " R"]:
+        """Whether a run's sequence remembers nothing yet."""
+        return self._before == self._firsts
+
+    @cached_property
+    def at(self) -> Int64[Tensor, " T"]:
+        """The entry that each token becomes."""
+        return self._before.index_select(0, self.runs.of_token) + self.runs.places
+
+    @cached_property
+    def block(self) -> slice | None:
+        """The rows as a slice of a pool, if they follow each other."""
+        first = self.rows[0] if self.rows else 0
+        follow = list(self.rows) == list(range(first, first + len(self.rows)))
+        return slice(first, first + len(self.rows)) if follow else None
+
+
+@dataclass(frozen=True)
+class _PartMemory:
+    """`states.memory.Memory` of one part: its arrays, and the step that all parts of the store share."""
+
+    store: Extents
+    part: str
+    step: _Step
 
     @property
-    def used_bytes(self) -> int:
-        """Bytes of what later queries can see: the declared formula."""
-        return self.spec.bytes(self.length, self.dtype)
+    def places(self) -> Places:
+        return self.step.places
 
     @property
-    def reserved_bytes(self) -> int:
-        """Bytes allocated."""
-        return sum(array.nbytes for array in [*self._arrays.values(), *self._current.values()])
+    def fresh(self) -> Bool[Tensor, " R"]:
+        return self.step.fresh
 
-    def _make_room(self, count: int) -> None:
-        window, idle = self.spec.window or 0, self._forgettable()
-        needed = max(window, self.held - idle) + count
-        if window and self.capacity > 4 * max(_SMALLEST, needed):  # a long prefill has left it too large
-            self._forget(idle)
-            self._allocate(max(_SMALLEST, self.held + count + window))
-        if self.held + count <= self.capacity:
-            return
-        if window:
-            self._forget(self._forgettable())
-        if self.held + count + window // 2 > self.capacity:  # slack, so that a window moves once in window/2 tokens
-            self.reserve(max(_SMALLEST, self.held + count + window, self.capacity + self.capacity // 2))
+    def append(self, **entries: Float[Tensor, "T G K"]) -> tuple[Float[Tensor, "G N K"], ...]:
+        return tuple([self.store.append((self.part, name), entry, self.step) for name, entry in entries.items()])
 
-    def _forgettable(self) -> int:
-        """How many of the oldest tokens no later query can see, nor one after a return to the length that is held."""
-        if self.spec.window is None:
-            return 0
-        length = self.length if self._held_length is None else min(self.length, self._held_length)
-        return max(0, length - self.spec.window - self.start)
+    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Float[Tensor, "G N K"], Spans]:
+        return self.store.sum_up((self.part, name), (self.part, of), make, self.step)
 
-    def _forget(self, count: int) -> None:
-        """Drops the oldest `count` tokens by moving the rest to the front."""
-        for name, array in self._arrays.items():
-            kept = self.view(name)[:, count:].clone()
-            array[:, : kept.shape[1]] = kept
-        self.start += count
+    def recall(self, name: str) -> Tensor:
+        return self.store.recall((self.part, name), self.step)
+
+    def replace(self, **arrays: Tensor) -> None:
+        for name, rows in arrays.items():
+            self.store.replace((self.part, name), rows, self.step)

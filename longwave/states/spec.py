@@ -1,12 +1,16 @@
-"""What a part needs to remember, declared; the memory itself belongs to a pool outside the model."""
+"""What a part needs to remember, declared; the memory itself belongs to a store outside the model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from longwave.states.memory import Store
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,17 @@ class StateSpec:
     window: how many of the newest tokens later queries can still see, or None for all; older ones may be forgotten.
     level: the resampler inside which the part lives, as its index, or -1 outside of all; tokens reach a part only if
         that resampler keeps them, so the lengths of different levels differ.
-    per_sequence: arrays that do not grow; of a token that they have taken in they cannot be rid again.
+    per_sequence: arrays that do not grow; a token that they have taken in cannot be taken out again.
+    places: the per-token array, if any, that holds each token's place in its sequence; by it a level is truncated.
+    store: where it is kept; `Extents` by default.
     """
 
     per_token: Mapping[str, PerToken] = field(default_factory=dict)
     window: int | None = None
     level: int = -1
     per_sequence: Mapping[str, PerSequence] = field(default_factory=dict)
+    places: str | None = None
+    store: type[Store] | None = None
 
     @property
     def forgets(self) -> bool:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from longwave.errors import UserError
 from longwave.states.extents import Extents
+from longwave.states.memory import Memory, NoMemory, Store
 from longwave.states.spec import StateSpec
 from longwave.stream import Stream
 
-LAST_PLACE = (1 << 31) - 1  # what a place in a sequence may be, in a level's state and in lists of blocks
+LAST_PLACE = (1 << 31) - 1  # the last place in a sequence: places are 32-bit in a level's state and in lists of blocks
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """The memory of one sequence: its parts, the tokens seen, and the length of every cut made so far."""
+    """One sequence: its row in every store, the tokens seen, and the length of every cut made so far."""
 
-    parts: dict[str, Extents]
+    row: int
     seen: int = 0
     cuts: list[int] = field(default_factory=list)
-
-    def copy(self) -> _Sequence:
-        return _Sequence({name: part.copy() for name, part in self.parts.items()}, self.seen, list(self.cuts))
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class Snapshot:
     sequence: _Sequence
     seen: int
     cuts: int
-    lengths: Mapping[str, int]
-    copies: Mapping[str, Extents]
+    lengths: tuple[int, ...]
+    copies: tuple[Any, ...]
 
 
 class State:
     """What a model remembers of `slots` sequences.
 
-    specs: what each part declares, by the part's name.
+    specs: what each part declares, by the part's name. Parts that grow alike (one kind of store, level and window)
+    share a store.
     """
 
     def __init__(
@@ -53,7 +55,20 @@ class State:
         device: torch.device | str = "cpu",
     ) -> None:
         self.specs, self.dtype, self.device = dict(specs), dtype, torch.device(device)
-        self._sequences = [self._fresh() for _ in range(slots)]
+        alike: dict[Any, dict[str, StateSpec]] = {}
+        for part, spec in specs.items():
+            alike.setdefault((spec.store or Extents, spec.level, spec.window), {})[part] = spec
+        self._stores: list[Store] = []
+        self._store_of: dict[str, Store] = {}
+        self._levels: dict[int, list[Store]] = {}
+        for (kind, level, _), group in alike.items():
+            store: Store = kind(group, slots, dtype=dtype, device=self.device)
+            self._stores.append(store)
+            self._levels.setdefault(level, []).append(store)
+            self._store_of |= dict.fromkeys(group, store)
+        self._sequences = [_Sequence(row) for row in range(slots)]
+        self._free: list[int] = []
+        self._rows = slots
 
     @property
     def slots(self) -> int:
@@ -65,9 +80,27 @@ class State:
         """Tokens of each sequence that have been run, at the outermost level."""
         return [sequence.seen for sequence in self._sequences]
 
-    def of(self, part: str, slot: int) -> Extents:
-        """The memory of one part for one slot."""
-        return self._sequences[slot].parts[part]
+    def lengths(self, level: int = -1) -> list[int]:
+        """Tokens of each sequence that have reached a level (a resampler's index); -1, the outermost, sees all."""
+        if level < 0:
+            return self.seen
+        store = self._levels[level][0]
+        return [store.length(sequence.row) for sequence in self._sequences]
+
+    def places(self, level: int, slot: int) -> Int64[Tensor, " n"]:
+        """Where the tokens of one slot stand in their sequence that have reached a level."""
+        part, spec = next((p, s) for p, s in self.specs.items() if s.level == level and s.places is not None)
+        assert spec.places is not None
+        return self.view(part, spec.places, slot).flatten().long()
+
+    def view(self, part: str, name: str, slot: int) -> Tensor:
+        """One slot's held entries (heads, n, size) of a per-token array, or its per-sequence array; to be read only."""
+        return self._store_of[part].view(part, name, self._sequences[slot].row)
+
+    def part(self, part: str, stream: Stream) -> Memory:
+        """The memory of one part for the stream at hand."""
+        assert stream.slots is not None, "the stream comes from state.stream(...)"
+        return self._store_of[part].memory(part, stream, [self._sequences[slot].row for slot in stream.slots])
 
     def stream(self, lengths: Sequence[int], slots: Sequence[int] | None = None) -> Stream:
         """The stream of `lengths[r]` new tokens that continue slot `slots[r]` (0, 1, ... by default)."""
@@ -77,30 +110,42 @@ class State:
         if len(set(slots)) != len(slots):
             raise ValueError(f"slots {list(slots)} name a sequence twice")
         starts = [self._sequences[slot].seen for slot in slots]
-        longest = max((start + length for start, length in zip(starts, lengths, strict=True)), default=0)
+        longest = max([start + length for start, length in zip(starts, lengths, strict=True)], default=0)
         if longest > LAST_PLACE + 1:
             raise UserError(f"a sequence of {longest:,} tokens: places are counted up to {LAST_PLACE:,}")
-        return Stream.of(lengths, starts=starts, slots=slots, device=self.device)
+        for store in self._stores:
+            store.begin()
+        rows = torch.tensor([self._sequences[slot].row for slot in slots], dtype=torch.int64, device=self.device)
+        return replace(Stream.of(lengths, starts=starts, device=self.device), slots=tuple(slots), rows=rows)
 
     def advance(self, stream: Stream) -> None:
         """Counts the tokens of `stream` as seen, once every part has run them."""
         assert stream.slots is not None
         for slot, length in zip(stream.slots, stream.lengths, strict=True):
             self._sequences[slot].seen += length
+        for store in self._stores:
+            store.close()
 
-    def reserve(self, tokens: int, slots: Sequence[int] | None = None) -> None:
-        """Makes room for `tokens` tokens per sequence in every part without a window."""
-        for slot in range(self.slots) if slots is None else slots:
-            for part in self._sequences[slot].parts.values():
-                if part.spec.window is None:
-                    part.reserve(tokens)
+    def reserve(self, tokens: int | Mapping[int, int], slots: Sequence[int] | None = None) -> None:
+        """Makes room for `tokens` tokens per sequence, of each level if they are given by level, where no window is."""
+        rows = [self._sequences[slot].row for slot in (range(self.slots) if slots is None else slots)]
+        for level, stores in self._levels.items():
+            count = tokens if isinstance(tokens, int) else tokens.get(level, 0)
+            for store in stores:
+                if store.window is None:
+                    store.reserve(dict.fromkeys(rows, count))
+
+    def make_room(self, tokens: int) -> None:
+        """Makes room for so many more tokens of every sequence, so that they move nothing."""
+        for store in self._stores:
+            store.reserve({one.row: store.held(one.row) + tokens for one in self._sequences})
 
     def snapshot(self, slot: int) -> Snapshot:
         """Remembers where slot `slot` stands: lengths, and copies of what a window or a recurrence forgets."""
-        sequence = self._sequences[slot]
-        copies = {name: part.copy() for name, part in sequence.parts.items() if part.spec.forgets}
-        lengths = {name: part.length for name, part in sequence.parts.items()}
-        return Snapshot(sequence, sequence.seen, len(sequence.cuts), lengths, copies)
+        one = self._sequences[slot]
+        lengths = tuple(store.length(one.row) for store in self._stores)
+        copies = tuple(store.save(one.row) for store in self._stores)
+        return Snapshot(one, one.seen, len(one.cuts), lengths, copies)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Returns the snapshot's sequence to where it stood; later tokens are forgotten. It can be used again.
@@ -112,11 +157,8 @@ class State:
             raise ValueError("the snapshot's sequence is no longer in this state")
         if min(sequence.cuts[snapshot.cuts :], default=snapshot.seen) < snapshot.seen:
             raise ValueError(f"the sequence was cut below token {snapshot.seen}, where the snapshot stands")
-        for name, length in snapshot.lengths.items():
-            if name in snapshot.copies:
-                sequence.parts[name] = snapshot.copies[name].copy()
-            else:
-                sequence.parts[name].truncate(length)
+        for store, saved, length in zip(self._stores, snapshot.copies, snapshot.lengths, strict=True):
+            store.load(sequence.row, saved, length)
         sequence.seen = snapshot.seen
         sequence.cuts.append(snapshot.seen)
 
@@ -126,58 +168,77 @@ class State:
         Until the next call, parts with a window forget nothing that this needs; it costs no copy, unlike `snapshot`.
         Recurrent parts cannot: `truncate` refuses.
         """
-        for part in self._sequences[slot].parts.values():
-            part.hold()
+        for store in self._stores:
+            store.hold(self._sequences[slot].row)
 
     def truncate(self, slot: int, length: int) -> None:
         """Forgets the tokens of a slot from place `length` on, at every level.
 
         ValueError if the slot has fewer tokens, or what would be visible again is forgotten; nothing is changed then.
         """
-        sequence = self._sequences[slot]
-        if not 0 <= length <= sequence.seen:
-            raise ValueError(f"length {length} is outside the {sequence.seen} tokens of slot {slot}")
-        levels = {part.spec.level for part in sequence.parts.values()}
-        kept = {level: _kept_before(sequence, level, length) for level in levels}
-        for part in sequence.parts.values():
-            part.check_truncation(kept[part.spec.level])
-        for part in sequence.parts.values():
-            part.truncate(kept[part.spec.level])
-        sequence.seen = length
-        sequence.cuts.append(length)
+        one = self._sequences[slot]
+        if not 0 <= length <= one.seen:
+            raise ValueError(f"length {length} is outside the {one.seen} tokens of slot {slot}")
+        kept = {level: self._kept_before(level, one.row, length) for level in self._levels}
+        for level, stores in self._levels.items():
+            for store in stores:
+                store.check_truncation(one.row, kept[level])
+        for level, stores in self._levels.items():
+            for store in stores:
+                store.truncate(one.row, kept[level])
+        one.seen = length
+        one.cuts.append(length)
+
+    def _kept_before(self, level: int, row: int, length: int) -> int:
+        """Tokens of a level that stand before place `length` of the sequence; the outermost level keeps all."""
+        if level < 0:
+            return length
+        located = next(s for s in self._levels[level] if any(one.places is not None for one in s.specs.values()))
+        return located.kept_before(row, length)
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Slot i becomes what slot `sources[i]` was (beam search); a slot that is named twice is copied."""
-        old = self._sequences
-        used: set[int] = set()
+        old, used = self._sequences, set[int]()
+        for slot in set(range(len(old))) - set(sources):
+            self._let_go(old[slot])
         self._sequences = []
         for source in sources:
-            self._sequences.append(old[source].copy() if source in used else old[source])
+            self._sequences.append(self._copied(old[source]) if source in used else old[source])
             used.add(source)
 
     def release(self, slot: int) -> None:
         """Empties a slot for another sequence."""
-        self._sequences[slot] = self._fresh()
+        self._let_go(self._sequences[slot])
+        self._sequences[slot] = _Sequence(self._free.pop())
+
+    def _let_go(self, sequence: _Sequence) -> None:
+        for store in self._stores:
+            store.clear(sequence.row)
+        self._free.append(sequence.row)
+
+    def _copied(self, sequence: _Sequence) -> _Sequence:
+        """The same sequence once more, in a row of its own."""
+        if not self._free:
+            self._rows += 1
+            self._free.append(self._rows - 1)
+            for store in self._stores:
+                store.extend(self._rows)
+        row = self._free.pop()
+        for store in self._stores:
+            store.copy(sequence.row, row)
+        return _Sequence(row, sequence.seen, list(sequence.cuts))
 
     def used_bytes(self, slot: int | None = None) -> int:
         """Bytes of what later tokens can see, of one slot or of all."""
-        return sum(part.used_bytes for part in self._parts(slot))
+        chosen = self._sequences if slot is None else [self._sequences[slot]]
+        return sum(store.used_bytes(one.row) for one in chosen for store in self._stores)
 
     def reserved_bytes(self, slot: int | None = None) -> int:
         """Bytes allocated, of one slot or of all."""
-        return sum(part.reserved_bytes for part in self._parts(slot))
-
-    def _parts(self, slot: int | None) -> list[Extents]:
-        chosen = self._sequences if slot is None else [self._sequences[slot]]
-        return [part for sequence in chosen for part in sequence.parts.values()]
-
-    def _fresh(self) -> _Sequence:
-        return _Sequence({name: Extents(spec, self.dtype, self.device) for name, spec in self.specs.items()})
+        row = None if slot is None else self._sequences[slot].row
+        return sum(store.reserved_bytes(row) for store in self._stores)
 
 
-def _kept_before(sequence: _Sequence, level: int, length: int) -> int:
-    """Tokens of a level that stand before place `length` of the sequence; the outermost level, -1, keeps all."""
-    if level < 0:
-        return length
-    parts = (part for part in sequence.parts.values() if part.spec.level == level and "order" in part.spec.per_token)
-    return int(torch.searchsorted(next(parts).view("order").flatten(), length))
+def memory_of(state: State | None, part: str, stream: Stream) -> Memory:
+    """The memory of a part for the stream at hand, which without a state remembers nothing."""
+    return NoMemory(stream) if state is None else state.part(part, stream)

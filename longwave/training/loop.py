@@ -12,8 +12,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -31,6 +31,8 @@ from longwave.device import device_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import held_out_loss
 from longwave.model import Decoder
+from longwave.resamplers import Resampler, Selection
+from longwave.stream import Stream
 from longwave.training import checkpoints
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
 from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
@@ -43,6 +45,23 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}; the same command continues from there")
+
+
+class _LevelFigures:
+    """Figures of every level's last selection in a step."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, Mapping[str, torch.Tensor]] = {}
+
+    def __call__(self, level: Resampler, stream: Stream, selection: Selection) -> None:
+        self._found[level.index] = level.metrics(selection)
+
+    def by_name(self) -> dict[str, list[float]]:
+        """One list for each figure, outer levels first."""
+        levels = [self._found[index] for index in sorted(self._found)]
+        return {
+            name: [float(level[name]) for level in levels if name in level] for name in (levels[0] if levels else ())
+        }
 
 
 class Trainer:
@@ -96,16 +115,17 @@ class Trainer:
 
     def _one_step(self) -> None:
         run, started = self.recipe.training, time.perf_counter()
-        before = self.tokens
-        loss, report, lr = self._update()
+        before, figures = self.tokens, _LevelFigures()
+        logged = _due(self.step + 1, run.log_every, run.steps)
+        with self.model.watching(figures) if logged else nullcontext():
+            loss, report, lr = self._update()
         self.step += 1
         self.model.set_step(self.step, run.seed)
         tokens = self.tokens - before
         entry: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": loss, "lr_scale": lr}
         entry |= {"grad_norm": report.grad_norm, "clip": report.clip}
         entry |= {"tokens_per_second": tokens / (time.perf_counter() - started)}
-        if _due(self.step, run.log_every, run.steps):
-            entry |= self._shares()
+        entry |= figures.by_name()
         if _due(self.step, run.evaluate_every, run.steps):
             entry |= self._evaluation()
         for observer in self._observers:
@@ -136,11 +156,6 @@ class Trainer:
         starts = range(first, first + run.batch_windows, size)
         return [self.data.batch(range(start, start + size), self.sampler) for start in starts]
 
-    def _shares(self) -> dict[str, list[float]]:
-        """What each level's selection did in the last forward: one list per quantity, outer levels first."""
-        shares = [resampler.shares for resampler in self.model.resamplers]
-        return {name: [float(level[name]) for level in shares] for name in (shares[0] if shares else ())}
-
     def _evaluation(self) -> dict[str, Any]:
         run = self.recipe.training
         with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -159,8 +174,9 @@ class Trainer:
 
     def _compile(self) -> None:
         if self.recipe.training.compile:
-            for block in self.model.blocks:
-                block.mlp.compile(dynamic=True)
+            for part in self.model.parts:
+                if part.role == "mlp":
+                    part.compile(dynamic=True)
 
     def _checkpoint(self) -> None:
         parent = self.output / "checkpoints"

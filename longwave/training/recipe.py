@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 from longwave.checkpoints import load_config
-from longwave.config import ModelConfig, Strict, SubllmConfig, build, require
+from longwave.config import ModelConfig, Strict, build, require
 from longwave.errors import UserError
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
 from longwave.training.schedules import Eden, ScheduleConfig
@@ -122,11 +122,11 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_start(model: ModelConfig, start: ModelConfig, folder: str) -> None:
-    """Raises UserError where a model is not the one that it is to start from; how SUBLLM trains may differ."""
-    ours, theirs = (flat(replace(one, subllm=one.subllm or SubllmConfig()).to_dict()) for one in (model, start))
-    free = {name for name in ours if name.startswith("subllm.") and name != "subllm.selection"}
+    """Raises UserError where a model is not the one that it is to start from; how its parts are trained may differ."""
+    ours, theirs = (flat(one.completed(model.tables).to_dict()) for one in (model, start))
+    free = {f"{name}.{entry}" for name, table in model.tables.items() for entry in table.only_training}
     for name in sorted(ours.keys() - free):
-        given, there = ours[name], theirs[name]
+        given, there = ours[name], theirs.get(name)
         has = f"{folder}, from which training.start_from starts, has {there!r}"
         require(given == there, f"model.{name} = {given!r}: {has}; leave it out")
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Literal
 
 from longwave.benchmarks.results.results import Options
+from longwave.blocks import DENSE, tables_of
 from longwave.config import ModelConfig, require
-from longwave.layout import parse
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,10 @@ class ContextOptions(Options):
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
-    """The config of the same shape with full attention in every block and no resamplers.
+    """The config of the same shape with full attention in every block and no brackets.
 
-    Config sections of other parts are optional; they are dropped, since a section that no block uses is an error.
+    Tables of other parts are left out, since one that no part reads is an error.
     """
-    optional = {field.name: None for field in dataclasses.fields(config) if field.default is None}
-    attention = dataclasses.replace(config.attention, window=None)
-    layout = f"{parse(config.layout).depth}F"
-    return dataclasses.replace(config, layout=layout, attention=attention, **optional)
+    read = tables_of(DENSE)
+    tables = {name: table for name, table in config.completed(read).tables.items() if name in read}
+    return dataclasses.replace(config, layout=f"{config.parsed.depth}{DENSE}", blocks={}, tables=tables)

@@ -188,14 +188,14 @@ class Growing:
 
     def _retention(self) -> tuple[float, ...]:
         """The share of the tokens entering each level that it has kept so far."""
-        kept = {one.index: self.state.of(one.site.name, 0).length for one in self.model.resamplers}
+        kept = {one.index: self.state.lengths(one.index)[0] for one in self.model.resamplers}
         entering = {-1: self.state.seen[0], **kept}
         return tuple(kept[one.index] / max(entering[one.site.level], 1) for one in self.model.resamplers)
 
     def _make_room(self, tokens: int) -> None:
         """Reserves memory for so many tokens, so that growing copies nothing; Stopped if there is not enough."""
-        lengths = self._lengths(tokens)
-        needed = sum(self.state.specs[name].bytes(length, self.state.dtype) for name, length in lengths.items())
+        lengths, dtype = self._lengths(tokens), self.state.dtype
+        needed = sum(spec.bytes(lengths[spec.level], dtype) for spec in self.state.specs.values())
         more = max(0, needed - self.state.reserved_bytes())
         self._check_memory(self._meter.peak() + more, f"{tokens:,} tokens would take")
         free = free_memory(self.device)
@@ -205,17 +205,14 @@ class Growing:
         self._reserve(tokens)
 
     def _reserve(self, tokens: int) -> None:
-        for name, length in self._lengths(tokens).items():
-            if self.state.specs[name].window is None:
-                self.state.of(name, 0).reserve(length)
+        self.state.reserve(self._lengths(tokens))
 
-    def _lengths(self, tokens: int) -> Mapping[str, int]:
-        """The tokens that each part is expected to hold: on inner levels by the share that reached them so far."""
-        seen = self.state.seen[0]
-        found = {}
-        for name, spec in self.state.specs.items():
-            held = self.state.of(name, 0).length
-            found[name] = tokens if spec.level < 0 or not seen else min(tokens, ceil(_SPARE * held * tokens / seen))
+    def _lengths(self, tokens: int) -> Mapping[int, int]:
+        """The tokens that each level is expected to hold: inner ones by the share that reached them so far."""
+        seen, found = self.state.seen[0], {-1: tokens}
+        for level in (one.index for one in self.model.resamplers):
+            held = self.state.lengths(level)[0]
+            found[level] = min(tokens, ceil(_SPARE * held * tokens / seen)) if seen else tokens
         return found
 
     def _check_memory(self, bytes: int, what: str) -> None:

@@ -59,16 +59,15 @@ def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
 
     Only the first 256 tokens are compared, because the reference form is slow.
     """
-    prompt, mixers = tokens[:_PROMPT], [block.mixer for block in model.blocks]
-    forms = [mixer.form for mixer in mixers]
+    prompt = tokens[:_PROMPT]
     found = one_pass(model, prompt, min(_ROWS, len(prompt)))
+    forms = sorted({f"{op} {form}" for part in model.parts for op, form in part.forms.items()})
     model.use_form("reference")
     try:
         expected = one_pass(model, prompt, min(_ROWS, len(prompt)))
     finally:
-        for mixer, form in zip(mixers, forms, strict=True):
-            mixer.use_form(form)
-    check_logits(f"attention in the form {', '.join(sorted(set(forms)))}", found, expected)
+        model.use_form(None)
+    check_logits(f"the forms {', '.join(forms)}", found, expected)
 
 
 def check_form(case: Case, name: str) -> float:

@@ -5,14 +5,13 @@ Williams et al. 2009. Each part of a model is bounded by its bytes or by its FLO
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from longwave.benchmarks.measure.timing import Task, seconds_of, swift_collections
-from longwave.costs import Peaks, Work, weight_bytes
+from longwave.costs import At, Peaks, Work, weight_bytes
 from longwave.model import Decoder
 
 _REPEATS = 5
@@ -69,7 +68,7 @@ def decode_work(model: Decoder, load: Load) -> list[Work]:
     parts = []
     for block in model.blocks:
         level = load.levels[block.site.level]
-        cost = block.costs(round(level.held), 1.0, dtype)[0]
+        cost = block.costs(At(round(level.held), dtype))[0]
         weights = weight_bytes(cost.parameters, dtype)
         state = cost.decode_bytes - weights
         parts.append(Work(level.rows * cost.decode_flops, level.runs * weights + level.rows * state))
@@ -79,8 +78,8 @@ def decode_work(model: Decoder, load: Load) -> list[Work]:
 
 def prefill_work(model: Decoder, tokens: int, retention: Sequence[float]) -> Work:
     """The work of the prefill of one sequence; retention: the share that each level really kept of it."""
-    with _expecting(model, retention):
-        return Work(model.prefill_flops(tokens), _all_weights(model))
+    kept = {level.index: share for level, share in zip(model.resamplers, retention, strict=True)}
+    return Work(model.prefill_flops(tokens, kept), _all_weights(model))
 
 
 def training_work(model: Decoder, tokens: int, windows: int) -> Work:
@@ -90,18 +89,3 @@ def training_work(model: Decoder, tokens: int, windows: int) -> Work:
 
 def _all_weights(model: Decoder) -> int:
     return sum(weight.numel() * weight.element_size() for weight in model.parameters())
-
-
-@contextmanager
-def _expecting(model: Decoder, retention: Sequence[float]) -> Iterator[None]:
-    before = [resampler.expected_retention for resampler in model.resamplers]
-    _expect(model, retention)
-    try:
-        yield
-    finally:
-        _expect(model, before)
-
-
-def _expect(model: Decoder, retention: Sequence[float]) -> None:
-    for resampler, share in zip(model.resamplers, retention, strict=True):
-        resampler.expected_retention = share

@@ -1,6 +1,6 @@
 """Softmax attention over runs: causal or sliding-window, grouped heads, with or without a remembered past.
 
-Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `N` keys of one run, `K` head size.
+Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `N` entries of the arrays of keys, `K` head size.
 """
 
 from __future__ import annotations
@@ -8,57 +8,52 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.attention import one_query, ragged, reference, sdpa
-from longwave.ops.forms import pick
+from longwave.ops.attention import one_query, reference, sdpa
+from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
+from longwave.ops.forms import Form, Op, on_cpu
+from longwave.stream import Places, Runs
 
-ByRun: TypeAlias = "list[Float[Tensor, 'G N K']]"
-Form: TypeAlias = Callable[[Tensor, ByRun, ByRun, tuple[int, ...], "int | None", float], Tensor]
+__all__ = ["ATTENTION", "CAUSAL", "Attended", "Extra", "Pattern", "attention"]
 
-FORMS: dict[str, Form] = {
-    "reference": reference.attention,
-    "torch": sdpa.attention,
-    "compiled": one_query.attention,
-}
+Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Runs, "Places | None", Pattern, float, Wanted], Attended]
 
-
-def choose(form: str | None = None) -> tuple[str, str]:
-    """The form that attention will run and why."""
-    torch = "scaled_dot_product_attention; on a GPU its variable-length kernel for ragged runs"
-    return pick("attention", FORMS, form, kernels=f"single queries on a CPU; elsewhere {torch}", torch=torch)
+_TORCH = "scaled_dot_product_attention; on a GPU its variable-length kernel for ragged runs"
+ATTENTION: Op[Run] = Op(
+    "attention",
+    {
+        "compiled": Form(
+            one_query.attention,
+            f"a kernel for single queries; for others {_TORCH}",
+            on_cpu(torch.bfloat16, torch.float32, multiple=32),
+        ),
+        "torch": Form(sdpa.attention, _TORCH),
+        "reference": Form(reference.attention, "the formula, in double precision"),
+    },
+)
 
 
 def attention(
     query: Float[Tensor, "T H K"],
-    key: Float[Tensor, "T G K"] | ByRun,
-    value: Float[Tensor, "T G K"] | ByRun,
-    lengths: tuple[int, ...],
+    key: Float[Tensor, "G N K"],
+    value: Float[Tensor, "G N K"],
+    runs: Runs,
+    places: Places | None = None,
     *,
-    window: int | None = None,
+    pattern: Pattern = CAUSAL,
     scale: float,
+    want: Wanted = (),
     form: str = "torch",
-) -> Float[Tensor, "T H K"]:
-    """Every query attends to the keys of its run up to itself, or to the last `window` of those.
+) -> Attended:
+    """Every query attends to the keys of its run up to itself, or to the last `pattern.window` of those.
 
-    key, value: in the layout of the stream, or head-major (G, N, K) per run where a state holds the past as well; the
-    queries of run `r` are then the last `lengths[r]` of its keys. A run without queries is passed over.
+    key, value: head-major. places: where the keys of each run lie, the queries of run `r` being the last of them;
+    without it they are the stream's own (N = T). want: what to tell beside the output. A run without queries is passed
+    over.
     """
-    if isinstance(key, Tensor) and isinstance(value, Tensor):
-        if not query.shape[0]:
-            return query + (key.sum() + value.sum())  # of nothing, but every projection gets its gradient
-        if form != "reference":
-            if ragged.takes(query) and (window is not None or len(set(lengths)) > 1):
-                return ragged.attention(query, key, value, lengths, window, scale)
-            if len(set(lengths)) == 1:
-                return sdpa.packed(query, key, value, len(lengths), window, scale)
-        key, value = by_run(key, lengths), by_run(value, lengths)
-    assert isinstance(key, list)
-    assert isinstance(value, list)
-    return FORMS[form](query, key, value, lengths, window, scale)
-
-
-def by_run(stream: Float[Tensor, "T G K"], lengths: tuple[int, ...]) -> ByRun:
-    """The keys or values of a stream, head-major (G, N, K) per run."""
-    return [piece.transpose(0, 1) for piece in stream.split(lengths)]
+    if not query.shape[0] and places is None:
+        return Attended(query + (key.sum() + value.sum()))  # of nothing, but every projection gets its gradient
+    return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from longwave.costs import Work, visible_pairs
-from longwave.ops.attention import FORMS, attention, reference
+from longwave.ops.attention import ATTENTION, Pattern, attention
 from longwave.ops.benchmark import Beside, Case, Shape, forms_here
+from longwave.stream import Places, Runs
 
 _OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
 _FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
@@ -30,17 +31,17 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     tokens = shape.batch * shape.context
     query = shape.normal("query", tokens, shape.heads, shape.head_size)
     key, value = (shape.normal(name, tokens, shape.kv_heads, shape.head_size) for name in ("key", "value"))
-    lengths, rows = (shape.context,) * shape.batch, sample(tokens, shape)
-    options = {"window": window, "scale": shape.head_size**-0.5}
+    runs, rows = Runs.of([shape.context] * shape.batch, shape.device), sample(tokens, shape)
+    options = {"pattern": Pattern(window), "scale": shape.head_size**-0.5}
     pairs = shape.batch * visible_pairs(shape.context, window)
     flops, read = 4 * shape.heads * shape.head_size * pairs, sum(one.nbytes for one in (query, key, value))
-    names = [name for name in forms_here(FORMS, shape.device) if name not in _OF_ONE_QUERY]
+    names = [name for name in forms_here(ATTENTION, shape) if name not in _OF_ONE_QUERY]
     return Case(
         f"attention prefill{_suffix(window)}",
         shape.context,
         tokens,
         (query, key, value),
-        {name: partial(_stream, form=name, lengths=lengths, **options) for name in names},
+        {name: partial(_stream, form=name, runs=runs, **options) for name in names},
         partial(_rows_of_prefill, rows=rows, context=shape.context, **options),
         Work(flops, read),
         Work(2 * flops, 2 * read),
@@ -48,46 +49,53 @@ def _prefill(shape: Shape, window: int | None) -> Case:
     )
 
 
-def dense(shape: Shape, lengths: tuple[int, ...], kv_heads: int | None = None) -> dict[str, Beside]:
+def dense(shape: Shape, runs: Runs, kv_heads: int | None = None) -> dict[str, Beside]:
     """Causal softmax attention over the same queries, keys and values, as what another op is compared with.
 
     kv_heads: where they are not those of the shape.
     """
     flops = 4 * shape.heads * shape.head_size * shape.batch * visible_pairs(shape.context)
     heads = shape.heads + 2 * (kv_heads or shape.kv_heads)
-    read = sum(lengths) * heads * shape.head_size * shape.dtype.itemsize
-    run = partial(attention, lengths=lengths, scale=shape.head_size**-0.5)
+    read = runs.tokens * heads * shape.head_size * shape.dtype.itemsize
+    run = partial(_stream, runs=runs, scale=shape.head_size**-0.5)
     return {"dense attention": Beside(run, Work(flops, read), Work(2 * flops, 2 * read))}
 
 
-def _stream(query: Tensor, key: Tensor, value: Tensor, form: str, lengths: tuple[int, ...], **options: Any) -> Tensor:
-    """A form over a stream, which only torch's takes as it is."""
-    if form == "torch":
-        return attention(query, key, value, lengths, form=form, **options)
-    keys, values = ([piece.transpose(0, 1) for piece in part.split(lengths)] for part in (key, value))
-    return attention(query, keys, values, lengths, form=form, **options)
+def _stream(query: Tensor, key: Tensor, value: Tensor, runs: Runs, **options: Any) -> Tensor:
+    """Attention of a stream to itself, its keys and values (T, G, K) as projections give them."""
+    return attention(query, key.transpose(0, 1), value.transpose(0, 1), runs, **options).output
 
 
 def _decode(shape: Shape, window: int | None) -> Case:
     """One query of each of B sequences attends to N remembered keys, head-major."""
-    past = (shape.batch, shape.kv_heads, shape.context, shape.head_size)
+    past = (shape.kv_heads, shape.batch * shape.context, shape.head_size)
     query = shape.normal("query", shape.batch, shape.heads, shape.head_size)
     keys, values = shape.normal("keys", *past), shape.normal("values", *past)
+    runs, places = remembered(shape)
     seen = min(window or shape.context, shape.context)
 
     def run(query: Tensor, keys: Tensor, values: Tensor, form: str) -> Tensor:
-        lengths, past = (1,) * len(query), (list(keys.unbind()), list(values.unbind()))
-        return attention(query, *past, lengths, window=window, scale=shape.head_size**-0.5, form=form)
+        options = {"pattern": Pattern(window), "scale": shape.head_size**-0.5, "form": form}
+        return attention(query, keys, values, runs, places, **options).output
 
     return Case(
         f"attention decode{_suffix(window)}",
         shape.context,
         shape.batch,
         (query, keys, values),
-        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        {name: partial(run, form=name) for name in forms_here(ATTENTION, shape)},
         partial(run, form="reference"),
-        Work(4 * shape.heads * shape.head_size * shape.batch * seen, 2 * keys[:, :, :seen].nbytes),
+        Work(
+            4 * shape.heads * shape.head_size * shape.batch * seen,
+            2 * keys.nbytes * seen // shape.context,
+        ),
     )
+
+
+def remembered(shape: Shape) -> tuple[Runs, Places]:
+    """One new token of each of B sequences, the last of the N that are remembered of it, one sequence after another."""
+    ends = torch.arange(1, shape.batch + 1, device=shape.device) * shape.context
+    return Runs.of([1] * shape.batch, shape.device), Places(ends - shape.context, ends)
 
 
 def _suffix(window: int | None) -> str:
@@ -108,12 +116,13 @@ def sample(tokens: int, shape: Shape) -> Tensor | None:
 
 
 def _rows_of_prefill(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, context: int, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, context: int, pattern: Pattern, scale: float
 ) -> Tensor:
     """The reference of those rows, of all by default: each is the last query of the keys before it."""
     found = []
     for row in range(len(query)) if rows is None else rows.tolist():
-        seen = slice(row - row % context, row + 1)
-        past = ([key[seen].transpose(0, 1)], [value[seen].transpose(0, 1)])
-        found.append(reference.attention(query[row : row + 1], *past, (1,), window, scale))
+        begin, end = row - row % context, row + 1
+        places = Places(torch.tensor([begin]), torch.tensor([end]), [(begin, end)])
+        past = (key.transpose(0, 1), value.transpose(0, 1), Runs.of([1]), places)
+        found.append(attention(query[row:end], *past, pattern=pattern, scale=scale, form="reference").output)
     return torch.cat(found)

@@ -131,15 +131,16 @@ static void merge(float *splits, int64_t count, int64_t stride, int64_t size, vo
         put(out, is_bf16, at + k, splits[k] / total);
 }
 
-/* query and out (S, H, K); of sequence s: keys[s] and values[s] (G, N, K) with lengths[s] = N >= 1 and strides[s] entries
- * between KV heads; all of bf16 or all of fp32. Returns 1 if there is no memory. */
-int longwave_one_query(const void *query, const void *const *keys, const void *const *values, const int64_t *lengths,
-                       const int64_t *strides, void *out, int is_bf16, float scale, int64_t sequences, int64_t groups,
-                       int64_t group, int64_t size, int threads) {
+/* query and out (S, H, K); keys and values (G, N, K), group_stride entries between KV heads; sequence s has the tokens
+ * from begins[s] to ends[s], at least one; all of bf16 or all of fp32. Returns 1 if there is no memory. */
+int longwave_one_query(const void *query, const void *keys, const void *values, const int64_t *begins,
+                       const int64_t *ends, void *out, int is_bf16, float scale, int64_t sequences, int64_t groups,
+                       int64_t group_stride, int64_t group, int64_t size, int threads) {
     int64_t most = 0, all = 0, heads = groups * group, stride = size + LEFT;
     for (int64_t s = 0; s < sequences; s++) {
-        most = lengths[s] > most ? lengths[s] : most;
-        all += lengths[s];
+        int64_t length = ends[s] - begins[s];
+        most = length > most ? length : most;
+        all += length;
     }
     int64_t splits = (most + SPLIT - 1) / SPLIT;
     float *parts = malloc(sequences * heads * splits * stride * sizeof *parts);
@@ -151,10 +152,11 @@ int longwave_one_query(const void *query, const void *const *keys, const void *c
         for (int64_t s = 0; s < sequences; s++)
             for (int64_t g = 0; g < groups; g++)
                 for (int64_t i = 0; i < splits; i++) {
-                    int64_t left = lengths[s] - i * SPLIT, at = g * strides[s] + i * SPLIT * size;
+                    int64_t left = ends[s] - begins[s] - i * SPLIT;
+                    int64_t at = g * group_stride + (begins[s] + i * SPLIT) * size;
                     if (left <= 0)
                         continue;
-                    array key = from((array){keys[s], is_bf16}, at), value = from((array){values[s], is_bf16}, at);
+                    array key = from((array){keys, is_bf16}, at), value = from((array){values, is_bf16}, at);
                     array q = from((array){query, is_bf16}, (s * heads + g * group) * size);
                     float *o = parts + ((s * groups + g) * splits + i) * group * stride;
                     (is_bf16 ? split_of_bf16 : split_of_fp32)(key, value, q, group, left < SPLIT ? left : SPLIT, size,
@@ -164,7 +166,7 @@ int longwave_one_query(const void *query, const void *const *keys, const void *c
         for (int64_t s = 0; s < sequences; s++)
             for (int64_t h = 0; h < heads; h++) {
                 float *first = parts + ((s * groups + h / group) * splits * group + h % group) * stride;
-                int64_t used = (lengths[s] + SPLIT - 1) / SPLIT;
+                int64_t used = (ends[s] - begins[s] + SPLIT - 1) / SPLIT;
                 merge(first, used, group * stride, size, out, is_bf16, (s * heads + h) * size);
             }
     }

@@ -15,73 +15,95 @@ from torch import Tensor
 from longwave.errors import MachineError
 from longwave.ops import compiled
 from longwave.ops.attention import sdpa
+from longwave.ops.attention.pattern import Attended, Pattern, Wanted
+from longwave.ops.attention.weights import with_extras
+from longwave.stream import Places, Runs
 
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def attention(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], window: int | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    places: Places | None,
+    pattern: Pattern,
+    scale: float,
+    want: Wanted,
+) -> Attended:
+    """Queries (T, H, K) of each run against its keys and values (G, N, K), of which they are the last."""
+    if places is None or not _is_for_kernel(query, key, value) or 1 not in runs.lengths:
+        return sdpa.attention(query, key, value, runs, places, pattern, scale, want)
+    if runs.longest == 1:
+        output = _one_query(query, key, value, places, runs.of_token, pattern.window, scale)
+    else:
+        output = _mixed(query, key, value, runs, places, pattern.window, scale)
+    return with_extras(output, query, key, runs, places, pattern, scale, want)
+
+
+def _mixed(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places, window: int | None, scale: float
 ) -> Tensor:
-    """Queries (T, H, K) of each run against its head-major keys and values (G, N, K), of which they are the last."""
-    single = _for_kernel(query, keys, values, lengths)
-    if not single:
-        return sdpa.attention(query, keys, values, lengths, window, scale)
-    if len(single) == len(lengths):
-        return _one_query(query, keys, values, window, scale)
-    outputs = list(query.split(lengths))
-    of_single = (torch.cat([outputs[run] for run in single]), [keys[run] for run in single])
-    mixed = _one_query(*of_single, [values[run] for run in single], window, scale)
-    for run in set(range(len(lengths))) - set(single):
-        outputs[run] = sdpa.attention(outputs[run], [keys[run]], [values[run]], (lengths[run],), window, scale)
+    """Single queries through the kernel, longer runs through torch."""
+    lengths, outputs = runs.lengths, list(query.split(runs.lengths))
+    single = [run for run, length in enumerate(lengths) if length == 1]
+    chosen = torch.tensor(single)
+    mixed = _one_query(torch.cat([outputs[run] for run in single]), key, value, places, chosen, window, scale)
     for run, output in zip(single, mixed.split(1), strict=True):
         outputs[run] = output
+    for run, (begin, end) in enumerate(places.spans):
+        if lengths[run] > 1:
+            piece = [(key[:, begin:end], value[:, begin:end])]
+            outputs[run] = sdpa.by_run(outputs[run], (lengths[run],), piece, window, scale)
     return torch.cat(outputs)
 
 
-def _for_kernel(query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...]) -> list[int]:
-    """The runs that the kernel takes: single queries of inference on a CPU, in a type and head size that it knows."""
+def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes single queries of these: inference on a CPU, types and head sizes that it knows.
+
+    The tokens of every KV head have to lie side by side.
+    """
     known = query.dtype in _DTYPES and query.shape[-1] % 32 == 0 and query.device.type == "cpu"
     if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return []
-    pairs = enumerate(zip(lengths, keys, values, strict=True))
-    return [run for run, (length, key, value) in pairs if length == 1 and _is_plain(key, value, query.dtype)]
-
-
-def _is_plain(key: Tensor, value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the tokens of every KV head lie side by side, in a key and a value of one shape."""
+        return False
     together = key.stride()[1:] == (key.shape[2], 1) and value.stride() == key.stride()
-    return together and key.dtype == value.dtype == dtype
+    return together and key.dtype == value.dtype == query.dtype
 
 
-def _one_query(query: Tensor, keys: list[Tensor], values: list[Tensor], window: int | None, scale: float) -> Tensor:
-    """query (S, H, K) -> (S, H, K)."""
+def _one_query(
+    query: Tensor, key: Tensor, value: Tensor, places: Places, of_query: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """query (S, H, K), of the runs `of_query` (S) -> (S, H, K)."""
+    begins, ends = places.begins.index_select(0, of_query), places.ends.index_select(0, of_query)
     if window is not None:
-        keys, values = [key[:, -window:] for key in keys], [value[:, -window:] for value in values]
-    return torch.ops.longwave.one_query_attention.default(query, keys, values, scale)
+        begins = torch.maximum(begins, ends - window)
+    return torch.ops.longwave.one_query_attention.default(query, key, value, begins, ends, scale)
 
 
 torch.library.define(
-    "longwave::one_query_attention", "(Tensor query, Tensor[] keys, Tensor[] values, float scale) -> Tensor"
+    "longwave::one_query_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor begins, Tensor ends, float scale) -> Tensor",
 )
 
 
 @torch.library.impl("longwave::one_query_attention", "CPU")
-def _run(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def _run(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor, scale: float) -> Tensor:
     query = query.contiguous()
     output = torch.empty_like(query)
-    count, groups = len(keys), keys[0].shape[0]
     failed = _kernel()(
         query.data_ptr(),
-        (c_void_p * count)(*[key.data_ptr() for key in keys]),
-        (c_void_p * count)(*[value.data_ptr() for value in values]),
-        (c_int64 * count)(*[key.shape[1] for key in keys]),
-        (c_int64 * count)(*[key.stride(0) for key in keys]),
+        key.data_ptr(),
+        value.data_ptr(),
+        begins.data_ptr(),
+        ends.data_ptr(),
         output.data_ptr(),
         query.dtype == torch.bfloat16,
         scale,
-        count,
-        groups,
-        query.shape[1] // groups,
+        query.shape[0],
+        key.shape[0],
+        key.stride(0),
+        query.shape[1] // key.shape[0],
         query.shape[2],
         torch.get_num_threads(),
     )
@@ -91,12 +113,12 @@ def _run(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) 
 
 
 @torch.library.register_fake("longwave::one_query_attention")
-def _shape(query: Tensor, keys: list[Tensor], values: list[Tensor], scale: float) -> Tensor:
+def _shape(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor, scale: float) -> Tensor:
     return torch.empty_like(query)
 
 
 @cache
 def _kernel() -> Any:
     function = compiled.library().longwave_one_query
-    function.argtypes = [c_void_p] * 6 + [c_int, c_float] + [c_int64] * 4 + [c_int]
+    function.argtypes = [c_void_p] * 6 + [c_int, c_float] + [c_int64] * 5 + [c_int]
     return function

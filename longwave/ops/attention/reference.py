@@ -5,27 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longwave.ops.attention.pattern import Attended, Pattern, Wanted
+from longwave.stream import Places, Runs
+
 
 def attention(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], window: int | None, scale: float
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    places: Places | None,
+    pattern: Pattern,
+    scale: float,
+    want: Wanted,
+) -> Attended:
     """o_t = sum_u softmax_u(scale q_t . k_u) v_u over the visible keys u, one query at a time.
 
-    The `lengths[r]` queries of run `r` are the last of its keys: query i sees keys 0 ... N - L + i, or the last
-    `window` of those. Query head h reads KV head h // (H / G) (Ainslie et al. 2023, grouped-query attention).
+    The queries (T, H, K) of run `r` are the last of its keys, which lie at `places` in key and value (G, N, K): query i
+    of L sees all but the last L - 1 - i of them, or the last `window` of those. Query head h reads KV head h // (H / G)
+    (Ainslie et al. 2023, grouped-query attention).
     """
-    rows, start = [], 0
-    for length, key, value in zip(lengths, keys, values, strict=True):
-        for i in range(length):
-            last = key.shape[1] - length + i + 1
-            first = 0 if window is None else max(0, last - window)
-            rows.append(_one_query(query[start + i], key[:, first:last], value[:, first:last], scale))
-        start += length
-    return torch.stack(rows) if rows else query.new_zeros(query.shape)
+    places = places or Places(runs.bounds[:-1], runs.bounds[1:])
+    wide = torch.promote_types(query.dtype, torch.float32)
+    rows, logs = [], []
+    sums = torch.zeros(query.shape[1], key.shape[1], dtype=torch.float64, device=query.device)
+    queries = iter(query)
+    for length, (begin, end) in zip(runs.lengths, places.spans, strict=True):
+        for last in range(end - length + 1, end + 1):
+            first = begin if pattern.window is None else max(begin, last - pattern.window)
+            output, lse, weights = _one_query(next(queries), key[:, first:last], value[:, first:last], scale)
+            rows.append(output)
+            logs.append(lse)
+            sums[:, first:last] += weights
+    output = torch.stack(rows).to(query.dtype) if rows else query.new_zeros(query.shape)
+    lse = torch.stack(logs) if logs else query.new_zeros(query.shape[:2])
+    return Attended(output, lse.to(wide) if "lse" in want else None, sums.to(wide) if "column_sums" in want else None)
 
 
-def _one_query(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """query (H, K), key and value (G, N, K) -> (H, K)."""
+def _one_query(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """query (H, K), key and value (G, N, K) -> output (H, K), log-sum-exp (H), weights (H, N)."""
     grouped = query.double().unflatten(0, (key.shape[0], -1))
-    weights = torch.softmax(scale * grouped @ key.double().transpose(1, 2), dim=-1)
-    return (weights @ value.double()).flatten(0, 1).to(query.dtype)
+    scores = scale * grouped @ key.double().transpose(1, 2)
+    weights = torch.softmax(scores, dim=-1)
+    output = (weights @ value.double()).flatten(0, 1).to(query.dtype)
+    return output, scores.logsumexp(-1).flatten(), weights.detach().flatten(0, 1)

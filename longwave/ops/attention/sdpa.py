@@ -5,6 +5,7 @@ Legend: `L` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,22 +13,60 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from longwave.ops.attention import ragged
+from longwave.ops.attention.pattern import Attended, Pattern, Wanted
+from longwave.ops.attention.weights import with_extras
+from longwave.stream import Places, Runs
+
 
 def attention(
-    query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], window: int | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    places: Places | None,
+    pattern: Pattern,
+    scale: float,
+    want: Wanted,
+) -> Attended:
+    """Queries (T, H, K) of each run against its keys and values (G, N, K), of which they are the last."""
+    output = _output(query, key, value, runs, places, pattern.window, scale)
+    return with_extras(output, query, key, runs, places, pattern, scale, want)
+
+
+def _output(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places | None, window: int | None, scale: float
 ) -> Tensor:
-    """Queries (T, H, K) of each run against its head-major keys and values (G, N, K), of which they are the last."""
-    pieces = query.split(lengths)
-    runs = zip(pieces, keys, values, strict=True)
-    outputs = [_run(q, k, v, window, scale) for q, k, v in runs if q.shape[0]]
+    if places is not None:
+        pieces = [(key[:, begin:end], value[:, begin:end]) for begin, end in places.spans]
+    elif ragged.takes(query) and (window is not None or not runs.is_read or not runs.are_equal):
+        return ragged.attention(query, key, value, runs, window, scale)
+    elif runs.are_equal:
+        return _packed(query, key, value, runs.count, window, scale)
+    else:
+        pieces = zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True)
+    return by_run(query, runs.lengths, pieces, window, scale)
+
+
+def by_run(
+    query: Tensor,
+    lengths: tuple[int, ...],
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """The runs one after the other: queries (T, H, K), and each run's keys and values (G, n, K)."""
+    of_runs = zip(query.split(lengths), pieces, strict=True)
+    outputs = [_run(piece, *keys, window, scale) for piece, keys in of_runs if piece.shape[0]]
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
 
 
-def packed(query: Tensor, key: Tensor, value: Tensor, runs: int, window: int | None, scale: float) -> Tensor:
-    """Runs of one length, each attending to itself: query (T, H, K), key and value (T, G, K), T = runs * L."""
-    query, key, value = (part.unflatten(0, (runs, -1)).transpose(1, 2) for part in (query, key, value))
+def _packed(query: Tensor, key: Tensor, value: Tensor, runs: int, window: int | None, scale: float) -> Tensor:
+    """Runs of one length, each attending to itself: query (T, H, K), key and value (G, T, K), T = runs * L."""
+    rows = (query, key.transpose(0, 1), value.transpose(0, 1))
+    query, key, value = (part.unflatten(0, (runs, -1)).transpose(1, 2) for part in rows)
     return _causal(query, key, value, window, scale).transpose(1, 2).flatten(0, 1)
 
 

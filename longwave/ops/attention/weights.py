@@ -1,6 +1,6 @@
-"""The weights of softmax attention themselves, for whoever looks at them: a chunk of queries at a time.
+"""The weights of softmax attention themselves, a chunk of queries at a time, and what they add up to.
 
-Legend: `T` tokens of one run, `C` queries of a chunk, `N` keys they see, `H` query heads, `G` KV heads, `K` head size.
+Legend: `T` queries of one run, `C` queries of a chunk, `N` keys, `H` query heads, `G` KV heads, `K` head size.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from longwave.ops.attention.pattern import Attended, Pattern, Wanted
+from longwave.stream import Places, Runs
 
 _MOST = 1 << 23  # weights that are held at once
 _SHORTEST = 64  # queries of a chunk, however short the window
@@ -36,20 +39,55 @@ def attention_weights(
 
     most: weights held at once, about; no (T x T) array ever exists. The maths are those of `reference.attention`.
     """
+    for start, first, scores in _scores(query, key, window, scale, most):
+        yield Weights(start, first, scores.softmax(-1))
+
+
+def with_extras(
+    output: Float[Tensor, "T H K"],
+    query: Float[Tensor, "T H K"],
+    key: Float[Tensor, "G N K"],
+    runs: Runs,
+    places: Places | None,
+    pattern: Pattern,
+    scale: float,
+    want: Wanted,
+) -> Attended:
+    """An output with what else is wanted, worked out from queries and keys in chunks."""
+    if not want:
+        return Attended(output)
+    spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
+    wide = torch.promote_types(query.dtype, torch.float32)
+    heads = query.shape[1]
+    logs, sums = [query.new_zeros(0, heads, dtype=wide)], query.new_zeros(heads, key.shape[1], dtype=wide)
+    for piece, (begin, end) in zip(query.split(runs.lengths), spans, strict=True):
+        for _, first, scores in _scores(piece, key[:, begin:end].transpose(0, 1), pattern.window, scale, _MOST):
+            logs.append(scores.logsumexp(-1).T)
+            columns = slice(begin + first, begin + first + scores.shape[-1])
+            sums[:, columns] += scores.detach().softmax(-1).sum(1)
+    lse = torch.cat(logs) if "lse" in want else None
+    return Attended(output, lse, sums if "column_sums" in want else None)
+
+
+def _scores(
+    query: Float[Tensor, "T H K"], key: Float[Tensor, "N G K"], window: int | None, scale: float, most: int
+) -> Iterator[tuple[int, int, Float[Tensor, "H C n"]]]:
+    """Chunks of queries, the last of the keys: their first query, their first key, and scores, -inf where not seen."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     tokens, heads = query.shape[:2]
+    past = key.shape[0] - tokens
     grouped, key = query.to(dtype).unflatten(1, (key.shape[1], -1)), key.to(dtype)
     longest = tokens if window is None else max(window, _SHORTEST)  # a chunk as long as a window sees two of them
-    chunk = min(longest, max(1, most // max(1, heads * min(tokens, 2 * longest))))
+    chunk = max(1, min(longest, most // max(1, heads * min(past + tokens, 2 * longest))))
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
-        first = 0 if window is None else max(0, start - window + 1)
-        logits = torch.einsum("cgrk,ngk->grcn", scale * grouped[start:stop], key[first:stop]).flatten(0, 1)
-        hidden = ~_visible(start, stop, first, window, query.device)
-        yield Weights(start, first, logits.masked_fill_(hidden, -torch.inf).softmax(-1))
+        first = 0 if window is None else max(0, past + start - window + 1)
+        scores = torch.einsum("cgrk,ngk->grcn", scale * grouped[start:stop], key[first : past + stop]).flatten(0, 1)
+        hidden = ~_visible(past + start, past + stop, first, window, query.device)
+        yield start, first, scores.masked_fill(hidden, -torch.inf)
 
 
 def _visible(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """(C, N): which of the keys first ... stop - 1 each query start ... stop - 1 sees."""
+    """(C, n): which of the keys first ... stop - 1 each query at start ... stop - 1 sees."""
     query, key = torch.arange(start, stop, device=device).unsqueeze(1), torch.arange(first, stop, device=device)
     return (key <= query) & (key > query - (window or stop))

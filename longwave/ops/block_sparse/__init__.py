@@ -13,25 +13,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from longwave.ops.attention import ByRun, attention, by_run
+from longwave.ops.attention import attention
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, scored_pairs, windows
-from longwave.ops.forms import pick
+from longwave.ops.forms import Form, Op, on_cpu
+from longwave.stream import Places, Runs, Spans
 
 __all__ = [
-    "FORMS",
-    "Form",
+    "BLOCK_SPARSE",
+    "Compressed",
     "Geometry",
     "attend",
     "attended_pairs",
     "block_sparse_attention",
-    "choose",
     "compress",
     "scored_pairs",
     "select",
@@ -39,31 +39,47 @@ __all__ = [
 ]
 
 Denominator: TypeAlias = Literal["coarse", "exact"]
-Compressed: TypeAlias = "tuple[Float[Tensor, 'G _ K'], Float[Tensor, 'G _ K']]"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The means of windows of keys, fine and coarse (G, n, K), and where those of each run lie in them."""
+
+    fine: Float[Tensor, "G n1 K"]
+    fine_spans: Spans
+    coarse: Float[Tensor, "G n2 K"]
+    coarse_spans: Spans
+
+    def of(self, run: int) -> tuple[Tensor, Tensor]:
+        """Those of one run."""
+        fine, coarse = slice(*self.fine_spans[run]), slice(*self.coarse_spans[run])
+        return self.fine[:, fine], self.coarse[:, coarse]
 
 
 _SPAN = 1 << 14  # queries whose lists of blocks are held at once, where no gradient needs them later
 
 
-@dataclass(frozen=True)
-class Form:
+class Passes(NamedTuple):
     """How blocks are chosen, and how queries attend to them, of one run: `select` and `attend` say with what."""
 
     select: Callable[[Tensor, Tensor, Tensor, int, Geometry, float, bool, int], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
 
 
-FORMS: dict[str, Form] = {
-    "reference": Form(reference.select, reference.attend),
-    "torch": Form(tiles.select, partial(differentiable.attend, differentiable.TILES)),
-    "compiled": Form(kernels.select, kernels.attend),
-}
-
-
-def choose(form: str | None = None) -> tuple[str, str]:
-    """The form that block-sparse attention will run and why."""
-    kernels = "scores, choice and attention on a CPU; tiles of queries in torch elsewhere"
-    return pick("block_sparse", FORMS, form, kernels=kernels, torch="tiles of queries")
+BLOCK_SPARSE: Op[Passes] = Op(
+    "block_sparse",
+    {
+        "compiled": Form(
+            Passes(kernels.select, kernels.attend),
+            "kernels for scores, choice and attention",
+            on_cpu(torch.bfloat16, torch.float32, multiple=32, largest=256),
+        ),
+        "torch": Form(
+            Passes(tiles.select, partial(differentiable.attend, differentiable.TILES)), "tiles of queries in torch"
+        ),
+        "reference": Form(Passes(reference.select, reference.attend), "the formulas, in double precision"),
+    },
+)
 
 
 def select(
@@ -86,7 +102,9 @@ def select(
     for table, size in ((fine, geometry.fine), (coarse, geometry.coarse)):
         assert table.shape[1] >= windows(first + query.shape[0], *size), "windows of the last keys are missing"
     most = tiles.budget_of(query.device) if budget is None else budget
-    return FORMS[form].select(query, fine, coarse, first, geometry, scale, denominator == "exact", most)
+    return BLOCK_SPARSE.forms[form].run.select(
+        query, fine, coarse, first, geometry, scale, denominator == "exact", most
+    )
 
 
 def attend(
@@ -102,72 +120,68 @@ def attend(
 ) -> Float[Tensor, "T H V"]:
     """Every query attends to the keys of its group's blocks up to itself; query i stands at place first + i."""
     assert first + query.shape[0] <= keys.shape[1], "keys of the last queries are missing"
-    return FORMS[form].attend(query, keys, values, blocks, first, block_size, scale)
+    return BLOCK_SPARSE.forms[form].run.attend(query, keys, values, blocks, first, block_size, scale)
 
 
 def block_sparse_attention(
     query: Float[Tensor, "T H K"],
-    keys: Float[Tensor, "T G K"] | ByRun,
-    values: Float[Tensor, "T G K"] | ByRun,
-    lengths: tuple[int, ...],
+    key: Float[Tensor, "G N K"],
+    value: Float[Tensor, "G N K"],
+    runs: Runs,
+    places: Places | None,
     geometry: Geometry,
     *,
     scale: float,
-    compressed: list[Compressed] | None = None,
+    compressed: Compressed | None = None,
     dense_below: int | tuple[int, ...] = 0,
     denominator: Denominator = "coarse",
     form: str = "torch",
+    dense_form: str = "torch",
 ) -> Float[Tensor, "T H K"]:
     """Every query attends to the best blocks of its run up to itself.
 
-    keys, values: in the layout of the stream, or head-major (G, N, K) per run where a state holds the past as well; the
-    queries of run `r` are then the last `lengths[r]` of its keys. compressed: per run the fine and the coarse windows
-    of its keys, made here by default. dense_below: a query sees everything while its context, itself included, is
-    shorter than this (or this of its run), and in any case while that is at most `topk` blocks.
+    key, value: head-major. places: where the keys of each run lie, the queries of run `r` being the last of them;
+    without it they are the stream's own (N = T). compressed: the fine and the coarse windows of the keys, made here by
+    default. dense_below: a query sees everything while its context, itself included, is shorter than this (or this of
+    its run), and in any case while that is at most `topk` blocks; `dense_form` of attention does it.
     """
-    below = (dense_below,) * len(lengths) if isinstance(dense_below, int) else dense_below
-    dense = [geometry.dense(one) for one in below]
-    if isinstance(keys, Tensor) and isinstance(values, Tensor):
-        if all(length <= bound for length, bound in zip(lengths, dense, strict=True)):
-            return attention(query, keys, values, lengths, scale=scale, form=form)
-        keys, values = by_run(keys, lengths), by_run(values, lengths)
-    assert isinstance(keys, list)
-    assert isinstance(values, list)
-    firsts = [key.shape[1] - length for key, length in zip(keys, lengths, strict=True)]
-    heads = tuple(min(max(end - first, 0), n) for end, first, n in zip(dense, firsts, lengths, strict=True))
-    pieces = query.split([n for head, length in zip(heads, lengths, strict=True) for n in (head, length - head)])
-    early = _early(pieces[::2], keys, values, firsts, heads, scale, form)
-    late = [
-        _late(
-            piece, keys[run], values[run], compressed[run] if compressed else None, geometry, scale, denominator, form
-        )
-        for run, piece in enumerate(pieces[1::2])
-    ]
-    return torch.cat([part for pair in zip(early, late, strict=True) for part in pair]) if late else query
+    below = (dense_below,) * runs.count if isinstance(dense_below, int) else dense_below
+    bounds = [geometry.dense(one) for one in below]
+    spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
+    firsts = [end - begin - length for (begin, end), length in zip(spans, runs.lengths, strict=True)]
+    early = tuple(min(max(end - first, 0), n) for end, first, n in zip(bounds, firsts, runs.lengths, strict=True))
+    options = {"scale": scale, "form": dense_form}
+    if early == runs.lengths:
+        return attention(query, key, value, runs, places, **options).output
+    queries = query.split([n for head, length in zip(early, runs.lengths, strict=True) for n in (head, length - head)])
+    whole = queries[::2]
+    if any(early):
+        seen = [(begin, begin + first + head) for (begin, _), first, head in zip(spans, firsts, early, strict=True)]
+        whole = attention(torch.cat(whole), key, value, *_early_runs(early, seen, query.device), **options).output
+        whole = whole.split(early)
+    of_runs = (
+        list(zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True))
+        if places is None
+        else [(key[:, begin:end], value[:, begin:end]) for begin, end in spans]
+    )
+    found = []
+    for run, piece in enumerate(queries[1::2]):
+        tables = None if compressed is None else compressed.of(run)
+        found.append(_late(piece, *of_runs[run], tables, geometry, scale, denominator, form))
+    return torch.cat([part for pair in zip(whole, found, strict=True) for part in pair])
 
 
-def _early(
-    queries: tuple[Tensor, ...],
-    keys: list[Tensor],
-    values: list[Tensor],
-    firsts: list[int],
-    lengths: tuple[int, ...],
-    scale: float,
-    form: str,
-) -> tuple[Tensor, ...]:
-    """The first queries of every run, which see all their keys."""
-    if not any(lengths):
-        return queries
-    ends = [first + length for first, length in zip(firsts, lengths, strict=True)]
-    keys, values = ([part[:, :end] for part, end in zip(side, ends, strict=True)] for side in (keys, values))
-    return attention(torch.cat(queries), keys, values, lengths, scale=scale, form=form).split(lengths)
+def _early_runs(lengths: tuple[int, ...], spans: Spans, device: torch.device) -> tuple[Runs, Places]:
+    """The first queries of every run as runs of their own, and the keys that these see."""
+    begins, ends = torch.tensor(spans, device=device).T
+    return Runs.of(lengths, device), Places(begins, ends, spans)
 
 
 def _late(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    compressed: Compressed | None,
+    compressed: tuple[Tensor, Tensor] | None,
     geometry: Geometry,
     scale: float,
     denominator: Denominator,

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops.attention.benchmark import dense, sample
+from longwave.ops.attention.benchmark import dense, remembered, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
-from longwave.ops.block_sparse import FORMS, block_sparse_attention, compress
+from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, block_sparse_attention, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
+from longwave.stream import Places, Runs, Spans
 
 _PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 _SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
@@ -37,8 +39,8 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
     tokens, size = shape.batch * shape.context, shape.head_size
     query = shape.normal("query", tokens, shape.heads, size)
     key, value = (shape.normal(name, tokens, shape.kv_heads, size) for name in ("key", "value"))
-    lengths, rows = (shape.context,) * shape.batch, sample(tokens, shape)
-    run = partial(block_sparse_attention, lengths=lengths, geometry=geometry, scale=size**-0.5)
+    runs, rows = Runs.of([shape.context] * shape.batch, shape.device), sample(tokens, shape)
+    run = partial(_stream, runs=runs, geometry=geometry, scale=size**-0.5)
     attended = 4 * shape.heads * size * shape.batch * attended_pairs(shape.context, geometry)
     scored = 2 * shape.heads * size * shape.batch * scored_pairs(shape.context, geometry)
     read = sum(one.nbytes for one in (query, key, value))
@@ -47,13 +49,18 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
         shape.context,
         tokens,
         (query, key, value),
-        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        {name: partial(run, form=name) for name in forms_here(BLOCK_SPARSE, shape)},
         partial(_rows_of_prefill, rows=rows, shape=shape, geometry=geometry),
         Work(attended + scored, read),
         Work(2 * attended, 2 * read),
         rows,
-        dense(shape, lengths),
+        dense(shape, runs),
     )
+
+
+def _stream(query: Tensor, key: Tensor, value: Tensor, runs: Runs, geometry: Geometry, **options: Any) -> Tensor:
+    """The op on keys and values (T, G, K) as projections give them."""
+    return block_sparse_attention(query, key.transpose(0, 1), value.transpose(0, 1), runs, None, geometry, **options)
 
 
 def _rows_of_prefill(
@@ -68,39 +75,57 @@ def _rows_of_prefill(
         seen = slice(row - row % shape.context, row + 1)
         keys, values = (side[seen].transpose(0, 1) for side in (key, value))
         fine, coarse = (compress(keys.to(shape.dtype), *size).to(key) for size in (geometry.fine, geometry.coarse))
-        options = {"scale": shape.head_size**-0.5, "compressed": [(fine, coarse)], "form": "reference"}
-        found.append(block_sparse_attention(query[row : row + 1], [keys], [values], (1,), geometry, **options))
+        spans = [(0, keys.shape[1])]
+        compressed = Compressed(fine, [(0, fine.shape[1])], coarse, [(0, coarse.shape[1])])
+        past = (keys, values, Runs.of([1]), Places(torch.tensor([0]), torch.tensor(spans[0][1:]), spans))
+        options = {"scale": shape.head_size**-0.5, "compressed": compressed, "form": "reference"}
+        found.append(block_sparse_attention(query[row : row + 1], *past, geometry, **options, dense_form="reference"))
     return torch.cat(found)
 
 
 def _decode(shape: Shape, geometry: Geometry) -> Case:
     """One query of each of B sequences attends to N remembered keys, whose windows are remembered as well."""
-    past = (shape.batch, shape.kv_heads, shape.context, shape.head_size)
+    past = (shape.kv_heads, shape.batch * shape.context, shape.head_size)
     query = shape.normal("query", shape.batch, shape.heads, shape.head_size)
     keys, values = shape.normal("keys", *past), shape.normal("values", *past)
+    of_sequences = keys.unflatten(1, (shape.batch, shape.context)).flatten(0, 1)
     fine, coarse = (
-        compress(keys.flatten(0, 1), *size).unflatten(0, past[:2]) for size in (geometry.fine, geometry.coarse)
+        compress(of_sequences, *size).unflatten(0, (shape.kv_heads, shape.batch)).flatten(1, 2)
+        for size in (geometry.fine, geometry.coarse)
     )
     last = shape.context - 1
     attended = attended_pairs(last + 1, geometry) - attended_pairs(last, geometry)
     scored = scored_pairs(last + 1, geometry) - scored_pairs(last, geometry)
     token = shape.batch * shape.kv_heads * shape.head_size * keys.element_size()
     work = 4 * attended + 2 * scored
-    run = partial(_decode_of, geometry=geometry)
+    run = partial(_decode_of, shape=shape, geometry=geometry)
     return Case(
         _name("decode", geometry),
         shape.context,
         shape.batch,
         (query, keys, values, fine, coarse),
-        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        {name: partial(run, form=name) for name in forms_here(BLOCK_SPARSE, shape)},
         partial(run, form="reference"),
         Work(shape.batch * shape.heads * shape.head_size * work, token * (2 * attended + scored)),
     )
 
 
 def _decode_of(
-    query: Tensor, keys: Tensor, values: Tensor, fine: Tensor, coarse: Tensor, geometry: Geometry, form: str
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    fine: Tensor,
+    coarse: Tensor,
+    shape: Shape,
+    geometry: Geometry,
+    form: str,
 ) -> Tensor:
-    past, kept = (list(keys.unbind()), list(values.unbind())), list(zip(fine.unbind(), coarse.unbind(), strict=True))
-    options = {"scale": query.shape[-1] ** -0.5, "compressed": kept, "form": form}
-    return block_sparse_attention(query, *past, (1,) * len(query), geometry, **options)
+    compressed = Compressed(fine, _even(fine, shape.batch), coarse, _even(coarse, shape.batch))
+    options = {"scale": query.shape[-1] ** -0.5, "compressed": compressed, "form": form}
+    return block_sparse_attention(query, keys, values, *remembered(shape), geometry, **options)
+
+
+def _even(entries: Tensor, sequences: int) -> Spans:
+    """Where the entries (G, n, K) of each of several sequences lie, as many of each."""
+    count = entries.shape[1] // sequences
+    return [(index * count, (index + 1) * count) for index in range(sequences)]

@@ -5,12 +5,15 @@ Legend: `T` rows, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from longwave.ops.forms import Form, Op
 
 _CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
 
@@ -35,6 +38,15 @@ def cross_entropy(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _CrossEntropy.apply(hidden, weight, targets, scale, wanted)
+
+
+CROSS_ENTROPY: Op[Callable[..., Tensor]] = Op(
+    "cross_entropy",
+    {
+        "torch": Form(cross_entropy, "chunks of rows, gradients made in the forward pass"),
+        "reference": Form(reference, "all logits at once, in double precision"),
+    },
+)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -16,17 +16,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.ops.decay_linear import chunked, reference
-from longwave.ops.forms import pick
+from longwave.ops.forms import Form, Op
+from longwave.stream import Runs
 
-Form: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, "tuple[int, ...]", float, Tensor], "tuple[Tensor, Tensor]"]
+Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Runs, float, Tensor], "tuple[Tensor, Tensor]"]
 
-FORMS: dict[str, Form] = {"reference": reference.decay_linear_attention, "torch": chunked.decay_linear_attention}
-
-
-def choose(form: str | None = None) -> tuple[str, str]:
-    """The form that decay linear attention will run and why."""
-    reason = f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
-    return pick("decay_linear", FORMS, form, torch=reason)
+DECAY_LINEAR: Op[Run] = Op(
+    "decay_linear",
+    {
+        "torch": Form(
+            chunked.decay_linear_attention, f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
+        ),
+        "reference": Form(reference.decay_linear_attention, "the recurrence, in double precision"),
+    },
+)
 
 
 def decay_linear_attention(
@@ -34,7 +37,7 @@ def decay_linear_attention(
     key: Float[Tensor, "T H K"],
     value: Float[Tensor, "T H V"],
     log_decay: Float[Tensor, "E H"],
-    lengths: tuple[int, ...],
+    runs: Runs,
     *,
     scale: float,
     states: Float[Tensor, "R H K V"] | None = None,
@@ -48,7 +51,7 @@ def decay_linear_attention(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     if states is None:
-        states = query.new_zeros(len(lengths), *query.shape[1:], value.shape[-1], dtype=wide)
+        states = query.new_zeros(runs.count, *query.shape[1:], value.shape[-1], dtype=wide)
     if states.dtype.itemsize < wide.itemsize:
         raise ValueError(f"states are {states.dtype}; a recurrent state is kept in {wide} or wider")
-    return FORMS[form](query, key, value, log_decay.to(wide), lengths, scale, states)
+    return DECAY_LINEAR.forms[form].run(query, key, value, log_decay.to(wide), runs, scale, states)

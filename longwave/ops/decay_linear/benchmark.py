@@ -13,7 +13,8 @@ from torch import Tensor
 from longwave.costs import Work
 from longwave.ops.attention.benchmark import dense, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
-from longwave.ops.decay_linear import FORMS, decay_linear_attention
+from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
+from longwave.stream import Runs
 
 
 def cases(shape: Shape) -> list[Case]:
@@ -27,26 +28,26 @@ def cases(shape: Shape) -> list[Case]:
 
 def _prefill(shape: Shape, log_decay: Tensor) -> Case:
     """B sequences in the layout of a stream."""
-    tokens, lengths = shape.batch * shape.context, (shape.context,) * shape.batch
+    tokens, runs = shape.batch * shape.context, Runs.of([shape.context] * shape.batch, shape.device)
     inputs = tuple(shape.normal(name, tokens, shape.heads, shape.head_size) for name in ("query", "key", "value"))
     rows, scale = sample(tokens, shape), shape.head_size**-0.5
     flops = 4 * tokens * shape.heads * shape.head_size**2
     read = sum(one.nbytes for one in inputs)
 
     def run(query: Tensor, key: Tensor, value: Tensor, form: str) -> Tensor:
-        return decay_linear_attention(query, key, value, log_decay, lengths, scale=scale, form=form)[0]
+        return decay_linear_attention(query, key, value, log_decay, runs, scale=scale, form=form)[0]
 
     return Case(
         "decay_linear prefill",
         shape.context,
         tokens,
         inputs,
-        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        {name: partial(run, form=name) for name in forms_here(DECAY_LINEAR, shape)},
         partial(_rows_of_prefill, log_decay=log_decay, rows=rows, context=shape.context, scale=scale),
         Work(flops, read),
         Work(2 * flops, 2 * read),
         rows,
-        beside=dense(shape, lengths, kv_heads=shape.heads),
+        beside=dense(shape, runs, kv_heads=shape.heads),
     )
 
 
@@ -67,19 +68,19 @@ def _decode(shape: Shape, log_decay: Tensor) -> Case:
     """One token of each of B sequences, after its memory."""
     one = (shape.batch, shape.heads, shape.head_size)
     inputs = tuple(shape.normal(name, *one) for name in ("query", "key", "value"))
-    states = shape.normal("states", *one, shape.head_size).float()
+    states, runs = shape.normal("states", *one, shape.head_size).float(), Runs.of([1] * shape.batch, shape.device)
 
     def run(query: Tensor, key: Tensor, value: Tensor, states: Tensor, form: str) -> Tensor:
         wide = states.to(torch.promote_types(query.dtype, torch.float32))
-        scale, lengths = shape.head_size**-0.5, (1,) * shape.batch
-        return decay_linear_attention(query, key, value, log_decay, lengths, scale=scale, states=wide, form=form)[0]
+        options = {"scale": shape.head_size**-0.5, "states": wide, "form": form}
+        return decay_linear_attention(query, key, value, log_decay, runs, **options)[0]
 
     return Case(
         "decay_linear decode",
         1,
         shape.batch,
         (*inputs, states),
-        {name: partial(run, form=name) for name in forms_here(FORMS, shape.device)},
+        {name: partial(run, form=name) for name in forms_here(DECAY_LINEAR, shape)},
         partial(run, form="reference"),
         Work(4 * states.numel(), 2 * states.nbytes),
     )

@@ -9,12 +9,14 @@ Legend: `T` tokens, `N` chunks, `C` tokens of a chunk, `R` runs, `H` heads, `K` 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longwave.ops.decay_linear.chunks import Chunks, Decays
+from longwave.stream import Runs
 
 CHUNK = 64
 SPAN = 2048  # tokens worked on at a time: what a call needs beside its inputs and outputs does not grow with them
@@ -25,66 +27,76 @@ def decay_linear_attention(
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
-    lengths: tuple[int, ...],
+    runs: Runs,
     scale: float,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Spans of the stream in turn, each through the memory that the former one left."""
-    if not any(lengths):
+    if not runs.tokens:
         return value + (query.sum() + key.sum()), states  # of nothing, but every projection gets its gradient
-    if max(lengths) == 1 and not torch.is_grad_enabled():
-        return _one_token(query, key, value, log_decay, lengths, scale, states)
-    spans, current = list(_spans(lengths)), list(states)
-    sizes = [sum(pieces) for _, pieces in spans]
+    if runs.longest == 1 and not torch.is_grad_enabled():
+        return _one_token(query, key, value, log_decay, runs, scale, states)
+    spans = runs.once("decay_linear spans", lambda: _spans(runs))
+    sizes = [span.chunks.tokens for span in spans]
     decays = [log_decay] * len(spans) if log_decay.shape[0] == 1 else log_decay.split(sizes)
-    outputs, parts = [], zip(query.split(sizes), key.split(sizes), value.split(sizes), decays, strict=True)
-    for (runs, pieces), (q, k, v, decay) in zip(spans, parts, strict=True):
-        before = torch.stack([current[run] for run in runs])
-        output, after = _Chunked.apply(q, k, v, decay, before, pieces, scale)
+    outputs, finals, carried = list[Tensor](), list[Tensor](), None
+    parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), decays, strict=True)
+    for span, (q, k, v, decay) in zip(spans, parts, strict=True):
+        before = states[span.first : span.last + 1]
+        if carried is not None:  # the span goes on with the run that the former one has ended in
+            before = torch.cat([carried, before[1:]])
+        output, after = _Chunked.apply(q, k, v, decay, before, span.chunks, scale)
         outputs.append(output)
-        for run, state in zip(runs, after, strict=True):
-            current[run] = state
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), torch.stack(current)
+        carried = after[-1:]
+        finals.append(after if span is spans[-1] else after[:-1])
+    return (outputs[0], finals[0]) if len(spans) == 1 else (torch.cat(outputs), torch.cat(finals))
 
 
-def _spans(lengths: tuple[int, ...]) -> Iterator[tuple[list[int], tuple[int, ...]]]:
-    """Runs, and how many tokens of each, for stretches of at most SPAN tokens; a run is cut at whole chunks only."""
-    runs, pieces = list[int](), list[int]()
+@dataclass(frozen=True)
+class _Stretch:
+    """At most SPAN tokens of the stream: a piece of each of the runs from `first` to `last`, in chunks."""
+
+    first: int
+    last: int
+    chunks: Chunks
+
+
+def _spans(runs: Runs) -> list[_Stretch]:
+    """The stream in stretches that follow each other; a run is cut at whole chunks only."""
+    found, start = list[_Stretch](), 0
+    for first, pieces in _pieces(runs.lengths):
+        stop = start + sum(pieces)
+        sizes = runs.bounds[first : first + len(pieces) + 1].clamp(start, stop).diff()
+        found.append(_Stretch(first, first + len(pieces) - 1, Chunks(pieces, sizes, CHUNK)))
+        start = stop
+    return found
+
+
+def _pieces(lengths: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The first run of each stretch, and how many tokens of it and of the following runs; some have none."""
+    first, pieces = 0, list[int]()
     for run, length in enumerate(lengths):
-        while length:
+        while True:
             room = SPAN - sum(pieces)
-            piece = length if length <= room else room // CHUNK * CHUNK
-            if piece:
-                runs.append(run)
-                pieces.append(piece)
-            if piece < length:
-                yield runs, tuple(pieces)
-                runs, pieces = [], []
-            length -= piece
-    if pieces:
-        yield runs, tuple(pieces)
+            pieces.append(length if length <= room else room // CHUNK * CHUNK)
+            length -= pieces[-1]
+            if not length:
+                break
+            yield first, tuple(pieces)
+            first, pieces = run, []
+    yield first, tuple(pieces)
 
 
 def _one_token(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
-    states: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, runs: Runs, scale: float, states: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decoding: one step of the recurrence for every run that has a token."""
-    runs = [run for run, length in enumerate(lengths) if length]
-    before = states if len(runs) == len(lengths) else states[runs]
-    wide = states.dtype
+    whole, wide = runs.tokens == runs.count, states.dtype
+    before = states if whole else states.index_select(0, runs.of_token)
     decay = log_decay.exp().to(wide)[:, :, None, None]
     after = before * decay + torch.matmul(key.to(wide).unsqueeze(3), value.to(wide).unsqueeze(2))
     output = scale * torch.matmul(query.to(wide).unsqueeze(2), after).squeeze(2)
-    finals = (
-        after if len(runs) == len(lengths) else states.index_copy(0, torch.tensor(runs, device=states.device), after)
-    )
-    return output.to(value.dtype), finals
+    return output.to(value.dtype), after if whole else states.index_copy(0, runs.of_token, after)
 
 
 class _Chunked(torch.autograd.Function):
@@ -98,18 +110,18 @@ class _Chunked(torch.autograd.Function):
         value: Tensor,
         log_decay: Tensor,
         states: Tensor,
-        lengths: tuple[int, ...],
+        chunks: Chunks,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(query, key, value, log_decay, states)
-        ctx.lengths, ctx.scale = lengths, scale
-        span = _Span(query, key, value, log_decay, states, lengths, scale)
+        ctx.chunks, ctx.scale = chunks, scale
+        span = _Span(query, key, value, log_decay, states, chunks, scale)
         return span.chunks.join(span.output().transpose(1, 2)).to(value.dtype), span.after
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, states = ctx.saved_tensors
-        span = _Span(query, key, value, log_decay, states, ctx.lengths, ctx.scale)
+        span = _Span(query, key, value, log_decay, states, ctx.chunks, ctx.scale)
         learned = ctx.needs_input_grad[3]
         return *span.backward(gradients[0], gradients[1], learned), None, None
 
@@ -124,10 +136,10 @@ class _Span:
         value: Tensor,
         log_decay: Tensor,
         states: Tensor,
-        lengths: tuple[int, ...],
+        chunks: Chunks,
         scale: float,
     ) -> None:
-        self.chunks = Chunks(lengths, CHUNK, query.device)
+        self.chunks = chunks
         self.constant = log_decay.shape[0] == 1
         decays = Decays.of(log_decay, self.chunks, self.constant)
         self.whole, low = decays.whole.to(states.dtype), query.dtype
@@ -144,7 +156,7 @@ class _Span:
         """The memory before every chunk, and that of every run after its last one."""
         added = torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(states.dtype)
         before = torch.empty_like(added)
-        order = torch.tensor(self.chunks.runs, device=states.device)
+        order = self.chunks.order
         current = states.index_select(0, order)
         for begin, count in self.chunks.bounds:
             here = slice(begin, begin + count)
@@ -181,7 +193,7 @@ class _Span:
         """The gradient of the memory after every chunk, and of that before the first one of every run."""
         added = torch.matmul(self.query.transpose(2, 3), faded).to(finals.dtype)
         after = torch.empty_like(added)
-        order = torch.tensor(self.chunks.runs, device=finals.device)
+        order = self.chunks.order
         current = finals.index_select(0, order)
         for begin, count in reversed(self.chunks.bounds):
             here = slice(begin, begin + count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -20,50 +21,55 @@ class Chunks:
 
     Chunks are laid out by their number within the run, the first of every run before all second ones, and runs by how
     many they have: those that still have a chunk number i are then neighbours, and a scan over i takes slices.
+    lengths: tokens of each run; sizes: the same on the device, from which everything there is made.
     """
 
-    def __init__(self, lengths: Sequence[int], size: int, device: torch.device) -> None:
-        self.lengths, self.size, self.device = lengths, size, device
+    def __init__(self, lengths: Sequence[int], sizes: Int64[Tensor, " R"], size: int) -> None:
+        self.size, self.sizes, self.tokens = size, sizes, sum(lengths)
         counts = [-(-length // size) for length in lengths]
-        self.runs = sorted(range(len(lengths)), key=lambda run: -counts[run])
-        most = max(counts, default=0)
-        self.active = [sum(count > number for count in counts) for number in range(most)]
+        self.active = [sum(count > number for count in counts) for number in range(max(counts, default=0))]
         self.count = sum(counts)
-        filled = [length for length in lengths if length]
-        self.plain = len(filled) == 1  # one run lies as it is, but for padding at its end
-        self.tokens = sum(lengths)
+        self.plain = sum(length > 0 for length in lengths) == 1  # one run lies as it is, but for padding at its end
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
         """Where the chunks of each number begin, and how many there are."""
-        begins, begin = [], 0
-        for active in self.active:
-            begins.append((begin, active))
-            begin += active
-        return begins
+        return list(zip([0, *accumulate(self.active)], self.active, strict=False))
+
+    @cached_property
+    def _counts(self) -> Int64[Tensor, " R"]:
+        """Chunks of each run."""
+        return (self.sizes + (self.size - 1)) // self.size
+
+    @cached_property
+    def order(self) -> Int64[Tensor, " R"]:
+        """The runs, those with the most chunks first."""
+        return self._counts.sort(descending=True, stable=True).indices
+
+    @cached_property
+    def _begins(self) -> Int64[Tensor, " numbers"]:
+        """The first chunk of each number, and their count behind the last."""
+        numbers = torch.arange(len(self.active), device=self.sizes.device)
+        active = (self._counts > numbers.unsqueeze(1)).sum(1)
+        return F.pad(active.cumsum(0), (1, 0))
 
     @cached_property
     def filled(self) -> Int64[Tensor, " N"]:
         """Tokens of each chunk that are no padding."""
-        left = [
-            min(self.size, self.lengths[run] - number * self.size)
-            for number, active in enumerate(self.active)
-            for run in self.runs[:active]
-        ]
-        return torch.tensor(left, device=self.device)
+        number = torch.repeat_interleave(self._begins.diff(), output_size=self.count)
+        rank = torch.arange(self.count, device=number.device) - self._begins.index_select(0, number)
+        run = self.order.index_select(0, rank)
+        return (self.sizes.index_select(0, run) - number * self.size).clamp(max=self.size)
 
     @cached_property
     def places(self) -> Int64[Tensor, " T"]:
         """The row of the padded chunks that each token goes to."""
-        begins = [begin for begin, _ in self.bounds]
-        rank = {run: rank for rank, run in enumerate(self.runs)}
-        pieces = [
-            torch.arange(min(self.size, length - start), device=self.device)
-            + (begins[start // self.size] + rank[run]) * self.size
-            for run, length in enumerate(self.lengths)
-            for start in range(0, length, self.size)
-        ]
-        return torch.cat(pieces)
+        run = torch.repeat_interleave(self.sizes, output_size=self.tokens)
+        starts = self.sizes.cumsum(0) - self.sizes
+        place = torch.arange(self.tokens, device=run.device) - starts.index_select(0, run)
+        rank = self.order.argsort().index_select(0, run)
+        chunk = self._begins.index_select(0, place // self.size) + rank
+        return chunk * self.size + place % self.size
 
     def cut(self, tokens: Tensor) -> Tensor:
         """(T, ...) -> (N, C, ...), zeros where there is no token."""

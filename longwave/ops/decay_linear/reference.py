@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longwave.stream import Runs
+
 
 def decay_linear_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_decay: Tensor,
-    lengths: tuple[int, ...],
+    runs: Runs,
     scale: float,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """S = exp(g) S + k v^T, then o = scale q S, for each run, in double precision."""
-    pieces = (tensor.double().split(lengths) for tensor in (query, key, value))
-    decays = log_decay.double().exp().expand(query.shape[0], -1).split(lengths)
+    pieces = (tensor.double().split(runs.lengths) for tensor in (query, key, value))
+    decays = log_decay.double().exp().expand(query.shape[0], -1).split(runs.lengths)
     outputs, finals = [value.double()[:0]], []
     for q, k, v, decay, state in zip(*pieces, decays, states.double(), strict=True):
         for t in range(q.shape[0]):

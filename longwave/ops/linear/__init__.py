@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops import compiled
+from longwave.ops.forms import Call, Form, Op, on_cpu
 from longwave.ops.linear import few_rows
 
-Form: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _MOST = 32  # rows up to which the forms for few rows are asked
 _TURNED = {torch.bfloat16: range(1, 33), torch.float32: range(8, 33)}  # rows for which W x^T is the faster product
@@ -46,22 +46,28 @@ def compiled_form(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return form(hidden, weight, bias)
 
 
-FORMS: dict[str, Form] = {"reference": reference, "torch": turned, "compiled": compiled_form}
+LINEAR: Op[Run] = Op(
+    "linear",
+    {
+        "compiled": Form(compiled_form, "few rows on a CPU; torch elsewhere", on_cpu(torch.bfloat16, torch.float32)),
+        "torch": Form(turned, "torch's products, turned where that is faster"),
+        "reference": Form(reference, "the product in double precision"),
+    },
+)
 
 
 @cache
-def choose() -> tuple[str, str]:
-    """The form that products of few rows run on a CPU, and why."""
-    if (reason := compiled.why_not()) is not None:
-        return "torch", f"no compiled kernels: {reason}"
-    return "compiled", "few rows on a CPU; torch elsewhere"
+def _form_of(dtype: torch.dtype) -> Run:
+    """The form that products of few rows run on a CPU."""
+    name, _ = LINEAR.resolve(Call(torch.device("cpu"), dtype))
+    return LINEAR.forms[name].run
 
 
 def linear(
     hidden: Float[Tensor, "T D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None
 ) -> Float[Tensor, "T E"]:
-    """hidden W^T + bias; few rows on a CPU, as in decoding, go to the form that `choose` names."""
+    """hidden W^T + bias; few rows on a CPU, as in decoding, go to the op's form."""
     few = hidden.shape[0] <= _MOST and hidden.device.type == "cpu" and hidden.dtype == weight.dtype
     if not few or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(hidden, weight, bias)
-    return FORMS[choose()[0]](hidden, weight, bias)
+    return _form_of(hidden.dtype)(hidden, weight, bias)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longwave.costs import Work
 from longwave.ops.benchmark import Case, Shape, forms_here
-from longwave.ops.linear import FORMS, Form, reference
+from longwave.ops.linear import LINEAR, Run, reference
 
 
 def cases(shape: Shape) -> list[Case]:
@@ -25,11 +25,11 @@ def _product(shape: Shape, outputs: int) -> Case:
         1,
         shape.batch,
         (hidden, weight),
-        {name: partial(_run, form=FORMS[name]) for name in forms_here(FORMS, shape.device)},
+        {name: partial(_run, form=LINEAR.forms[name].run) for name in forms_here(LINEAR, shape)},
         partial(_run, form=reference),
         Work(2 * shape.batch * width * outputs, hidden.nbytes + weight.nbytes),
     )
 
 
-def _run(hidden: Tensor, weight: Tensor, form: Form) -> Tensor:
+def _run(hidden: Tensor, weight: Tensor, form: Run) -> Tensor:
     return form(hidden, weight, None)
