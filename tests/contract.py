@@ -23,7 +23,8 @@ from longwave.laws import ALL, Law
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig, InfllmConfig, LightningConfig, WindowConfig
 from longwave.model import Decoder
-from longwave.resamplers import BRACKETS, SubllmConfig
+from longwave.resamplers import BRACKETS
+from longwave.resamplers.subllm import Subllm, SubllmConfig
 from longwave.states import State
 from longwave.stream import Stream, Windows
 

@@ -36,10 +36,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longwave.blocks import BLOCKS
+from longwave.blocks import BLOCKS, PARTS
 from longwave.errors import UserError
 from longwave.laws import ALL, Law
-from longwave.mixers import MIXERS
 from longwave.model import Decoder
 from longwave.resamplers import BRACKETS
 from longwave.states import Extents, PerToken, State, StateSpec
@@ -58,7 +57,7 @@ def test_every_registered_part_is_in_a_case():
     letters = {letter for case in CASES.values() for letter in case.layout if letter in BLOCKS}
     assert letters == set(BLOCKS)
     assert all(any(f"{name}(" in case.layout for case in CASES.values()) for name in BRACKETS)
-    assert {kind.mixer for kind in BLOCKS.values()} == set(MIXERS)
+    assert {part for kind in BLOCKS.values() for part in kind.parts} == set(PARTS)
 
 
 @every_case
