@@ -50,9 +50,9 @@ def use(tree: Path) -> None:
 
 def translated(values: Values) -> Values:
     """Config values as the tree wants them: `attention.window` has become a table `window` of its own."""
-    from longwave.config import AttentionConfig
+    from longwave import config
 
-    if "window" in {entry.name for entry in dataclasses.fields(AttentionConfig)}:
+    if hasattr(config, "AttentionConfig"):
         return values
     attention = dict(values["attention"])
     size = attention.pop("window", None)
@@ -138,11 +138,52 @@ def _as_taken(keys: ByRun, values: ByRun, lengths: Lengths) -> tuple[Any, Any]:
 
 
 class NewOps:
-    """Ops that take something else, not dumped yet: `compare` finds them on one side only (`--allow 'ops/*'`)."""
+    """Ops that take `Runs`, and head-major keys in which the runs lie at `Places`."""
 
     @staticmethod
     def forms(op: str) -> list[str]:
-        return []
+        from longwave.ops import compiled
+
+        forms = getattr(import_module(f"longwave.ops.{op}"), op.upper()).forms
+        return [form for form in forms if form != "compiled" or compiled.is_available()]
+
+    @staticmethod
+    def attention(
+        form: str, query: Tensor, keys: ByRun, values: ByRun, lengths: Lengths, window: int | None = None
+    ) -> Tensor:
+        from longwave.ops.attention import Pattern, attention
+
+        taken = _head_major(keys, values, lengths)
+        return attention(query, *taken, pattern=Pattern(window), form=form, scale=0.3).output
+
+    @staticmethod
+    def block_sparse(form: str, query: Tensor, keys: ByRun, values: ByRun, lengths: Lengths, **more: Any) -> Tensor:
+        from longwave.ops.block_sparse import Geometry, block_sparse_attention
+
+        shape = Geometry(kernel_size=4, stride=2, block_size=4, init_blocks=1, local_blocks=1, topk=4)
+        taken = _head_major(keys, values, lengths)
+        return block_sparse_attention(query, *taken, shape, form=form, dense_form=form, scale=0.3, **more)
+
+    @staticmethod
+    def decay_linear(
+        form: str, heads: Sequence[Tensor], decay: Tensor, lengths: Lengths, states: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        from longwave.ops.decay_linear import decay_linear_attention
+        from longwave.stream import Runs
+
+        query, key, value = heads
+        return decay_linear_attention(query, key, value, decay, Runs.of(lengths), scale=0.3, states=states, form=form)
+
+
+def _head_major(keys: ByRun, values: ByRun, lengths: Lengths) -> tuple[Any, ...]:
+    """Keys and values (G, N, K) of all runs, the runs, and where their keys lie if some have a past."""
+    from longwave.stream import Places, Runs
+
+    ends = torch.tensor([key.shape[1] for key in keys]).cumsum(0)
+    begins = ends - torch.tensor([key.shape[1] for key in keys])
+    past = any(key.shape[1] != length for key, length in zip(keys, lengths, strict=True))
+    key, value = (torch.cat(side, 1) for side in (keys, values))
+    return key, value, Runs.of(lengths), Places(begins, ends) if past else None
 
 
 def ops_of_tree() -> Any:
@@ -214,7 +255,7 @@ def _widen(name: str, tensor: Tensor, causal: bool) -> None:
 def by_name(model: Model, tensors: dict[str, Any]) -> list[tuple[str, Any]]:
     """Tensors by their names in a folder, given by those in the module tree."""
     names = folder_names(model)
-    return sorted((names[name], tensor) for name, tensor in tensors.items())
+    return sorted((names[name], tensor) for name, tensor in tensors.items() if name in names)
 
 
 # --- what a model gives -----------------------------------------------------------------------------------------------
