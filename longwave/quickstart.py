@@ -42,6 +42,7 @@ from longwave.training.metrics import read_metrics, write_metrics
 from longwave.training.recipe import Recipe, read_recipe, recipe_path
 
 NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
+TIMED = {"transformers": "transformers Llama", "llama": "longwave Llama", "subllm": "SUBLLM"}
 _PROMPT_TOKENS, _NEW_TOKENS, _PASSAGE_TOKENS = 48, 64, 700
 _DECODE_STEPS, _REPEATS = 64, 5
 
@@ -149,7 +150,7 @@ def _held_out(recipe: Recipe, count: int) -> list[Any]:
     return sorted(some, key=lambda document: len(document) < 2 * _PROMPT_TOKENS)[:count]
 
 
-def _speed(models: dict[str, Decoder], recipe: Recipe) -> list[page.SpeedRow]:
+def _speed(models: dict[str, Decoder], recipe: Recipe) -> page.Speed:
     """Times prefill, decoding and the training step of all three, in turn, the outputs checked first."""
     run = recipe.training
     steps = min(_DECODE_STEPS, run.window // 4)
@@ -160,16 +161,17 @@ def _speed(models: dict[str, Decoder], recipe: Recipe) -> list[page.SpeedRow]:
     trained = dataclasses.replace(options, contexts=(run.window,), dtype=run.precision)
     rows += bench_training(compared, measure_peaks(dtype_of(run.precision)), trained)
     by_quantity = {row.quantity: [one for one in rows if one.quantity == row.quantity] for row in rows}
-    return [_speed_row(found) for found in by_quantity.values()] + [_memory_row(by_quantity["decode"])]
+    shown = [_speed_row(found) for found in by_quantity.values()]
+    return page.Speed(TIMED, [*shown, _memory_row(by_quantity["decode"])])
 
 
 def _speed_row(rows: list[Row]) -> page.SpeedRow:
     """One quantity of all three in milliseconds; of transformers' two caches the faster."""
     quantity, context = rows[0].quantity, rows[0].context
     label = {"prefill": "Prefill, {:,} tokens", "decode": "Per token, after {:,}"}.get(quantity, "Step, {:,} tokens")
-    figures = {name: _figure(_fastest(rows, name)) for name in ("transformers", *NAMES)}
+    figures = {name: _figure(_fastest(rows, name)) for name in TIMED}
     kind: Any = quantity.split()[0]
-    return page.SpeedRow(kind, label.format(context), context, **figures)
+    return page.SpeedRow(kind, label.format(context), context, figures)
 
 
 def _fastest(rows: list[Row], name: str) -> Row:
@@ -187,16 +189,16 @@ def _figure(row: Row) -> page.Figure:
 
 def _memory_row(rows: list[Row]) -> page.SpeedRow:
     """Bytes that each remembers of the context; for longwave, those of the tokens that were kept."""
-    used = {name: _fastest(rows, name).state_used for name in ("transformers", *NAMES)}
+    used = {name: _fastest(rows, name).state_used for name in TIMED}
     figures = {name: page.Missing("not counted") if n is None else page.Figure(n, n, n) for name, n in used.items()}
-    return page.SpeedRow("memory", f"State, {rows[0].context:,} tokens", rows[0].context, **figures)
+    return page.SpeedRow("memory", f"State, {rows[0].context:,} tokens", rows[0].context, figures)
 
 
 def _report(
     models: dict[str, Decoder],
     recipes: dict[str, Recipe],
     results: dict[str, _Evaluation],
-    speed: list[page.SpeedRow],
+    speed: page.Speed,
     output: Path,
     facts: list[page.Fact],
     command: str,
@@ -208,11 +210,13 @@ def _report(
         machine=[page.Fact(label, value) for label, value in doctor.facts().items() if not label.startswith("op ")],
         run=facts,
         models=[_model_run(name, models[name], metrics[name], results[name]) for name in NAMES],
+        baseline="llama",
         retention=_retention(models["subllm"], metrics["subllm"], results["subllm"]),
         speed=speed,
         passage=_passage(models["subllm"], recipes["subllm"]),
         notes=_notes(recipes["subllm"], results),
         command=command,
+        subtitle="A Llama and a SUBLLM of one shape, trained on the same tokens.",
     )
 
 
@@ -220,6 +224,7 @@ def _model_run(name: str, model: Decoder, metrics: list[dict[str, Any]], result:
     evaluated = [entry for entry in metrics if "held_out_loss" in entry]
     mode = "threshold" if model.resamplers else ""
     return page.ModelRun(
+        key=name,
         name=NAMES[name],
         parameters=sum(weight.numel() for weight in model.parameters()),
         layout=model.config.layout,
@@ -310,5 +315,11 @@ def _figures(data: page.Report) -> dict[str, Any]:
         "relative_gap": page.relative_gap(subllm, llama),
         "retention": [level.final for level in data.retention.levels],
         "training_selection_loss": data.retention.top_k_loss,
-        "speed": [dataclasses.asdict(row) for row in data.speed],
+        "speed": [_speed_figures(row) for row in data.speed.rows],
     }
+
+
+def _speed_figures(row: page.SpeedRow) -> dict[str, Any]:
+    """A row of the speed table as plain values, the figures beside the other fields by model."""
+    figures = {name: dataclasses.asdict(figure) for name, figure in row.figures.items()}
+    return {"kind": row.kind, "label": row.label, "tokens": row.tokens, **figures}

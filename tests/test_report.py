@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from longwave.reports.report import (
     Report,
     Retention,
     RetentionLevel,
+    Speed,
     SpeedRow,
     headline,
     relative_gap,
@@ -69,9 +71,10 @@ def fake_report(steps: int = 400, tokens: int = 600, seed: int = 0) -> Report:
             Fact("Duration", "Llama 4 min 12 s, SUBLLM 3 min 31 s"),
         ],
         models=[
-            _fake_model("Llama", 4_721_920, "6F", 4.02, steps, draw),
-            _fake_model("SUBLLM", 4_722_944, "F subllm(0.64: F subllm(0.64: 2F) F) F", 4.11, steps, draw),
+            _fake_model("llama", "Llama", 4_721_920, "6F", 4.02, steps, draw),
+            _fake_model("subllm", "SUBLLM", 4_722_944, "F subllm(0.64: F subllm(0.64: 2F) F) F", 4.11, steps, draw),
         ],
+        baseline="llama",
         retention=Retention(
             [_fake_level("level 1", 0.64, steps, draw), _fake_level("level 2", 0.64, steps, draw)], 4.1079, 4.1123
         ),
@@ -83,10 +86,13 @@ def fake_report(steps: int = 400, tokens: int = 600, seed: int = 0) -> Report:
             "Inference keeps 61% and 59% of the tokens entering each level, close to the 64% it was trained for.",
         ],
         command="longwave quickstart riddle-of-the-sands.txt --steps 400 --seed 0 --out runs/quickstart",
+        subtitle="A Llama and a SUBLLM of one shape, trained on the same tokens.",
     )
 
 
-def _fake_model(name: str, parameters: int, layout: str, final: float, steps: int, draw: random.Random) -> ModelRun:
+def _fake_model(
+    key: str, name: str, parameters: int, layout: str, final: float, steps: int, draw: random.Random
+) -> ModelRun:
     def loss(step: int) -> float:
         return final + (8.4 - final) * math.exp(-step / (0.09 * steps)) + 0.5 * math.exp(-step / (0.4 * steps))
 
@@ -96,6 +102,7 @@ def _fake_model(name: str, parameters: int, layout: str, final: float, steps: in
     modes = ("threshold", "top-k") if name == "SUBLLM" else ("",)
     every = max(1, steps // 16)
     return ModelRun(
+        key,
         name,
         parameters,
         layout,
@@ -139,14 +146,22 @@ def _fake_level(name: str, target: float, steps: int, draw: random.Random) -> Re
     )
 
 
-def _fake_speed() -> list[SpeedRow]:
+COLUMNS = {"transformers": "transformers Llama", "llama": "longwave Llama", "subllm": "SUBLLM"}
+
+
+def speed_row(kind: Any, label: str, tokens: int, *figures: Figure | Missing) -> SpeedRow:
+    """A row of the columns above."""
+    return SpeedRow(kind, label, tokens, dict(zip(COLUMNS, figures, strict=True)))
+
+
+def _fake_speed() -> Speed:
     flops, carried = (
         "FLOPs of both models at 61% and 59% of the tokens kept",
         "bytes of weights and state read per token",
     )
     none = Missing("transformers allocates its state as it goes, so there is no figure to read")
-    return [
-        SpeedRow(
+    rows = [
+        speed_row(
             "prefill",
             "Prefill, 512 tokens",
             512,
@@ -154,7 +169,7 @@ def _fake_speed() -> list[SpeedRow]:
             Figure(17.2, 16.8, 18.9),
             Figure(14.9, 14.5, 16.0, Bound(1.27, flops)),
         ),
-        SpeedRow(
+        speed_row(
             "prefill",
             "Prefill, 2,048 tokens",
             2048,
@@ -162,7 +177,7 @@ def _fake_speed() -> list[SpeedRow]:
             Figure(104, 102, 109),
             Figure(81.3, 80.2, 84.8, Bound(1.36, flops)),
         ),
-        SpeedRow(
+        speed_row(
             "decode",
             "Decoding, per token, at 2,048 tokens",
             2048,
@@ -170,7 +185,7 @@ def _fake_speed() -> list[SpeedRow]:
             Figure(2.87, 2.80, 3.02, Bound(1.9, "bytes over the bandwidth measured here", "floor")),
             Figure(3.11, 3.05, 3.30, Bound(1.31, carried)),
         ),
-        SpeedRow(
+        speed_row(
             "training",
             "Training step, 8 × 512 tokens",
             4096,
@@ -178,7 +193,7 @@ def _fake_speed() -> list[SpeedRow]:
             Figure(604, 588, 671),
             Figure(502, 490, 566, Bound(1.25, flops)),
         ),
-        SpeedRow(
+        speed_row(
             "memory",
             "State at 2,048 tokens",
             2048,
@@ -187,6 +202,7 @@ def _fake_speed() -> list[SpeedRow]:
             Figure(8_912_896, 8_912_896, 8_912_896, Bound(1.41, "keys and values of the kept tokens only")),
         ),
     ]
+    return Speed(COLUMNS, rows)
 
 
 def _fake_tokens(count: int, draw: random.Random) -> list[PassageToken]:
@@ -213,7 +229,10 @@ def hostile_report() -> Report:
             dataclasses.replace(model, name=HOSTILE, layout=HOSTILE, generations=[Generation(HOSTILE, HOSTILE)])
             for model in data.models
         ],
-        speed=[dataclasses.replace(data.speed[0], label=HOSTILE, transformers=Missing(HOSTILE))],
+        speed=Speed(
+            dict.fromkeys(COLUMNS, HOSTILE),
+            [speed_row("prefill", HOSTILE, 512, Missing(HOSTILE), *list(data.speed.rows[0].figures.values())[1:])],
+        ),
         passage=Passage(HOSTILE, [PassageToken(HOSTILE, [0], None), PassageToken("\n\n", [], (-0.5,))], code=True),
         notes=[HOSTILE],
         command=HOSTILE,
@@ -222,16 +241,17 @@ def hostile_report() -> Report:
 
 def bare_report() -> Report:
     """The least a report can hold: one point per curve, no levels, no passage, nothing measured."""
-    model = ModelRun("Llama", 10, "F", [LossPoint(0, 5.0)], [LossPoint(0, 5.1)], 5.1, 2.0, 164.0)
+    model = ModelRun("llama", "Llama", 10, "F", [LossPoint(0, 5.0)], [LossPoint(0, 5.1)], 5.1, 2.0, 164.0)
     missing = Missing("no time was left")
     return Report(
         title="Bare",
         created="2026-01-01T00:00:00Z",
         machine=[],
         run=[],
-        models=[model, dataclasses.replace(model, name="SUBLLM", train=[], held_out=[])],
+        models=[model, dataclasses.replace(model, key="subllm", name="SUBLLM", train=[], held_out=[])],
+        baseline="llama",
         retention=Retention(),
-        speed=[SpeedRow("prefill", "Prefill, 8 tokens", 8, missing, missing, missing)],
+        speed=Speed(COLUMNS, [speed_row("prefill", "Prefill, 8 tokens", 8, missing, missing, missing)]),
         passage=Passage(),
         notes=[],
         command="",
@@ -361,8 +381,8 @@ def test_the_headline_says_what_was_measured():
     ],
 )
 def test_the_headline_claims_no_more_than_the_figures(llama, subllm, value, verdict):
-    row = SpeedRow("prefill", "Prefill", 64, Missing("no"), llama, subllm)
-    found = headline(dataclasses.replace(bare_report(), speed=[row]))[1]
+    row = speed_row("prefill", "Prefill", 64, Missing("no"), llama, subllm)
+    found = headline(dataclasses.replace(bare_report(), speed=Speed(COLUMNS, [row])))[1]
     assert (found.value, found.verdict) == (value, verdict)
     if value == "×1.05 faster":
         assert "may be noise" in found.sentence
@@ -381,10 +401,65 @@ def test_the_loss_gap_in_words(loss, value, verdict):
     assert (found.value, found.verdict) == (value, verdict)
 
 
-def test_the_gap_is_relative_to_the_yardstick():
+def test_the_gap_is_relative_to_the_baseline():
     llama, subllm = fake_report().models
     assert relative_gap(subllm, llama) == pytest.approx(4.11 / 4.02 - 1)
     assert relative_gap(llama, llama) == 0
+
+
+# Any number of models
+
+
+def three_models() -> Report:
+    """The bare report with a third model between the two, and the last one as the baseline."""
+    data = bare_report()
+    llama, subllm = data.models
+    third = dataclasses.replace(llama, key="sala", name="SALA", final_loss=4.59)
+    figures = {"subllm": Figure(10, 10, 10), "sala": Figure(5, 5, 5), "llama": Missing("it crashed")}
+    return dataclasses.replace(
+        data,
+        models=[llama, third, subllm],
+        baseline="subllm",
+        speed=Speed({key: key.upper() for key in figures}, [SpeedRow("decode", "Per token", 8, figures)]),
+    )
+
+
+def test_every_model_is_compared_with_the_baseline():
+    found = {one.label: one.value for one in headline(three_models())}
+    assert found == {
+        "Held-out loss, Llama": "level",
+        "Held-out loss, SALA": "10.0% lower",
+        "Reading a prompt, Llama": "—",
+        "Reading a prompt, SALA": "—",
+        "Writing a token, Llama": "—",
+        "Writing a token, SALA": "×2.00 faster",
+        "Memory of the context, Llama": "—",
+        "Memory of the context, SALA": "—",
+    }
+    writing = {one.label: one.sentence for one in headline(three_models()) if "Writing" in one.label}
+    assert "it crashed" in writing["Writing a token, Llama"]
+    assert "SALA 5.00 ms, SUBLLM 10.0 ms" in writing["Writing a token, SALA"]
+
+
+def test_a_lone_model_is_compared_with_nothing():
+    data = bare_report()
+    (only,) = headline(dataclasses.replace(data, models=data.models[:1]))
+    assert (only.value, only.sentence) == ("—", "No second model to compare with.")
+
+
+def test_the_page_holds_the_cells_of_every_column(tmp_path):
+    page = json.loads(written(three_models(), tmp_path).data)
+    assert page["columns"] == ["SUBLLM", "SALA", "LLAMA"]
+    ((baseline, sala, llama),) = page["cells"]
+    assert (baseline["ratio"], sala["ratio"], llama) == (None, 2, {"missing": "it crashed"})
+    assert page["gaps"] == [0, pytest.approx(-0.1), None]
+
+
+def test_models_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="baseline = 'sala': no such model; the models are llama, subllm"):
+        dataclasses.replace(bare_report(), baseline="sala")
+    with pytest.raises(ValueError, match="Per token: figures of llama; columns: transformers, llama, subllm"):
+        Speed(COLUMNS, [SpeedRow("decode", "Per token", 8, {"llama": Missing("no")})])
 
 
 # The page in a browser
@@ -431,6 +506,13 @@ def test_a_browser_shows_hostile_text_as_text(tmp_path):
     assert is_ready(page)
     assert "<img" not in page
     assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_a_browser_draws_three_models_and_their_gaps_to_the_baseline(tmp_path):
+    page = drawn(three_models(), tmp_path)
+    assert is_ready(page)
+    assert "Gap to SUBLLM" in page
+    assert 'data-column="LLAMA"' in page
 
 
 def test_a_browser_draws_a_report_with_hardly_anything_in_it(tmp_path):

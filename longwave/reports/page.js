@@ -7,7 +7,7 @@ const find = id => document.getElementById(id);
 const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
 const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
 const signed = digits => share => `${share < 0 ? "−" : share > 0 ? "+" : ""}${percent(Math.abs(share), digits)}`;
-const modelColor = index => `var(--model-${Math.min(index, 2)})`;
+const modelColor = index => `var(--model-${index % 5})`;
 
 function drawHeader() {
   document.title = report.title;

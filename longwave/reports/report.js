@@ -1,6 +1,7 @@
-// The sections of the training comparison.
+// The sections of the comparison of trained models.
 
-const { gaps, cells } = data;
+const { gaps, columns, cells } = data;
+const isBaseline = model => model.key === report.baseline, baseline = report.models.find(isBaseline);
 
 // Quality ----------------------------------------------------------------------------------------------------------------------
 
@@ -16,13 +17,13 @@ function lossSeries() {
   });
 }
 
-// Each model against the yardstick, at the steps where both were tried on held-out text.
+// Each model against the baseline, at the steps where both were tried on held-out text.
 function gapSeries() {
-  const [yardstick, ...others] = report.models;
-  const known = new Map(yardstick?.held_out.map(([step, loss]) => [step, loss]));
-  return others.map((model, index) => {
+  const known = new Map(baseline.held_out.map(([step, loss]) => [step, loss]));
+  return report.models.flatMap((model, index) => {
+    if (isBaseline(model)) return [];
     const points = model.held_out.filter(([step, loss, mode]) => mode !== "top-k" && loss !== null && known.get(step));
-    return { name: model.name, color: modelColor(index + 1), marked: true, points: points.map(([step, loss]) => [step, loss / known.get(step) - 1]) };
+    return [{ name: model.name, color: modelColor(index), marked: true, points: points.map(([step, loss]) => [step, loss / known.get(step) - 1]) }];
   });
 }
 
@@ -35,7 +36,7 @@ function drawQuality() {
   const head = ["Model", "Parameters", "Held-out loss", "Bits per byte", "Perplexity", "Gap in loss", "Layout"];
   fillTable(find("models"), head, report.models.map((model, index) => [
     element("span", {}, swatch({ color: modelColor(index) }), model.name), count(model.parameters), fixed(model.final_loss, 4),
-    fixed(model.bits_per_byte, 4), fixed(model.perplexity, 2), gapWords(index), element("code", {}, model.layout),
+    fixed(model.bits_per_byte, 4), fixed(model.perplexity, 2), gapWords(model, gaps[index]), element("code", {}, model.layout),
   ]));
   return report.models.length;
 }
@@ -45,14 +46,14 @@ function drawGap() {
   host.hidden = !series.some(({ points }) => points.length);
   if (host.hidden) return;
   new Chart(host, {
-    title: `Gap to ${report.models[0].name}`, note: "how much higher the held-out loss is, as a share of it", unit: "step", flat: true, series,
-    tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: report.models[0].name }], switches: [["late", "second half"], ["logX", "log steps"]],
+    title: `Gap to ${baseline.name}`, note: "how much higher the held-out loss is, as a share of it", unit: "step", flat: true, series,
+    tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: baseline.name }], switches: [["late", "second half"], ["logX", "log steps"]],
   });
 }
 
-function gapWords(index) {
-  if (!index) return "yardstick";
-  return gaps[index] === null ? "—" : signed(2)(gaps[index]);
+function gapWords(model, gap) {
+  if (isBaseline(model)) return "yardstick";
+  return gap === null ? "—" : signed(2)(gap);
 }
 
 // Retention --------------------------------------------------------------------------------------------------------------------
@@ -110,8 +111,10 @@ function gapSentence() {
 // Speed ------------------------------------------------------------------------------------------------------------------------
 
 function drawSpeed() {
-  const rows = report.speed.map((row, index) => [row.label, ...cells[index].map(speedCell)]);
-  fillTable(find("speed-table"), ["", "transformers Llama", "longwave Llama", "SUBLLM"], rows);
+  const rows = report.speed.rows.map((row, index) => [row.label, ...cells[index].map(speedCell)]), table = find("speed-table");
+  find("speed-baseline").textContent = report.speed.columns[report.baseline] ?? baseline.name;
+  table.style.setProperty("--columns", columns.length);
+  fillTable(table, ["", ...columns], rows);
   return rows.length;
 }
 

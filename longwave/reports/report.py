@@ -1,13 +1,14 @@
-"""The page a training comparison ends in: typed data in, one self-contained `report.html` out.
+"""The report of a comparison of trained models: typed data in, one self-contained `report.html` out.
 
-The wording of the headline is written here, beside the arithmetic it rests on, and says "slower" when it is slower.
+A report holds any number of models, of which one is the baseline that the others are compared with. The wording of the
+headline is written here, beside the arithmetic it rests on, and says "slower" when it is slower.
 """
 
 # ruff: noqa: RUF001 (× is the sign people read)
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,10 +36,13 @@ class Generation(NamedTuple):
 class ModelRun:
     """One trained model: its curves, its final figures on held-out text and samples of what it writes.
 
+    key: tells the model apart from the others of a report, here and in speed rows. name: the name that is shown.
+
     Losses are nats per token. `train` holds the loss in the mode the model trains in (top-k for a SUBLLM), which is no
     measure of quality; `held_out` and the final figures are.
     """
 
+    key: str
     name: str
     parameters: int
     layout: str
@@ -93,8 +97,8 @@ class Retention:
 class Bound:
     """The best a figure could be by arithmetic, and `basis`, what was counted to say so.
 
-    A `gain` is the largest ratio to the longwave Llama of the same row (1.4: 1.4 times faster or smaller); a `floor` is
-    the smallest value of the figure itself, in its unit.
+    A `gain` is the largest ratio to the baseline of the same row (1.4: 1.4 times faster or smaller); a `floor` is the
+    smallest value of the figure itself, in its unit.
     """
 
     value: float
@@ -121,14 +125,31 @@ class Missing:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One quantity in three implementations: milliseconds, or bytes for `memory`, at `tokens` tokens."""
+    """One quantity at `tokens` tokens: its figures by model, in milliseconds, or bytes for `memory`."""
 
     kind: Literal["prefill", "decode", "training", "memory"]
     label: str
     tokens: int
-    transformers: Figure | Missing
-    llama: Figure | Missing
-    subllm: Figure | Missing
+    figures: Mapping[str, Figure | Missing]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Speed and memory of models. columns: the title of every model's column by the model's key, in order.
+
+    Models that were timed but not trained, such as another library's, have a column too. Every row has a figure for
+    every column.
+    """
+
+    columns: Mapping[str, str]
+    rows: Sequence[SpeedRow]
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if set(row.figures) != set(self.columns):
+                raise ValueError(
+                    f"{row.label}: figures of {', '.join(row.figures)}; columns: {', '.join(self.columns)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -142,19 +163,25 @@ class Passage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page shows; the first of `models` is the yardstick that the second, the SUBLLM, is held to."""
+    """Everything the page shows. baseline: the key of the model, one of `models`, that others are compared with."""
 
     title: str
     created: str
     machine: Sequence[Fact]
     run: Sequence[Fact]
     models: Sequence[ModelRun]
+    baseline: str
     retention: Retention
-    speed: Sequence[SpeedRow]
+    speed: Speed
     passage: Passage
     notes: Sequence[str]
     command: str
-    subtitle: str = "A Llama and a SUBLLM of one shape, trained on the same tokens."
+    subtitle: str = ""
+
+    def __post_init__(self) -> None:
+        keys = [model.key for model in self.models]
+        if self.baseline not in keys:
+            raise ValueError(f"baseline = {self.baseline!r}: no such model; the models are {', '.join(keys)}")
 
 
 def write_report(data: Report, path: Path) -> None:
@@ -162,36 +189,44 @@ def write_report(data: Report, path: Path) -> None:
     files.write_file(path, _PAGE.render(data.title, _payload(data)).encode())
 
 
-# The headline: four figures in words ----------------------------------------------------------------------------------
+# The headline: figures in words ---------------------------------------------------------------------------------------
+
+_SPEED_HEADLINES = {"prefill": "Reading a prompt", "decode": "Writing a token", "memory": "Memory of the context"}
 
 
 def headline(data: Report) -> tuple[Headline, ...]:
-    """The four figures at the head of the page; each says in words what was measured and against what."""
-    return (
-        _loss_headline(data.models),
-        _speed_headline("Reading a prompt", "prefill", data.speed),
-        _speed_headline("Writing a token", "decode", data.speed),
-        _speed_headline("Memory of the context", "memory", data.speed),
-    )
+    """Four figures for every model beside the baseline; each says in words what was measured and against what."""
+    baseline, others = baseline_of(data), [model for model in data.models if model.key != data.baseline]
+    if not others:
+        return (Headline("Held-out loss", "—", "No second model to compare with.", "unknown"),)
+
+    def label(quantity: str, model: ModelRun) -> str:
+        return quantity if len(others) == 1 else f"{quantity}, {model.name}"
+
+    found = [_loss_headline(label("Held-out loss", model), model, baseline) for model in others]
+    for kind, quantity in _SPEED_HEADLINES.items():
+        found += [_speed_headline(label(quantity, one), kind, data.speed, data.baseline, one.key) for one in others]
+    return tuple(found)
 
 
-def relative_gap(model: ModelRun, yardstick: ModelRun) -> float | None:
-    """How much higher `model`'s final held-out loss is, as a share of the yardstick's; None where either diverged."""
-    gap = model.final_loss / yardstick.final_loss - 1 if yardstick.final_loss else math.nan
+def baseline_of(data: Report) -> ModelRun:
+    """The model that the others are compared with."""
+    return next(model for model in data.models if model.key == data.baseline)
+
+
+def relative_gap(model: ModelRun, baseline: ModelRun) -> float | None:
+    """How much higher `model`'s final held-out loss is, as a share of the baseline's; None where either diverged."""
+    gap = model.final_loss / baseline.final_loss - 1 if baseline.final_loss else math.nan
     return gap if math.isfinite(gap) else None
 
 
-def _loss_headline(models: Sequence[ModelRun]) -> Headline:
-    label = "Held-out loss"
-    if len(models) < 2:
-        return Headline(label, "—", "No second model to compare with.", "unknown")
-    yardstick, model = models[0], models[1]
-    gap = relative_gap(model, yardstick)
+def _loss_headline(label: str, model: ModelRun, baseline: ModelRun) -> Headline:
+    gap = relative_gap(model, baseline)
     if gap is None:
         return Headline(label, "—", "A loss is not a finite number: training diverged.", "unknown")
     sentence = (
-        f"{model.name} ends at {model.final_loss:.3f} on held-out text, {yardstick.name} at "
-        f"{yardstick.final_loss:.3f}; lower is better. One run each, so a small gap can be chance."
+        f"{model.name} ends at {model.final_loss:.3f} on held-out text, {baseline.name} at "
+        f"{baseline.final_loss:.3f}; lower is better. One run each, so a small gap can be chance."
     )
     shown = f"{abs(gap):.1%}"
     if shown == "0.0%":
@@ -199,26 +234,36 @@ def _loss_headline(models: Sequence[ModelRun]) -> Headline:
     return Headline(label, f"{shown} {'higher' if gap > 0 else 'lower'}", sentence, "worse" if gap > 0 else "better")
 
 
-def _speed_headline(label: str, kind: str, rows: Sequence[SpeedRow]) -> Headline:
+class _Column(NamedTuple):
+    """A figure of a row and the title of its column."""
+
+    title: str
+    figure: Figure
+
+
+def _speed_headline(label: str, kind: str, speed: Speed, baseline: str, model: str) -> Headline:
     """The row of this kind at the most tokens where both figures exist; otherwise the reason why there is none."""
-    candidates = sorted((row for row in rows if row.kind == kind), key=lambda row: -row.tokens)
-    for row in candidates:
-        if isinstance(row.llama, Figure) and isinstance(row.subllm, Figure):
-            return _compare(label, row, row.llama, row.subllm)
-    reasons = [cell.reason for row in candidates for cell in (row.llama, row.subllm) if isinstance(cell, Missing)]
+    reasons: list[str] = []
+    for row in sorted((row for row in speed.rows if row.kind == kind), key=lambda row: -row.tokens):
+        figures = {key: row.figures[key] for key in (baseline, model) if key in row.figures}
+        found = [_Column(speed.columns[key], one) for key, one in figures.items() if isinstance(one, Figure)]
+        if len(found) == 2:
+            return _compare(label, row, *found)
+        reasons += [one.reason for one in figures.values() if isinstance(one, Missing)]
     why = f"Not measured: {reasons[0].rstrip('.')}." if reasons else "Not measured in this run."
     return Headline(label, "—", why, "unknown")
 
 
-def _compare(label: str, row: SpeedRow, llama: Figure, subllm: Figure) -> Headline:
-    gain = _ratio(llama.median, subllm.median)
-    parts = [f"{row.label}: SUBLLM {_show(subllm.median, row.kind)}, longwave Llama {_show(llama.median, row.kind)}."]
-    overlap = subllm.low <= llama.high and llama.low <= subllm.high
-    if overlap and llama.median != subllm.median:
+def _compare(label: str, row: SpeedRow, baseline: _Column, model: _Column) -> Headline:
+    own, reference = model.figure, baseline.figure
+    shown = (f"{one.title} {_show(one.figure.median, row.kind)}" for one in (model, baseline))
+    parts = [f"{row.label}: {', '.join(shown)}."]
+    overlap = own.low <= reference.high and reference.low <= own.high
+    if overlap and reference.median != own.median:
         parts.append("The spreads of the two overlap, so the difference may be noise.")
-    if subllm.bound:
-        parts.append(_bound_words(subllm, llama, row.kind))
-    value, verdict = _gain_words(gain, row.kind)
+    if own.bound:
+        parts.append(_bound_words(own, reference, row.kind))
+    value, verdict = _gain_words(_ratio(reference.median, own.median), row.kind)
     return Headline(label, value, " ".join(parts), "same" if overlap else verdict)
 
 
@@ -232,9 +277,9 @@ def _gain_words(gain: float | None, kind: str) -> tuple[str, Literal["better", "
     return f"{shown} {better if gain > 1 else worse}", "better" if gain > 1 else "worse"
 
 
-def _bound_words(figure: Figure, llama: Figure, kind: str) -> str:
+def _bound_words(figure: Figure, baseline: Figure, kind: str) -> str:
     assert figure.bound
-    bound, share = figure.bound, _share_of_bound(figure, llama)
+    bound, share = figure.bound, _share_of_bound(figure, baseline)
     limit = f"×{bound.value:.2f}" if bound.kind == "gain" else _show(bound.value, kind)
     reached = f", of which {share:.0%} was reached" if share is not None else ""
     return f"The computed bound is {limit}{reached} ({bound.basis})."
@@ -243,29 +288,28 @@ def _bound_words(figure: Figure, llama: Figure, kind: str) -> str:
 # The speed table: each cell as it is shown ----------------------------------------------------------------------------
 
 
-def _cell(figure: Figure | Missing, row: SpeedRow) -> dict[str, Any]:
+def _cell(figure: Figure | Missing, reference: Figure | Missing | None, kind: str) -> dict[str, Any]:
     if isinstance(figure, Missing):
         return {"missing": figure.reason}
-    yardstick = row.llama if isinstance(row.llama, Figure) else None
-    bound, kind = figure.bound, row.kind
+    bound, baseline = figure.bound, reference if isinstance(reference, Figure) else None
     return {
         "value": _show(figure.median, kind),
         "spread": None if figure.low == figure.high else f"{_show(figure.low, kind)} to {_show(figure.high, kind)}",
-        "ratio": None if yardstick is None or figure is yardstick else _ratio(yardstick.median, figure.median),
+        "ratio": None if baseline is None or figure is baseline else _ratio(baseline.median, figure.median),
         "bound": bound and (f"×{bound.value:.2f}" if bound.kind == "gain" else _show(bound.value, kind)),
         "kind": bound and bound.kind,
         "basis": bound and bound.basis,
-        "share": _share_of_bound(figure, yardstick),
+        "share": _share_of_bound(figure, baseline),
     }
 
 
-def _share_of_bound(figure: Figure, llama: Figure | None) -> float | None:
+def _share_of_bound(figure: Figure, baseline: Figure | None) -> float | None:
     """Measured over bound, so that 1 is the bound itself, whichever kind of bound it is."""
     if figure.bound is None:
         return None
     if figure.bound.kind == "floor":
         return _ratio(figure.bound.value, figure.median)
-    gain = None if llama is None else _ratio(llama.median, figure.median)
+    gain = None if baseline is None else _ratio(baseline.median, figure.median)
     return None if gain is None else _ratio(gain, figure.bound.value)
 
 
@@ -291,9 +335,14 @@ def _digits(value: float) -> str:
 
 
 def _payload(data: Report) -> dict[str, Any]:
+    baseline, columns = baseline_of(data), data.speed.columns
     return {
         "report": finite(dataclasses.asdict(data)),
         "headline": [figure._asdict() for figure in headline(data)],
-        "gaps": [relative_gap(model, data.models[0]) for model in data.models],
-        "cells": [[_cell(figure, row) for figure in (row.transformers, row.llama, row.subllm)] for row in data.speed],
+        "gaps": [None if model is baseline else relative_gap(model, baseline) for model in data.models],
+        "columns": list(columns.values()),
+        "cells": [
+            [_cell(row.figures[key], row.figures.get(data.baseline), row.kind) for key in columns]
+            for row in data.speed.rows
+        ],
     }
