@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Discriminator, TypeAdapter, ValidationError
 
-from longwave.errors import UserError
-from longwave.files.jsonfile import plain, shown
+from longwave.errors import UserError, require, shown
+from longwave.files.jsonfile import plain
 from longwave.layout import parse
 
 T = TypeVar("T")
@@ -37,12 +37,6 @@ def build(kind: type[T], values: dict[str, Any], source: str) -> T:
         raise UserError(f"{source}: {_first_problem(kind, error)}") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises a UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def _first_problem(kind: type, error: ValidationError) -> str:

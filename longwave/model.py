@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
 from longwave.costs import Cost, count, total, weight_bytes
+from longwave.errors import require
 from longwave.initialise import initialise
 from longwave.layers.block import BLOCKS, Block, Stack
 from longwave.layers.norm import RMSNorm

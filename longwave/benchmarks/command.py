@@ -25,8 +25,8 @@ from longwave.benchmarks.results.compare import compare, compared_table, read
 from longwave.benchmarks.results.picture import check_picture, draw
 from longwave.benchmarks.results.results import Options, Results
 from longwave.benchmarks.results.table import show, tables, where_time_went
-from longwave.config import build, require
-from longwave.errors import MachineError
+from longwave.config import build
+from longwave.errors import MachineError, require
 from longwave.plan import parse_bytes, parse_sizes
 from longwave.training.recipe import recipe_path
 

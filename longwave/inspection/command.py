@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longwave import doctor
-from longwave.config import require
 from longwave.device import device_of
+from longwave.errors import require
 from longwave.inspection.agreement import Agreement
 from longwave.inspection.flops import Passage
 from longwave.inspection.inspect import Choice, Inspection, Level, inspect

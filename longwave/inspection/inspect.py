@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from longwave.api import load
-from longwave.config import require
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.inspection.agreement import Agreement, agreement
 from longwave.inspection.attention import BlockAttention, has_weights, watching_attention
 from longwave.inspection.flops import Passage, TokenFlops, extremes, token_flops

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import LightningConfig, ModelConfig, require
+from longwave.config import LightningConfig, ModelConfig
+from longwave.errors import require
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
+from longwave.errors import require
 from longwave.mixers.base import Site
 from longwave.mixers.full import FullAttention
 

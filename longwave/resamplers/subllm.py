@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longwave.config import ModelConfig, SubllmConfig, require, retention_of
+from longwave.config import ModelConfig, SubllmConfig, retention_of
 from longwave.costs import Cost, weight_bytes
 from longwave.draws import uniform
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.laws import ALL, Law, Laws
 from longwave.layers.block import Stack
 from longwave.mixers import Site

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Literal
 
 from longwave.benchmarks.results.results import Options
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
+from longwave.errors import require
 from longwave.layout import parse
 
 
