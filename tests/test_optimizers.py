@@ -464,8 +464,8 @@ def corruptions() -> list[tuple[Callable[[dict[str, Tensor]], Any], str]]:
     return [
         (lambda state: state.pop(name), f"missing tensor {name}"),
         (lambda state: state.update(stray=torch.zeros(1)), "unexpected tensor stray"),
-        (lambda state: state.update({name: torch.zeros(7)}), f"{name} is .*7.*6"),
-        (lambda state: state.update({name: state[name].double()}), f"{name} is .*float64.*float32"),
+        (lambda state: state.update({name: torch.zeros(7)}), f"{name} = .*7.*6"),
+        (lambda state: state.update({name: state[name].double()}), f"{name} = .*float64.*float32"),
     ]
 
 

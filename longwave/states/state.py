@@ -11,8 +11,7 @@ from longwave.errors import UserError
 from longwave.states.extents import Extents
 from longwave.states.spec import StateSpec
 from longwave.stream import Stream
-
-LAST_PLACE = (1 << 31) - 1  # what a place in a sequence may be, in a level's state and in lists of blocks
+from longwave.units import LAST_PLACE
 
 
 @dataclass(eq=False)

@@ -29,8 +29,8 @@ from longwave.benchmarks.results.results import Model, Results, Row, against, ha
 from longwave.config import ModelConfig
 from longwave.costs import Peaks, Work
 from longwave.data.tokenizer import VOCABULARY_FILE, Tokenizer
-from longwave.device import device_of, dtype_of
 from longwave.errors import MachineError, require
+from longwave.machine import device_of, dtype_of
 from longwave.progress import say
 
 DENSE = "dense"

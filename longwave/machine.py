@@ -1,4 +1,4 @@
-"""What this machine has, and which form each op will run on it, and why."""
+"""The machine: the devices and dtypes a model runs in, and what people want to know of both."""
 
 from __future__ import annotations
 
@@ -8,10 +8,35 @@ from importlib.util import find_spec
 
 import torch
 
-from longwave.ops import attention, block_sparse, decay_linear, linear
+from longwave.errors import UserError
 from longwave.version import __version__
 
-_OPTIONAL = {"tensorboard": "track"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_OPTIONAL = {"tensorboard": "track"}  # package -> the extra of ours that installs it
+
+
+def device_of(name: str) -> torch.device:
+    """The device a user named: `auto`, `cpu`, `cuda` or `cuda:N`; a UserError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device = {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return device
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype a user named."""
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def facts() -> dict[str, str]:
@@ -27,10 +52,6 @@ def facts() -> dict[str, str]:
         "bf16 matrix products": "fast" if fast_bf16() else "slow on this CPU: train in fp32",
         "devices": ", ".join(devices()),
     }
-    ops = {"attention": attention, "block_sparse": block_sparse, "decay_linear": decay_linear, "linear": linear}
-    for name, (form, reason) in {name: op.choose() for name, op in ops.items()}.items():
-        found[f"op {name}"] = f"{form} ({reason})"
-    found["op cross_entropy"] = "torch (chunks of rows; the only form)"
     for package, extra in _OPTIONAL.items():
         found[package] = "installed" if find_spec(package) else f"not installed: pip install 'longwave[{extra}]'"
     return found
