@@ -14,8 +14,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 from pydantic import ConfigDict, Discriminator, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
-from longwave.errors import UserError
-from longwave.files.jsonfile import plain, shown
+from longwave.errors import UserError, require, shown
+from longwave.files.jsonfile import plain
 from longwave.layout import Layout, parse
 
 T = TypeVar("T")
@@ -43,12 +43,6 @@ def build(kind: type[T], values: dict[str, Any], source: str) -> T:
         raise UserError(f"{source}: {_first_problem(kind, error)}") from None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises a UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 def _first_problem(kind: type, error: ValidationError) -> str:

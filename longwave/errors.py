@@ -1,5 +1,9 @@
 """The two kinds of failure a person meets: their own mistake, and the machine's."""
 
+from __future__ import annotations
+
+import reprlib
+
 
 class UserError(ValueError):
     """A mistake the user can mend: one line that names the field, its value and what would do (exit code 2)."""
@@ -7,3 +11,18 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """A fault of the machine, such as a full disk: one line (exit code 1)."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises a UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def shown(value: object) -> str:
+    """A value for an error message, cut to a length that people read."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120

@@ -23,9 +23,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from longwave.blocks import BLOCKS, Block, Stack, reading
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
 from longwave.costs import At, Cost, count, total, weight_bytes
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.layers.head import Head, TiedHead
 from longwave.layers.norm import RMSNorm
 from longwave.layout import Blocks, Bracketed, Layout, check_names

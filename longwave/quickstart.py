@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from longwave import doctor, files
+from longwave import files, machine
 from longwave.api import load
 from longwave.benchmarks.measure.roofline import measure_peaks
 from longwave.benchmarks.models import BenchOptions, Longwave, TimedModel, Transformers, bench_inference, bench_training
@@ -27,13 +27,13 @@ from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo, iter_documents, prepare
 from longwave.data.sources import Source, documents, is_held_out, standard_library
 from longwave.data.tokenizer import Tokenizer
-from longwave.device import dtype_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
 from longwave.inspection.trace import by_token, trace_levels
+from longwave.machine import dtype_of
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.reports import report as page
@@ -74,7 +74,7 @@ def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) ->
 
 
 def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:
-    bf16 = ["training.precision=bf16"] if doctor.fast_bf16() else []
+    bf16 = ["training.precision=bf16"] if machine.fast_bf16() else []
     return read_recipe(recipe_path(f"quickstart-{name}"), [*bf16, *overrides, f"data.folder={data}"])
 
 
@@ -207,7 +207,7 @@ def _report(
     return page.Report(
         title="longwave quickstart",
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
-        machine=[page.Fact(label, value) for label, value in doctor.facts().items() if not label.startswith("op ")],
+        machine=[page.Fact(label, value) for label, value in machine.facts().items()],
         run=facts,
         models=[_model_run(name, models[name], metrics[name], results[name]) for name in NAMES],
         baseline="llama",

@@ -24,5 +24,5 @@ class Result:
 def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "longwave.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "longwave", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment, **options)

@@ -117,7 +117,7 @@ def _extras_exist(words: list[str], place: str) -> None:
 
 
 def _parses(words: list[str], place: str) -> None:
-    cli.parsed(words[1:])
+    cli.command_line().read(words[1:])
     _files_exist(words, place)
 
 

@@ -478,7 +478,7 @@ def in_group(leader: int) -> list[int]:
 def test_an_interrupt_keeps_what_is_finished(recipe: Path):
     saved = recipe.parent / "saved.json"
     size = ["--contexts", "64,1M", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
-    command = [sys.executable, "-m", "longwave.cli", "bench", "context", str(recipe), *size, "--save", str(saved)]
+    command = [sys.executable, "-m", "longwave", "bench", "context", str(recipe), *size, "--save", str(saved)]
     started = subprocess.Popen(
         [*command, "--json"],
         stdout=subprocess.PIPE,
@@ -507,7 +507,7 @@ def test_an_interrupt_keeps_what_is_finished(recipe: Path):
 def test_output_that_nobody_reads_any_more_ends_the_run(recipe: Path):
     """As in `longwave bench context | head`: not mistaken for a model whose process has died."""
     size = ["--contexts", "64,1M", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
-    command = [sys.executable, "-m", "longwave.cli", "bench", "context", str(recipe), *size]
+    command = [sys.executable, "-m", "longwave", "bench", "context", str(recipe), *size]
     started = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

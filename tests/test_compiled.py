@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kernels import Calls, needs_kernels
 from torch import Tensor
 
-from longwave import doctor
+from longwave.cli import doctor
 from longwave.errors import UserError
 from longwave.ops import attention as attention_op
 from longwave.ops import compiled
@@ -194,7 +194,7 @@ def test_rounding_to_bf16_is_torchs_own():
 
 def call_doctor(**environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "longwave.cli", "doctor"],
+        [sys.executable, "-m", "longwave", "doctor"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

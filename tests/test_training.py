@@ -361,7 +361,7 @@ def test_tensorboard_gets_every_number_of_every_step(tmp_path: Path):
 
 
 def command(path: Path, output: Path) -> list[str]:
-    return [sys.executable, "-m", "longwave.cli", "train", str(path), "--output", str(output)]
+    return [sys.executable, "-m", "longwave", "train", str(path), "--output", str(output)]
 
 
 def environment() -> dict[str, str]:

@@ -63,12 +63,8 @@ def _name(action: argparse.Action) -> str:
 
 
 def _meaning(action: argparse.Action) -> str:
-    said, default = html.escape(action.help or "", quote=False).replace("|", "&#124;"), str(action.default)
-    if action.choices:
-        said = f"{said}{'; ' if said else ''}one of {', '.join(map(str, action.choices))}"
-    if action.default in (None, [], argparse.SUPPRESS) or action.nargs == 0 or default in said:
-        return said
-    return f"{said} ({default})".strip()
+    said = html.escape(action.help or "", quote=False).replace("|", "&#124;")
+    return f"{said}; one of {', '.join(map(str, action.choices))}" if action.choices else said
 
 
 def _sentence(text: str) -> str:

@@ -36,9 +36,9 @@ from longwave.benchmarks.measure.roofline import (
 )
 from longwave.benchmarks.measure.timing import Task, interleaved, swift_collections
 from longwave.benchmarks.results.results import Model, Options, Results, Row, against, hardware
-from longwave.config import require
 from longwave.costs import Peaks, Work, count
-from longwave.device import device_of, dtype_of
+from longwave.errors import require
+from longwave.machine import device_of, dtype_of
 from longwave.model import Decoder
 from longwave.progress import say
 from longwave.resamplers import Kept

@@ -22,9 +22,10 @@ from longwave.benchmarks.measure.profile import Profiler, Traced
 from longwave.benchmarks.measure.roofline import measure_peaks
 from longwave.benchmarks.measure.timing import Timing, interleaved, seconds_of, swift_collections
 from longwave.benchmarks.results.results import Options, Results, Row, against, hardware
-from longwave.config import build, require
+from longwave.config import build
 from longwave.costs import Peaks, Work
-from longwave.device import device_of, dtype_of
+from longwave.errors import require
+from longwave.machine import device_of, dtype_of
 from longwave.ops.attention import benchmark as attention
 from longwave.ops.benchmark import WHOLE, Case, Shape
 from longwave.ops.block_sparse import benchmark as block_sparse

@@ -19,8 +19,8 @@ from longwave.checkpoints.generation import completed, read_generation, write_ge
 from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
-from longwave.files.jsonfile import read_object, shown
+from longwave.errors import UserError, shown
+from longwave.files.jsonfile import read_object
 from longwave.model import Decoder
 
 __all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "save"]

@@ -16,8 +16,8 @@ from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
 from longwave.config import MOST, ModelConfig
-from longwave.errors import UserError
-from longwave.files.jsonfile import plain, shown
+from longwave.errors import UserError, shown
+from longwave.files.jsonfile import plain
 from longwave.model import Decoder
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
-from longwave.files.jsonfile import read_object, shown
+from longwave.errors import UserError, shown
+from longwave.files.jsonfile import read_object
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -17,8 +17,7 @@ from longwave.checkpoints.foreign import ForeignConfig, assemble, disassemble, r
 from longwave.checkpoints.rope import read_rotary, write_rotary
 from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
 from longwave.config import ModelConfig, build
-from longwave.errors import UserError
-from longwave.files.jsonfile import shown
+from longwave.errors import UserError, shown
 from longwave.layout import Blocks, Layout
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder

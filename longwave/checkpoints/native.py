@@ -13,8 +13,7 @@ from longwave.checkpoints.filling import Holding, Wishes, empty, fill
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
 from longwave.config import ModelConfig, build
-from longwave.errors import UserError
-from longwave.files.jsonfile import shown
+from longwave.errors import UserError, shown
 from longwave.model import Decoder
 from longwave.version import __version__
 

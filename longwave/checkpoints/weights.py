@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longwave import files
-from longwave.errors import UserError
+from longwave.errors import UserError, shown
 from longwave.files.checksum import joined
-from longwave.files.jsonfile import brief, plain, read_object, shown
+from longwave.files.jsonfile import brief, plain, read_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -14,14 +14,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple
 
-from longwave.config import require
 from longwave.data.conversations import ASSISTANT, Message
 from longwave.data.encoding import Encoded, Kind
 from longwave.data.marks import Marked, Marks, Span
 from longwave.data.sources import Conversation
 from longwave.data.template import Rendered, Template
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"

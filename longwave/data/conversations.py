@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any
 
-from longwave.config import require
+from longwave.errors import require
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ASSISTANT = "assistant"

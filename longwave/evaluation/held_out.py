@@ -14,7 +14,7 @@ from longwave.checkpoints import find, load
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
-from longwave.device import device_of
+from longwave.machine import device_of
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
-from longwave.errors import UserError
+from longwave.errors import UserError, shown
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -21,11 +20,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
-
-
-def shown(value: object) -> str:
-    """A value for an error message, cut to a length that people read."""
-    return _SHORT.repr(value)
 
 
 def plain(name: str) -> str:
@@ -48,7 +42,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for at, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:at]))
         raise ValueError(f"the key {shown(twice)} stands there twice")
     return content
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120

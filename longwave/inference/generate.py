@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longwave.config import require
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.inference.sampling import Sampling, choose_token
 from longwave.model import Decoder
 from longwave.states import State

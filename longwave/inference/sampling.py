@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import Strict, require
+from longwave.config import Strict
 from longwave.draws import uniform
+from longwave.errors import require
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Legend: `M` tokens that are compared.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -81,6 +81,10 @@ class Agreement:
     def statistics(self) -> dict[str, dict[str, float]]:
         """Every figure by its name, as plain values."""
         return {name: figure._asdict() for name, figure in vars(self).items() if isinstance(figure, Statistic)}
+
+    def plain(self) -> dict[str, Any]:
+        """The figures as plain values, with what they were made of."""
+        return {"block": self.depth, "compared": self.compared, "reason": self.reason, **self.statistics()}
 
 
 def agreement(level: LevelTrace, attention: BlockAttention) -> Agreement:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from longwave.api import load
 from longwave.blocks import Block
-from longwave.config import require
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.inspection.agreement import Agreement, agreement
 from longwave.inspection.attention import BlockAttention, has_weights, softmax_of, watching_attention
 from longwave.inspection.flops import Passage, TokenFlops, extremes, token_flops
@@ -58,6 +58,18 @@ class Level:
         """The share of the tokens reaching the level that it kept; None if no token reached it."""
         return float(self.trace.kept.double().mean()) if len(self.trace.kept) else None
 
+    def plain(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        scores = self.trace.scores
+        return {
+            "entered": len(self.trace.kept),
+            "kept": int(self.trace.kept.sum()),
+            "target": self.target,
+            "mean_score": float(scores.mean()) if len(scores) else None,
+            "own": self.own.plain(),
+            "other": self.other and self.other.plain(),
+        }
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -80,6 +92,17 @@ class Inspection:
     flops: TokenFlops
     cheap: list[Passage]
     dear: list[Passage]
+
+    def plain(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return {
+            "tokens": len(self.tokens),
+            "flops": float(self.flops.spent.sum()),
+            "dense_flops": float(self.flops.dense.sum()),
+            "levels": [level.plain() for level in self.levels],
+            "cheapest": [asdict(passage) for passage in self.cheap],
+            "dearest": [asdict(passage) for passage in self.dear],
+        }
 
 
 def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, device: torch.device) -> Inspection:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import MOST, ModelConfig, Strict, require
+from longwave.config import MOST, ModelConfig, Strict
+from longwave.errors import require
 from longwave.layers.linear import Linear
 from longwave.part import Part, Site
 from longwave.states import State

@@ -20,8 +20,8 @@ from longwave.config import (
     RotaryConfig,
     RotaryScaling,
     YarnScaling,
-    require,
 )
+from longwave.errors import require
 from longwave.stream import Stream
 
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import MOST, ModelConfig, Strict, require
+from longwave.config import MOST, ModelConfig, Strict
 from longwave.costs import visible_pairs
+from longwave.errors import require
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation

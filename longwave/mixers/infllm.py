@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.config import MOST, ModelConfig, Strict, require
+from longwave.config import MOST, ModelConfig, Strict
+from longwave.errors import require
 from longwave.laws import ALL, Law, Laws
 from longwave.layers.linear import Linear
 from longwave.mixers.full import FullAttention

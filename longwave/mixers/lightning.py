@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from longwave.config import MOST, ModelConfig, Strict, require
+from longwave.config import MOST, ModelConfig, Strict
+from longwave.errors import require
 from longwave.layers.constant import Constant
 from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longwave.config import ModelConfig, Strict, require
+from longwave.config import ModelConfig, Strict
+from longwave.errors import require
 from longwave.mixers.full import FullAttention
 from longwave.ops.attention import Pattern
 from longwave.part import Site

@@ -18,8 +18,8 @@ from longwave import files
 from longwave.inspection.agreement import STRETCH, Agreement
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
-from longwave.plan import short
 from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite
+from longwave.units import short
 
 _PAGE = Kind("inspect", ("passage", "heatmap"))
 

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from longwave.config import ModelConfig, Strict, require
+from longwave.config import ModelConfig, Strict
 from longwave.draws import uniform
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 from longwave.laws import ALL, Law, Laws
 from longwave.part import InitialDraws, Site
 from longwave.resamplers.base import Clock, Resampler, Selection, kept_count, runs_above, runs_of

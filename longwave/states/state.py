@@ -15,8 +15,7 @@ from longwave.states.extents import Extents
 from longwave.states.memory import Memory, NoMemory, Store
 from longwave.states.spec import StateSpec
 from longwave.stream import Stream
-
-LAST_PLACE = (1 << 31) - 1  # the last place in a sequence: places are 32-bit in a level's state and in lists of blocks
+from longwave.units import LAST_PLACE
 
 
 @dataclass(eq=False)

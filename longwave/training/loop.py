@@ -27,9 +27,9 @@ from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
-from longwave.device import device_of
 from longwave.errors import UserError
 from longwave.evaluation.held_out import held_out_loss
+from longwave.machine import device_of
 from longwave.model import Decoder
 from longwave.resamplers import Resampler, Selection
 from longwave.stream import Stream

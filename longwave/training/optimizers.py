@@ -24,7 +24,7 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,14 @@ class ScaledAdamConfig:
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps)
-        _require(self.scalar_lr_scale > 0, "scalar_lr_scale", self.scalar_lr_scale, "a number above 0")
+        require(self.scalar_lr_scale > 0, f"scalar_lr_scale = {self.scalar_lr_scale}: a number above 0")
         low, high = self.rms_limits
-        _require(0 < low < high, "rms_limits", self.rms_limits, "two rising numbers above 0")
-        _require(self.scalar_max > 0, "scalar_max", self.scalar_max, "a number above 0")
-        _require(self.size_update_period >= 1, "size_update_period", self.size_update_period, "at least 1 step")
-        _require(self.clipping_scale > 0, "clipping_scale", self.clipping_scale, "a number above 0, or inf not to clip")
-        _require(self.clipping_window >= 1, "clipping_window", self.clipping_window, "at least 1 step")
+        require(0 < low < high, f"rms_limits = {self.rms_limits}: two rising numbers above 0")
+        require(self.scalar_max > 0, f"scalar_max = {self.scalar_max}: a number above 0")
+        require(self.size_update_period >= 1, f"size_update_period = {self.size_update_period}: at least 1 step")
+        scale = self.clipping_scale
+        require(scale > 0, f"clipping_scale = {scale}: a number above 0, or inf not to clip")
+        require(self.clipping_window >= 1, f"clipping_window = {self.clipping_window}: at least 1 step")
 
     def build(self, model: nn.Module) -> ScaledAdam:
         """Make the optimizer of all trainable parameters of `model`."""
@@ -116,8 +117,8 @@ class AdamWConfig:
 
     def __post_init__(self) -> None:
         _check_adam(self.lr, self.betas, self.eps)
-        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number of at least 0")
-        _require(self.clip_norm > 0, "clip_norm", self.clip_norm, "a number above 0, or inf not to clip")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay = {self.weight_decay}: a number of at least 0")
+        require(self.clip_norm > 0, f"clip_norm = {self.clip_norm}: a number above 0, or inf not to clip")
 
     def build(self, model: nn.Module) -> AdamW:
         """Make the optimizer of all trainable parameters of `model`."""
@@ -160,15 +161,15 @@ def trainable_weights(model: nn.Module) -> list[Weight]:
     for name, parameter, lr_scale in _scaled_parameters(model, "", 1.0):
         first = found.setdefault(parameter, Weight(name, parameter, _master(parameter), lr_scale))
         legal = f"the {first.lr_scale} of {first.name}, which it is tied to"
-        _require(first.lr_scale == lr_scale, f"lr_scale of {name}", lr_scale, legal)
-    _require(bool(found), "trainable parameters", 0, "at least one")
+        require(first.lr_scale == lr_scale, f"lr_scale of {name} = {lr_scale}: {legal}")
+    require(bool(found), "trainable parameters = 0: at least one")
     return list(found.values())
 
 
 def _scaled_parameters(module: nn.Module, prefix: str, scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
     own = getattr(module, "lr_scale", 1.0)
     legal = isinstance(own, int | float) and 0 <= own < math.inf
-    _require(legal, f"{prefix}lr_scale", own, "a number of at least 0")
+    require(legal, f"{prefix}lr_scale = {own!r}: a number of at least 0")
     scale = scale * own
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.requires_grad:
@@ -476,17 +477,12 @@ def _load(live: Mapping[str, Tensor], given: Mapping[str, Tensor], expected: Map
     for name, tensor in given.items():
         want = (tuple(expected[name].shape), expected[name].dtype)
         have = (tuple(tensor.shape), tensor.dtype)
-        _require(have == want, f"optimizer state {name}", have, f"{want}")
+        require(have == want, f"optimizer state {name} = {have}: {want} would do")
     for name, tensor in live.items():
         tensor.copy_(given[name])
 
 
 def _check_adam(lr: float, betas: tuple[float, float], eps: float) -> None:
-    _require(0 < lr < math.inf, "lr", lr, "a number above 0")
-    _require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "betas", betas, "two numbers in [0, 1)")
-    _require(0 < eps < math.inf, "eps", eps, "a number above 0")
-
-
-def _require(legal: bool, field: str, value: object, would_do: str) -> None:
-    if not legal:
-        raise UserError(f"{field} is {value!r}: needs {would_do}")
+    require(0 < lr < math.inf, f"lr = {lr}: a number above 0")
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), f"betas = {betas}: two numbers in [0, 1)")
+    require(0 < eps < math.inf, f"eps = {eps}: a number above 0")

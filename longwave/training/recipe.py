@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longwave.checkpoints import load_config
-from longwave.config import ModelConfig, Strict, build, require
-from longwave.errors import UserError
+from longwave.config import ModelConfig, Strict, build
+from longwave.errors import UserError, require
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
 from longwave.training.schedules import Eden, ScheduleConfig
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Protocol
 
 from pydantic import ConfigDict, Field
 
-from longwave.errors import UserError
+from longwave.errors import require
 
 
 class Schedule(Protocol):
@@ -43,11 +43,11 @@ class Eden:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        _require(self.lr_steps > 0, "lr_steps", self.lr_steps, "a number of steps above 0")
+        require(self.lr_steps > 0, f"lr_steps = {self.lr_steps}: a number of steps above 0")
         legal = self.lr_tokens is None or self.lr_tokens > 0
-        _require(legal, "lr_tokens", self.lr_tokens, "a number of tokens above 0, or none")
+        require(legal, f"lr_tokens = {self.lr_tokens}: a number of tokens above 0, or none")
         _check_warmup(self.warmup_steps)
-        _require(0 <= self.warmup_start <= 1, "warmup_start", self.warmup_start, "a number in [0, 1]")
+        require(0 <= self.warmup_start <= 1, f"warmup_start = {self.warmup_start}: a number in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
         """Give the multiplier of the base learning rate; `total_steps` plays no part."""
@@ -69,7 +69,7 @@ class Cosine:
 
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
-        _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
+        require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
         """Give the multiplier of the base learning rate; raises UserError if the warm-up does not fit the run."""
@@ -98,8 +98,8 @@ class WSD:
 
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
-        _require(0 < self.decay_fraction <= 1, "decay_fraction", self.decay_fraction, "a fraction in (0, 1]")
-        _require(0 <= self.final <= 1, "final", self.final, "a fraction in [0, 1]")
+        require(0 < self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction}: a fraction in (0, 1]")
+        require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
         """Give the multiplier of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
@@ -141,14 +141,9 @@ def _warmup(step: int, warmup_steps: int) -> float:
 
 
 def _check_warmup(warmup_steps: int) -> None:
-    _require(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0 steps")
+    require(warmup_steps >= 0, f"warmup_steps = {warmup_steps}: at least 0 steps")
 
 
 def _check_fit(warmup_steps: int, limit: int, total_steps: int) -> None:
     would_do = f"fewer than {limit} steps in a run of {total_steps}"
-    _require(warmup_steps < limit, "warmup_steps", warmup_steps, would_do)
-
-
-def _require(legal: bool, field: str, value: object, would_do: str) -> None:
-    if not legal:
-        raise UserError(f"{field} is {value!r}: needs {would_do}")
+    require(warmup_steps < limit, f"warmup_steps = {warmup_steps}: {would_do}")

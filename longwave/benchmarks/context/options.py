@@ -9,7 +9,8 @@ from typing import Literal
 
 from longwave.benchmarks.results.results import Options
 from longwave.blocks import DENSE, tables_of
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
+from longwave.errors import require
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from longwave.benchmarks.context.growth import Curve, Growth, curves
 from longwave.benchmarks.context.run import ContextResults
 from longwave.benchmarks.results.picture import INK, LINE, QUIET, colours_of, drawing, plain_axes
-from longwave.plan import short_bytes
+from longwave.units import short_bytes
 
 _SIZE = (11.0, 7.2)
 _BYTES = ("peak memory", "state")

@@ -26,11 +26,11 @@ from longwave.benchmarks.measure.profile import Spent
 from longwave.benchmarks.measure.roofline import measure_peaks
 from longwave.benchmarks.measure.timing import Timing
 from longwave.benchmarks.results.results import Model, Results, Row, against, hardware
-from longwave.config import ModelConfig, require
+from longwave.config import ModelConfig
 from longwave.costs import Peaks, Work
 from longwave.data.tokenizer import VOCABULARY_FILE, Tokenizer
-from longwave.device import device_of, dtype_of
-from longwave.errors import MachineError
+from longwave.errors import MachineError, require
+from longwave.machine import device_of, dtype_of
 from longwave.progress import say
 
 DENSE = "dense"

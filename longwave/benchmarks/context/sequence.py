@@ -24,7 +24,7 @@ from longwave.benchmarks.measure.timing import seconds_of, swift_collections
 from longwave.benchmarks.models import Longwave, decode_load, force_retention
 from longwave.costs import Work, total
 from longwave.model import Decoder
-from longwave.plan import short_bytes
+from longwave.units import short_bytes
 
 _CHECKED, _PIECES = 1 << 14, 5  # the most tokens of the check in one pass, and the chunks they make
 _SPARE, _OF_FREE = 17 / 16, 0.9  # room beyond the expected on inner levels; share of the free memory that is taken

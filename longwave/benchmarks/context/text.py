@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from longwave.config import require
 from longwave.data.encoding import TextEncoder
 from longwave.data.sources import Source, documents, standard_library
 from longwave.data.tokenizer import Tokenizer
+from longwave.errors import require
 
 _TOGETHER = 64  # documents that are encoded at a time
 

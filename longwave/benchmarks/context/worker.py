@@ -22,8 +22,8 @@ from longwave.benchmarks.measure.profile import Spent
 from longwave.benchmarks.results.results import Model
 from longwave.config import ModelConfig
 from longwave.costs import count
-from longwave.device import device_of, dtype_of
 from longwave.errors import MachineError, UserError
+from longwave.machine import device_of, dtype_of
 from longwave.model import Decoder
 
 

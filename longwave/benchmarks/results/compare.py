@@ -12,8 +12,7 @@ from rich.console import RenderableType
 
 from longwave.benchmarks.results.results import FORMAT, VERSION
 from longwave.benchmarks.results.table import duration, table
-from longwave.config import require
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 
 _FREE = (
     "contexts",

@@ -12,8 +12,7 @@ from typing import Any
 from longwave import files
 from longwave.benchmarks.results.results import Results, Row
 from longwave.benchmarks.results.table import beside_bound, by_place, heading
-from longwave.config import require
-from longwave.errors import UserError
+from longwave.errors import UserError, require
 
 _SUFFIXES = (".svg", ".png")
 INK, QUIET, LINE = "#20242a", "#646b76", "#e3e1da"

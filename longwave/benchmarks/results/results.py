@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from longwave.benchmarks.measure.timing import Timing
-from longwave.config import Strict, require
+from longwave.config import Strict
 from longwave.costs import Peaks, Work
-from longwave.device import device_of
-from longwave.doctor import cpu_name
+from longwave.errors import require
+from longwave.machine import cpu_name, device_of
 from longwave.version import __version__
 
 FORMAT, VERSION = "longwave-bench", 1

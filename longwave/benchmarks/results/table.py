@@ -13,7 +13,7 @@ from rich.text import Text
 
 from longwave.benchmarks.measure.profile import Spent
 from longwave.benchmarks.results.results import Results, Row
-from longwave.plan import short_bytes
+from longwave.units import short_bytes
 
 _COMPARED = ("time ratio", "by bounds", "gain of bound")
 _LEFT = ("model", "figure", "form", "checked", "part", "verdict")

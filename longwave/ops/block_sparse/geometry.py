@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.errors import UserError
+from longwave.errors import require
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,11 @@ class Geometry:
     def __post_init__(self) -> None:
         least = {"kernel_size": 1, "stride": 1, "block_size": 1, "init_blocks": 0, "local_blocks": 0, "topk": 1}
         for name, lowest in least.items():
-            _require(getattr(self, name) >= lowest, f"{name} = {getattr(self, name)}: {lowest} or more")
+            require(getattr(self, name) >= lowest, f"{name} = {getattr(self, name)}: {lowest} or more")
         twice, whole = 2 * self.stride, self.block_size % self.stride == 0
-        _require(self.kernel_size == twice, f"kernel_size = {self.kernel_size}: twice the stride, {twice}, would do")
-        _require(whole, f"block_size = {self.block_size}: a multiple of the stride, {self.stride}, would do")
-        _require(
-            self.topk >= self.forced, f"topk = {self.topk}: init_blocks + local_blocks + 1 = {self.forced} or more"
-        )
+        require(self.kernel_size == twice, f"kernel_size = {self.kernel_size}: twice the stride, {twice}, would do")
+        require(whole, f"block_size = {self.block_size}: a multiple of the stride, {self.stride}, would do")
+        require(self.topk >= self.forced, f"topk = {self.topk}: init_blocks + local_blocks + 1 = {self.forced} or more")
 
     @property
     def forced(self) -> int:
@@ -117,8 +115,3 @@ def compress(keys: Float[Tensor, "G N K"], width: int, stride: int) -> Float[Ten
     for i in range(1, strides):
         totals += sums[:, i : i + count]
     return totals.div_(width).to(keys.dtype)
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longwave import doctor
-from longwave.config import require
-from longwave.device import device_of
-from longwave.inspection.agreement import Agreement
-from longwave.inspection.flops import Passage
-from longwave.inspection.inspect import Choice, Inspection, Level, inspect
-from longwave.inspection.source import read_text
-from longwave.plan import short
-from longwave.reports.inspect import write_inspection
-from longwave.reports.page import finite
+from longwave.cli.options import OnDevice, argument, option
+from longwave.cli.parser import Verb
+from longwave.errors import require
+from longwave.units import short
+
+if TYPE_CHECKING:
+    from longwave.inspection.agreement import Agreement
+    from longwave.inspection.flops import Passage
+    from longwave.inspection.inspect import Inspection, Level
 
 
-def inspect_command(options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Inspect(OnDevice):
+    """Options of `longwave inspect`."""
+
+    model: str = argument("a model folder")
+    text: str | None = argument("a text file, or - for stdin", default=None)
+    literal: str | None = option("the text itself, in place of a file", name="--text", metavar="TEXT")
+    against: str | None = option("a model with the same tokenizer, to compare attention with", metavar="DIR")
+    layers: str | None = option("blocks whose attention to draw, such as 0,5 (a few)")
+    heads: str | None = option("heads to draw beside the mean of all, such as 0,3 (the first two)")
+    first: int | None = option("the first N tokens of the text alone", metavar="N")
+    output: str = option("the page to write", default="inspect.html")
+
+
+def run(options: Inspect) -> dict[str, Any]:
     """Inspects, writes the page, prints the short form and returns its figures."""
+    from longwave import machine
+    from longwave.inspection.inspect import Choice, inspect
+    from longwave.inspection.source import read_text
+    from longwave.reports.inspect import write_inspection
+    from longwave.reports.page import finite
+
     output = Path(options.output)
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     require(not output.is_dir(), f"--output {output}: a folder; give the name of a page, such as {output}/inspect.html")
     choice = Choice(_numbers("--layers", options.layers), _numbers("--heads", options.heads), options.against)
     name, text = read_text(options.text, options.literal)
-    found = inspect(options.model, name, text, options.first, choice, device_of(options.device))
-    machine = {label: value for label, value in doctor.facts().items() if not label.startswith("op ")}
-    write_inspection(found, output, machine, _command(options))
-    for line in _lines(found):
-        print(line)
+    found = inspect(options.model, name, text, options.first, choice, machine.device_of(options.device))
+    write_inspection(found, output, machine.facts(), _command(options))
+    print(*_lines(found), sep="\n")
     print(f"{output}: open it in a browser ({output.stat().st_size / 1e6:.1f} MB)")
-    return finite(_figures(found)) | {"page": str(output)}
+    return finite(found.plain()) | {"page": str(output)}
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -45,42 +62,39 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-def _command(options: argparse.Namespace) -> str:
+def _command(options: Inspect) -> str:
     """The command line that makes the page again."""
     named = {name: getattr(options, name) for name in ("against", "layers", "heads", "first", "output")}
     text = options.text if options.literal is None else f"--text={options.literal}"
-    words = ["longwave", "inspect", options.model, text]
+    words = ["longwave", "inspect", options.model, str(text)]
     return shlex.join([*words, *(word for name, value in named.items() if value for word in (f"--{name}", str(value)))])
 
 
-# The short form -------------------------------------------------------------------------------------------------------
-
-
-def _lines(found: Inspection) -> list[str]:
-    lines = [f"{found.source}: {len(found.tokens):,} tokens through {found.layout}"]
+def _lines(found: Inspection) -> Iterator[str]:
+    """The short form: levels, cost, and the cheapest and the dearest passage."""
+    yield f"{found.source}: {len(found.tokens):,} tokens through {found.layout}"
     for level in found.levels:
-        lines += _level_lines(level, found.against)
+        yield from _level_lines(level, found.against)
     spent, dense = float(found.flops.spent.mean()), float(found.flops.dense.mean())
     part = f", {spent / dense:.1%} of the dense model's {short(dense)}" if found.levels else ""
-    lines.append(f"cost: {short(spent)} FLOPs per token in the layers{part}")
+    yield f"cost: {short(spent)} FLOPs per token in the layers{part}"
     for name, passages in (("cheapest", found.cheap), ("dearest", found.dear)):
-        lines += [f"{name}: {_passage_words(found, one)}" for one in passages[:1]]
-    return lines
+        yield from (f"{name}: {_passage_words(found, passage)}" for passage in passages[:1])
 
 
-def _level_lines(level: Level, against: str | None) -> list[str]:
+def _level_lines(level: Level, against: str | None) -> Iterator[str]:
     trace = level.trace
     if level.retention is None:
-        return [f"{level.name}: no token got this far"]
+        yield f"{level.name}: no token got this far"
+        return
     sides = {"kept": trace.scores[trace.kept], "dropped": trace.scores[~trace.kept]}
     score = ", ".join(f"{name} {float(side.mean()):+.3f}" for name, side in sides.items() if len(side))
     kept = f"keeps {level.retention:.1%} of {len(trace.kept):,} tokens (target {level.target:.0%})"
     mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}; threshold {level.threshold:+.3f})"
-    lines = [f"{level.name}: {kept}, {mean}"]
-    lines.append(f"  with its own attention: {_agreement_words(level.own)}")
+    yield f"{level.name}: {kept}, {mean}"
+    yield f"  with its own attention: {_agreement_words(level.own)}"
     if level.other is not None:
-        lines.append(f"  with that of {against}: {_agreement_words(level.other)}")
-    return lines
+        yield f"  with that of {against}: {_agreement_words(level.other)}"
 
 
 def _agreement_words(found: Agreement) -> str:
@@ -100,29 +114,4 @@ def _passage_words(found: Inspection, passage: Passage) -> str:
     return f"tokens {passage.start + 1:,} to {passage.stop:,}, {passage.share:.1%} of dense: {shown!r}"
 
 
-def _figures(found: Inspection) -> dict[str, Any]:
-    """The figures as plain values."""
-    return {
-        "tokens": len(found.tokens),
-        "flops": float(found.flops.spent.sum()),
-        "dense_flops": float(found.flops.dense.sum()),
-        "levels": [_level_figures(level) for level in found.levels],
-        "cheapest": [dataclasses.asdict(passage) for passage in found.cheap],
-        "dearest": [dataclasses.asdict(passage) for passage in found.dear],
-    }
-
-
-def _level_figures(level: Level) -> dict[str, Any]:
-    scores = level.trace.scores
-    return {
-        "entered": len(level.trace.kept),
-        "kept": int(level.trace.kept.sum()),
-        "target": level.target,
-        "mean_score": float(scores.mean()) if len(scores) else None,
-        "own": _agreement_figures(level.own),
-        "other": level.other and _agreement_figures(level.other),
-    }
-
-
-def _agreement_figures(found: Agreement) -> dict[str, Any]:
-    return {"block": found.depth, "compared": found.compared, "reason": found.reason, **found.statistics()}
+VERB = Verb("inspect", "a page of one text: what is kept, where attention goes, the cost", Inspect, run)

@@ -1,23 +1,42 @@
-"""What this machine has, and which form each op will run on it, and why."""
+"""The machine: the devices and dtypes a model runs in, and what people want to know of both."""
 
 from __future__ import annotations
 
 import os
 import platform
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
-from longwave.ops.attention import ATTENTION
-from longwave.ops.block_sparse import BLOCK_SPARSE
-from longwave.ops.cross_entropy import CROSS_ENTROPY
-from longwave.ops.decay_linear import DECAY_LINEAR
-from longwave.ops.forms import Call, Op
-from longwave.ops.linear import LINEAR
+from longwave.errors import UserError
 from longwave.version import __version__
 
-_OPTIONAL = {"tensorboard": "track"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_OPTIONAL = {"tensorboard": "track"}  # package -> the extra of ours that installs it
+
+
+def device_of(name: str) -> torch.device:
+    """The device a user named: `auto`, `cpu`, `cuda` or `cuda:N`; a UserError where there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device = {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+        )
+    return device
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype a user named."""
+    if name not in DTYPES:
+        raise UserError(f"dtype = {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def facts() -> dict[str, str]:
@@ -33,18 +52,9 @@ def facts() -> dict[str, str]:
         "bf16 matrix products": "fast" if fast_bf16() else "slow on this CPU: train in fp32",
         "devices": ", ".join(devices()),
     }
-    for op in (ATTENTION, BLOCK_SPARSE, DECAY_LINEAR, LINEAR, CROSS_ENTROPY):
-        found |= {f"op {op.name} on {place}": form for place, form in forms_of(op).items()}
     for package, extra in _OPTIONAL.items():
         found[package] = "installed" if find_spec(package) else f"not installed: pip install 'longwave[{extra}]'"
     return found
-
-
-def forms_of(op: Op[Any]) -> dict[str, str]:
-    """The form that an op runs in bf16 on every kind of device here, and why."""
-    kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found = {kind: op.resolve(Call(torch.device(kind), torch.bfloat16)) for kind in kinds}
-    return {kind: f"{form} ({reason})" for kind, (form, reason) in found.items()}
 
 
 def cpu_name() -> str:

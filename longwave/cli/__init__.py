@@ -1,0 +1,60 @@
+"""The command line: one file per verb. Heavy imports wait until their verb is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from longwave.cli import bench, doctor, evaluate, generate, inspect, plan, prepare, quickstart, train
+from longwave.cli.parser import Parser, add_verbs
+from longwave.errors import MachineError, UserError
+from longwave.version import __version__
+
+VERBS = (
+    quickstart.VERB,
+    doctor.VERB,
+    prepare.VERB,
+    train.VERB,
+    evaluate.VERB,
+    generate.VERB,
+    plan.VERB,
+    inspect.VERB,
+    bench.VERBS,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
+    try:
+        verb, options = command_line().read(arguments)
+        result = verb.run(options)
+        if options.json and result is not None:
+            print(json.dumps(result))
+        sys.stdout.flush()
+        return 0
+    except UserError as error:
+        return _fail(error, 2)
+    except MachineError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt as error:
+        return _fail(error if error.args else "interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+
+
+def command_line() -> Parser:
+    """The parser of every verb."""
+    parser = Parser(prog="longwave", description="Language models whose cost does not explode with context length.")
+    parser.add_argument("--version", action="version", version=f"longwave {__version__}")
+    add_verbs(parser, VERBS)
+    return parser
+
+
+def _fail(problem: object, code: int) -> int:
+    print(f"longwave: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,46 @@
+"""Numbers as people write and read them: sizes such as 64k, and short forms of large numbers."""
+
+from __future__ import annotations
+
+from longwave.errors import UserError, require
+
+LAST_PLACE = (1 << 31) - 1  # of a token in a sequence: places are 32-bit integers in states and in lists of blocks
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Token counts such as `4096,64k,1M` (k, M and G are powers of 1024)."""
+    sizes = [_size(part, f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M") for part in text.split(",")]
+    fits = max(sizes) <= LAST_PLACE + 1
+    require(fits, f"{text!r}: {max(sizes):,} tokens; places are counted up to {LAST_PLACE:,}")
+    return sizes
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes such as `512M` or `8G`."""
+    return _size(text, f"{text!r} is no number of bytes; write 512M or 8G")
+
+
+def _size(text: str, problem: str) -> int:
+    number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
+    if not number.strip().isdigit() or int(number) == 0:
+        raise UserError(problem)
+    return int(number) * unit
+
+
+def short(number: float) -> str:
+    """1.23 T for large numbers."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {unit}".strip()
+        number /= 1000
+    return f"{number:.3g} E"
+
+
+def short_bytes(number: float) -> str:
+    """1.2 GiB for large numbers."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(number) < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"
