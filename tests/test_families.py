@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import longwave
 from longwave.checkpoints import FORMATS, huggingface, load, load_config, save
 from longwave.checkpoints.families import FAMILIES, TABLE, family_of
-from longwave.checkpoints.foreign import disassemble, holdings
+from longwave.checkpoints.foreign import disassemble, stored_tensors
 from longwave.checkpoints.huggingface import _times
 from longwave.checkpoints.names import flat_names
 from longwave.config import LongRopeScaling, RotaryConfig, YarnScaling
@@ -326,10 +326,10 @@ def test_table_read_backwards_is_its_inverse(tmp_path: Path, family: str, keys: 
     model = load(tmp_path / "hf")
     names = flat_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items()}
-    held, foreign = holdings(own, TABLE), disassemble(model, TABLE)
-    assert sorted(name for one in held.values() for name in one.ours) == sorted(own)
+    stored, foreign = stored_tensors(own, TABLE), disassemble(model, TABLE)
+    assert sorted(name for one in stored.values() for name in one.ours) == sorted(own)
     assert foreign.keys() == load_file(tmp_path / "hf/model.safetensors").keys()
-    back = {ours: tensor for stored, one in held.items() for ours, tensor in one.take(foreign[stored], own).items()}
+    back = {ours: tensor for name, one in stored.items() for ours, tensor in one.split(foreign[name], own).items()}
     same(back, own)
 
 
@@ -352,11 +352,11 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
 @pytest.mark.parametrize(
     ("format", "keys", "named"),
     [
-        ("qwen2", {}, "attention.qkv_bias = False; qkv_bias is True and output_bias False"),
-        ("qwen3", {}, "attention.qk_norm = False; it is True"),
+        ("qwen2", {}, "attention.qkv_bias = False; qkv_bias must be True and output_bias False"),
+        ("qwen3", {}, "attention.qk_norm = False; must be True"),
         ("mistral", {"layout": "F W", "attention": {"heads": 2, "window": 4}}, "layout = 'F W'; F blocks only, or W"),
-        ("mistral", {"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias = True; it is False"),
-        ("mistral", {"mlp": {"size": 24, "bias": True}}, "mlp.bias = True; it is False"),
+        ("mistral", {"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias = True; must be False"),
+        ("mistral", {"mlp": {"size": 24, "bias": True}}, "mlp.bias = True; must be False"),
         ("qwen3", {"layout": "F subllm(0.5: F)"}, "layout = 'F subllm(0.5: F)'; F and W blocks only"),
         ("minicpm", {"layout": "2W", "attention": {"heads": 2, "window": 4}}, "layout = '2W'; F blocks only"),
         ("minicpm", {"attention": {"heads": 2, "head_size": 4}}, "attention.head_size = 4; hidden_size / heads"),
@@ -378,7 +378,7 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
                     }
                 }
             },
-            "rotary.scaling.attention_factor = 2.0; it is 1.91",
+            "rotary.scaling.attention_factor = 2.0; must be 1.91",
         ),
     ],
 )

@@ -67,7 +67,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     quantised family, a file that differs from its checksum.
     """
     folder = find(path)
-    files.verify(folder, unread=".safetensors")  # those are compared while they are read
+    files.verify(folder, unread=".safetensors")  # weights are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
     format = format_of(values, folder)
@@ -113,8 +113,8 @@ def format_of(values: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def _respell(path: Path, carried: _Values, format: Format) -> None:
-    values = respelled(read_object(path), carried, format.config)
+def _respell(path: Path, original: _Values, format: Format) -> None:
+    values = respelled(read_object(path), original, format.config)
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
