@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,6 +31,7 @@ from longwave.mixers import Site
 from longwave.ops.attention import choose
 from longwave.ops.cross_entropy import cross_entropy
 from longwave.ops.linear import linear
+from longwave.origin import Origin
 from longwave.resamplers import RESAMPLERS, Clock, Subllm
 from longwave.states import State
 from longwave.stream import Stream
@@ -48,9 +49,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
-        self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
-        self.carried: dict[str, dict[str, Any]] = {}  # its folder's config.json, by its layout, if that is not ours
+        self.origin = Origin()
         self.layout = parse(config.layout)
         check_names(config.layout, self.layout, BLOCKS, RESAMPLERS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -95,6 +94,15 @@ class Decoder(nn.Module):
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
         """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""
         return cross_entropy(self.hidden(tokens, stream), self.head_weight, targets, self.config.scales.logits)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the model's folder, for `longwave.generate`; the model itself speaks token ids."""
+        return self.origin.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        self.origin.tokenizer = tokenizer
 
     @property
     def head_weight(self) -> Tensor:

@@ -569,13 +569,13 @@ def chatty(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("format", ["qwen2", "longwave"])
 def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, format: str):
     model = longwave.load(chatty)
-    assert model.generation["eos_token_id"] == [1, 7]
+    assert model.origin.generation["eos_token_id"] == [1, 7]
     longwave.save(model, tmp_path / "back", format=format)
     written = json.loads((tmp_path / "back/generation_config.json").read_text())
     ids = {"bos_token_id": 3, "eos_token_id": [1, 7], "pad_token_id": 5}
     assert written == {**ids, "temperature": 0.6, "do_sample": True, "top_k": 20}
     again = longwave.load(tmp_path / "back")
-    assert again.generation == model.generation
+    assert again.origin.generation == model.origin.generation
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
     if format == "qwen2":
         config = AutoConfig.from_pretrained(tmp_path / "back")
@@ -588,10 +588,10 @@ def test_text_ends_at_every_token_that_the_folder_names(chatty: Path):
     prompt = "some text"
     whole = greedy(model, torch.tensor(model.tokenizer.encode(prompt)), 40)
     stop = next(token for at, token in enumerate(whole) if at > 3 and token not in whole[:at])
-    model.generation = {"eos_token_id": [279, stop]}
+    model.origin.generation = {"eos_token_id": [279, stop]}
     expected = model.tokenizer.decode(whole[: whole.index(stop) + 1])
     assert longwave.generate(model, prompt, max_new_tokens=40) == expected
-    model.generation = {}
+    model.origin.generation = {}
     assert len(longwave.generate(model, prompt, max_new_tokens=40)) > len(expected)
 
 

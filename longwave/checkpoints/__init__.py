@@ -22,6 +22,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.files.jsonfile import read_object, shown
 from longwave.model import Decoder
+from longwave.origin import Origin
 
 __all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "save"]
 
@@ -72,8 +73,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     generation = read_generation(folder, values)
     format = format_of(values, folder)
     model = FORMATS[format].read(folder, values, dtype).to(device)
-    model.generation = generation
-    model.carried = {} if format == native.MODEL_TYPE else {format: values}
+    model.origin = Origin(format, values, generation)
     return model
 
 
@@ -88,11 +88,11 @@ def save(
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
-    generation = completed(model.generation, tokenizer)
+    generation = completed(model.origin.generation, tokenizer)
     with files.folder(path) as staging:
         FORMATS[format].write(model, staging, generation)
-        if format in model.carried:
-            _respell(staging / "config.json", model.carried[format], FORMATS[format])
+        if format == model.origin.format != native.MODEL_TYPE:
+            _respell(staging / "config.json", model.origin.config, FORMATS[format])
         write_generation(generation, staging)
         if tokenizer is not None:
             tokenizer.save(staging)

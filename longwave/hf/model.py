@@ -161,8 +161,8 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
             find(source, **fetching), dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map)
         )
         model = cls(folder.config_of(decoder, source, config, kwargs), decoder)
-        if decoder.generation:
-            model.generation_config = GenerationConfig.from_dict(decoder.generation)
+        if decoder.origin.generation:
+            model.generation_config = GenerationConfig.from_dict(decoder.origin.generation)
         return model.eval()
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
