@@ -295,7 +295,8 @@ def _as_declared(entry: dataclasses.Field[Any]) -> Any:
 def _plain(value: Any) -> Any:
     """A config, or a mapping of configs, as plain values."""
     if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
+        entries: Mapping[str, Any] = value
+        return {name: _plain(one) for name, one in entries.items()}
     if isinstance(value, _Tables):
         return value.to_dict()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
@@ -310,7 +311,7 @@ class BlockConfig(_Tables):
 
     parts: tuple[str, ...]
     wiring: str = "residual"
-    tables: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, init=False)
@@ -332,8 +333,8 @@ class ModelConfig(_Tables):
     init: InitConfig = field(default_factory=InitConfig)
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    blocks: Mapping[str, BlockConfig] = field(default_factory=dict)
-    tables: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Mapping[str, BlockConfig] = field(default_factory=dict[str, BlockConfig])
+    tables: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         _ = self.parsed  # a layout that does not parse is refused first of all
@@ -360,5 +361,5 @@ class ModelConfig(_Tables):
 
     def of_block(self, letter: str) -> ModelConfig:
         """This config as a block of the given letter sees it: with the block's own tables in place of the model's."""
-        own = self.blocks[letter].tables if letter in self.blocks else {}
+        own: Mapping[str, Any] = self.blocks[letter].tables if letter in self.blocks else {}
         return dataclasses.replace(self, tables={**self.tables, **own}) if own else self

@@ -56,7 +56,7 @@ class At:
     tokens: int
     dtype: torch.dtype
     chance: float = 1.0
-    kept: Mapping[int, float] = field(default_factory=dict)
+    kept: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def inside(self, tokens: int, share: float) -> At:
         """Within a bracket that lets `tokens` of these in, and a new one with the chance `share`."""

@@ -9,7 +9,7 @@ its own: `name(arguments: layers)`, or `name(layers)`. `subllm` runs them on the
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from longwave.errors import UserError
@@ -74,7 +74,7 @@ def parse(text: str) -> Layout:
     return layout
 
 
-def check_names(text: str, layout: Layout, letters: Container[str], brackets: Container[str]) -> None:
+def check_names(text: str, layout: Layout, letters: Collection[str], brackets: Collection[str]) -> None:
     """Refuses letters and names that no table knows, pointing at them."""
     for item in layout.walk():
         if isinstance(item, Blocks) and item.letter not in letters:
@@ -89,8 +89,8 @@ def pointed(text: str, at: int, message: str) -> UserError:
     return UserError(f"layout, character {at + 1}: {message}: {shown!r}")
 
 
-def _listed(names: Container[str]) -> str:
-    return ", ".join(sorted(names)) if isinstance(names, (dict, set, tuple, list)) else str(names)
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 class _Parser:

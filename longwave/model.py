@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
@@ -29,6 +29,7 @@ from longwave.errors import UserError, require
 from longwave.layers.head import Head, TiedHead
 from longwave.layers.norm import RMSNorm
 from longwave.layout import Blocks, Bracketed, Layout, check_names
+from longwave.origin import Origin
 from longwave.part import InitialDraws, Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
 from longwave.states import State
@@ -47,9 +48,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer: Tokenizer | None = None  # for `longwave.generate`; the model itself speaks token ids
-        self.generation: dict[str, Any] = {}  # its folder's generation_config.json: ids of special tokens, defaults
-        self.carried: dict[str, dict[str, Any]] = {}  # its folder's config.json, by its layout, if that is not ours
+        self.origin = Origin()
         self.layout = config.parsed
         check_names(config.layout, self.layout, {*BLOCKS, *config.blocks}, BRACKETS)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -91,6 +90,15 @@ class Decoder(nn.Module):
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
         """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""
         return self.head(self.hidden(tokens, stream), targets, self.config.scales.logits)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the model's folder, for `longwave.generate`; the model itself speaks token ids."""
+        return self.origin.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        self.origin.tokenizer = tokenizer
 
     @property
     def head_weight(self) -> Tensor:

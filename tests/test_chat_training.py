@@ -223,13 +223,13 @@ def test_a_hugging_face_folder_and_one_in_bf16_are_starts_too(tmp_path: Path):
 def test_what_the_start_says_of_generation_stays(tmp_path: Path):
     """The tokens that end an answer may be known to `generation_config.json` alone."""
     model = lw.load(start())
-    model.generation = {"eos_token_id": [1, 7], "temperature": 0.6}
+    model.origin.generation = {"eos_token_id": [1, 7], "temperature": 0.6}
     lw.save(model, tmp_path / "start")
     run = further(tmp_path / "start")
     with pytest.raises(Interrupted):
         trained(run, tmp_path / "run", StopAt(2))
     trained(run, tmp_path / "run")
-    assert lw.load(tmp_path / "run" / "model").generation == {"bos_token_id": 0, **model.generation}
+    assert lw.load(tmp_path / "run" / "model").origin.generation == {"bos_token_id": 0, **model.origin.generation}
 
 
 @pytest.mark.parametrize("model", ["llama", "published"])

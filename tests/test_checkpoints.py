@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longwave.checkpoints import families, load, save, subllm
-from longwave.checkpoints.foreign import Row, disassemble, holdings
+from longwave.checkpoints.foreign import Row, disassemble, stored_tensors
 from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
@@ -553,12 +553,12 @@ def test_table_read_backwards_is_its_inverse(table: tuple[Row, ...], layout: str
     model, numbering = small(layout, **keys), {"closing": [1, 0]}
     names = flat_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items() if ".threshold." not in name}
-    held, foreign = holdings(own, table, numbering), disassemble(model, table, numbering)
-    assert sorted(name for one in held.values() for name in one.ours) == sorted(own)
+    stored, foreign = stored_tensors(own, table, numbering), disassemble(model, table, numbering)
+    assert sorted(name for one in stored.values() for name in one.ours) == sorted(own)
     back: dict[str, Tensor] = {}
-    for theirs, one in held.items():
+    for theirs, one in stored.items():
         assert foreign[theirs].shape == one.expected(own).shape
-        back |= one.take(foreign[theirs], own)
+        back |= one.split(foreign[theirs], own)
     same(back, own)
 
 

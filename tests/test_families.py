@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import longwave
 from longwave.checkpoints import FORMATS, huggingface, load, load_config, save
 from longwave.checkpoints.families import FAMILIES, TABLE, family_of
-from longwave.checkpoints.foreign import disassemble, holdings
+from longwave.checkpoints.foreign import disassemble, stored_tensors
 from longwave.checkpoints.huggingface import _times
 from longwave.checkpoints.names import flat_names
 from longwave.config import LongRopeScaling, RotaryConfig, YarnScaling
@@ -326,10 +326,10 @@ def test_table_read_backwards_is_its_inverse(tmp_path: Path, family: str, keys: 
     model = load(tmp_path / "hf")
     names = flat_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict().items()}
-    held, foreign = holdings(own, TABLE), disassemble(model, TABLE)
-    assert sorted(name for one in held.values() for name in one.ours) == sorted(own)
+    stored, foreign = stored_tensors(own, TABLE), disassemble(model, TABLE)
+    assert sorted(name for one in stored.values() for name in one.ours) == sorted(own)
     assert foreign.keys() == load_file(tmp_path / "hf/model.safetensors").keys()
-    back = {ours: tensor for stored, one in held.items() for ours, tensor in one.take(foreign[stored], own).items()}
+    back = {ours: tensor for name, one in stored.items() for ours, tensor in one.split(foreign[name], own).items()}
     same(back, own)
 
 
@@ -352,11 +352,11 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
 @pytest.mark.parametrize(
     ("format", "keys", "named"),
     [
-        ("qwen2", {}, "attention.qkv_bias = False; qkv_bias is True and output_bias False"),
-        ("qwen3", {}, "attention.qk_norm = False; it is True"),
+        ("qwen2", {}, "attention.qkv_bias = False; qkv_bias must be True and output_bias False"),
+        ("qwen3", {}, "attention.qk_norm = False; must be True"),
         ("mistral", {"layout": "F W", "attention": {"heads": 2, "window": 4}}, "layout = 'F W'; F blocks only, or W"),
-        ("mistral", {"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias = True; it is False"),
-        ("mistral", {"mlp": {"size": 24, "bias": True}}, "mlp.bias = True; it is False"),
+        ("mistral", {"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias = True; must be False"),
+        ("mistral", {"mlp": {"size": 24, "bias": True}}, "mlp.bias = True; must be False"),
         ("qwen3", {"layout": "F subllm(0.5: F)"}, "layout = 'F subllm(0.5: F)'; F and W blocks only"),
         ("minicpm", {"layout": "2W", "attention": {"heads": 2, "window": 4}}, "layout = '2W'; F blocks only"),
         ("minicpm", {"attention": {"heads": 2, "head_size": 4}}, "attention.head_size = 4; hidden_size / heads"),
@@ -378,7 +378,7 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
                     }
                 }
             },
-            "rotary.scaling.attention_factor = 2.0; it is 1.91",
+            "rotary.scaling.attention_factor = 2.0; must be 1.91",
         ),
     ],
 )
@@ -569,13 +569,13 @@ def chatty(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("format", ["qwen2", "longwave"])
 def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, format: str):
     model = longwave.load(chatty)
-    assert model.generation["eos_token_id"] == [1, 7]
+    assert model.origin.generation["eos_token_id"] == [1, 7]
     longwave.save(model, tmp_path / "back", format=format)
     written = json.loads((tmp_path / "back/generation_config.json").read_text())
     ids = {"bos_token_id": 3, "eos_token_id": [1, 7], "pad_token_id": 5}
     assert written == {**ids, "temperature": 0.6, "do_sample": True, "top_k": 20}
     again = longwave.load(tmp_path / "back")
-    assert again.generation == model.generation
+    assert again.origin.generation == model.origin.generation
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
     if format == "qwen2":
         config = AutoConfig.from_pretrained(tmp_path / "back")
@@ -588,10 +588,10 @@ def test_text_ends_at_every_token_that_the_folder_names(chatty: Path):
     prompt = "some text"
     whole = greedy(model, torch.tensor(model.tokenizer.encode(prompt)), 40)
     stop = next(token for at, token in enumerate(whole) if at > 3 and token not in whole[:at])
-    model.generation = {"eos_token_id": [279, stop]}
+    model.origin.generation = {"eos_token_id": [279, stop]}
     expected = model.tokenizer.decode(whole[: whole.index(stop) + 1])
     assert longwave.generate(model, prompt, max_new_tokens=40) == expected
-    model.generation = {}
+    model.origin.generation = {}
     assert len(longwave.generate(model, prompt, max_new_tokens=40)) > len(expected)
 
 

@@ -282,7 +282,7 @@ def test_a_changed_model_keeps_only_what_is_still_true(tmp_path: Path):
     publish(tmp_path / "m", SALA)
     model = load(tmp_path / "m", dtype=torch.float32)
     model.config = dataclasses.replace(model.config, context_window=4096)
-    model.generation |= {"eos_token_id": 5}
+    model.origin.generation |= {"eos_token_id": 5}
     save(model, tmp_path / "back", format="minicpm_sala")
     written = json.loads((tmp_path / "back/config.json").read_text())
     changed = {"dtype": "float32", "max_position_embeddings": 4096, "eos_token_id": 5}

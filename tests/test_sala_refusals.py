@@ -206,24 +206,24 @@ HYBRID = {"hidden_size": 32, "attention": {"heads": 2, "qk_norm": True}}
         (
             "minicpm_sala",
             {"layout": "L", "lightning": {"slopes": "minimax"}},
-            "lightning.slopes = 'minimax'; it is alibi",
+            "lightning.slopes = 'minimax'; must be alibi",
         ),
-        ("minicpm_sala", {"layout": "L", "lightning": {"silu": "qk"}}, "lightning.silu = 'qk'; it is none"),
+        ("minicpm_sala", {"layout": "L", "lightning": {"silu": "qk"}}, "lightning.silu = 'qk'; must be none"),
         (
             "minicpm_sala",
             {"layout": "S", "infllm": {"denominator": "exact"}},
-            "infllm.denominator = 'exact'; it is coarse",
+            "infllm.denominator = 'exact'; must be coarse",
         ),
-        ("minicpm_sala", {"layout": "S", "infllm": {"logit_scaling": 9.0}}, "infllm.logit_scaling = 9.0; none"),
+        ("minicpm_sala", {"layout": "S", "infllm": {"logit_scaling": 9.0}}, "infllm.logit_scaling = 9.0; must be none"),
         (
             "minicpm_sala",
             {"layout": "S", "attention": {"heads": 2, "head_size": 4}},
             "attention.head_size = 4; hidden_siz",
         ),
-        ("hypenet", {"layout": "S"}, "infllm.regime = 'auto'; it is dense"),
-        ("hypenet", {"layout": "S", "infllm": {"regime": "sparse"}}, "infllm.regime = 'sparse'; it is dense"),
+        ("hypenet", {"layout": "S"}, "infllm.regime = 'auto'; must be dense"),
+        ("hypenet", {"layout": "S", "infllm": {"regime": "sparse"}}, "infllm.regime = 'sparse'; must be dense"),
         ("hypenet", {"layout": "L", "scales": {"residual": 0.5}}, "scales = ScalesConfig("),
-        ("hypenet", {"layout": "S", "attention": {"heads": 2}}, "attention.qk_norm = False; it is True"),
+        ("hypenet", {"layout": "S", "attention": {"heads": 2}}, "attention.qk_norm = False; must be True"),
     ],
 )
 def test_a_model_that_the_format_cannot_hold_is_not_written(

@@ -22,6 +22,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, shown
 from longwave.files.jsonfile import read_object
 from longwave.model import Decoder
+from longwave.origin import Origin
 
 __all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "save"]
 
@@ -67,13 +68,12 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     quantised family, a file that differs from its checksum.
     """
     folder = find(path)
-    files.verify(folder, unread=".safetensors")  # those are compared while they are read
+    files.verify(folder, unread=".safetensors")  # weights are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
     format = format_of(values, folder)
     model = FORMATS[format].read(folder, values, dtype).to(device)
-    model.generation = generation
-    model.carried = {} if format == native.MODEL_TYPE else {format: values}
+    model.origin = Origin(format, values, generation)
     return model
 
 
@@ -88,11 +88,11 @@ def save(
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
-    generation = completed(model.generation, tokenizer)
+    generation = completed(model.origin.generation, tokenizer)
     with files.folder(path) as staging:
         FORMATS[format].write(model, staging, generation)
-        if format in model.carried:
-            _respell(staging / "config.json", model.carried[format], FORMATS[format])
+        if format == model.origin.format != native.MODEL_TYPE:
+            _respell(staging / "config.json", model.origin.config, FORMATS[format])
         write_generation(generation, staging)
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -113,8 +113,8 @@ def format_of(values: dict[str, Any], folder: Path) -> str:
     return name
 
 
-def _respell(path: Path, carried: _Values, format: Format) -> None:
-    values = respelled(read_object(path), carried, format.config)
+def _respell(path: Path, original: _Values, format: Format) -> None:
+    values = respelled(read_object(path), original, format.config)
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 

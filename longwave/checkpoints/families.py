@@ -42,12 +42,12 @@ TABLE = (
     Row("lm_head.weight", "head.weight"),
 )
 EMBEDDING, HEAD = TABLE[0].theirs, TABLE[-1].theirs
-BUFFERS = "rotary_emb.inv_freq"  # what older folders keep beside the weights
+BUFFERS = "rotary_emb.inv_freq"  # older folders keep it beside the weights
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family apart; the class of `transformers` (or the folder's own code) is the authority.
+    """The traits that set a family apart; the class of `transformers` (or the folder's own code) is the authority.
 
     bias: on all four attention projections if the key `attention_bias` says so ("key"), on query, key and value always
         ("qkv"), or nowhere. mlp_bias: there is a key of that name; without it there are none.
@@ -61,7 +61,7 @@ class Family:
     in_transformers: `transformers` has the class; its rotary scaling then takes an `attention_factor`.
     also: other names that folders give the class.
     fixed: keys that may be there with these values (or null) only, since any other would make another model.
-    defaults: what keys mean that are left out, where that is not the same for all.
+    defaults: the values of keys that are left out, where those are not the same for all families.
     """
 
     model_type: str
@@ -84,7 +84,7 @@ class Family:
         return next(((name, value, legal) for kept, name, value, legal in self._rules(config) if not kept), None)
 
     def _rules(self, config: ModelConfig) -> Iterator[tuple[bool, str, object, str]]:
-        """Whether a rule is kept, by which field of the config, its value, and what would do."""
+        """The rules: whether the model keeps one, the field of its config, its value, and what would do."""
         width, letters = config.hidden_size, _letters(config)
         scaling, kinds = config.rotary.scaling, ", ".join(self.scalings)
         kinds_of_block = "hybrid" if self.hybrid else self.windows
@@ -93,16 +93,16 @@ class Family:
         attention: AttentionConfig = config.table("attention")
         size = attention.size_in(width)
         normed = self.qk_norm in (None, attention.qk_norm)
-        yield normed, "attention.qk_norm", attention.qk_norm, f"it is {self.qk_norm}"
+        yield normed, "attention.qk_norm", attention.qk_norm, f"must be {self.qk_norm}"
         yield attention.qkv_bias in _QKV_BIAS[self.bias], "attention.qkv_bias", attention.qkv_bias, _BIASES[self.bias]
         same = attention.output_bias == (attention.qkv_bias and self.bias == "key")
         yield same, "attention.output_bias", attention.output_bias, _BIASES[self.bias]
-        yield self.mlp_bias or not config.mlp.bias, "mlp.bias", config.mlp.bias, "it is False"
+        yield self.mlp_bias or not config.mlp.bias, "mlp.bias", config.mlp.bias, "must be False"
         whole = self.head_size != "whole" or width % attention.heads == 0
         yield whole, "hidden_size", width, f"a multiple of the {attention.heads} heads"
         shared = self.head_size != "shared" or letters == {"L"} or size * attention.heads == width
         yield shared, "attention.head_size", size, "hidden_size / heads"
-        yield self.mup or config.scales == ScalesConfig(), "scales", config.scales, "all are 1"
+        yield self.mup or config.scales == ScalesConfig(), "scales", config.scales, "all must be 1"
         yield scaling is None or scaling.kind in self.scalings, "rotary.scaling.kind", _kind(scaling), kinds
         yield from self.hybrid.rules(config) if self.hybrid else ()
 
@@ -116,9 +116,9 @@ _BLOCKS = {
 }
 _QKV_BIAS = {"key": (False, True), "qkv": (True,), "none": (False,)}
 _BIASES = {
-    "key": "output_bias is the same as qkv_bias",
-    "qkv": "qkv_bias is True and output_bias False",
-    "none": "it is False",
+    "key": "output_bias must be the same as qkv_bias",
+    "qkv": "qkv_bias must be True and output_bias False",
+    "none": "must be False",
 }
 
 
@@ -215,5 +215,5 @@ FAMILIES = (
 
 
 def family_of(config: ModelConfig) -> Family | None:
-    """The first family that a model of this config is one of."""
+    """The first family that can hold a model of this config."""
     return next((family for family in FAMILIES if family.problem(config) is None), None)

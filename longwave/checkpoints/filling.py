@@ -1,4 +1,4 @@
-"""Models and the weights that go into them: what must be there is compared with what is before any of it is read."""
+"""Models and the weights that go into them. Names, shapes and types are all compared before any weight is read."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from longwave.model import Decoder
 
 
 class Expected(NamedTuple):
-    """What a stored tensor must be."""
+    """The shape and dtype that a stored tensor must have."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
 @dataclass
-class Holding:
-    """What a stored tensor holds: native tensors by name, one after the other along their first dimension.
+class StoredTensor:
+    """A tensor of a folder, which holds one or more native tensors one after the other along their first dimension.
 
-    as_row: it is a matrix (1, n) where ours is a vector (n,).
+    ours: the names of those native tensors. as_row: it is a matrix (1, n) where ours is a vector (n,).
     """
 
     ours: list[str] = field(default_factory=list)
     as_row: bool = False
 
     def expected(self, own: Mapping[str, Described]) -> Expected:
-        """What the stored tensor must be, given the native ones."""
+        """The shape and dtype that it must have, given the native tensors."""
         tensors = [own[name] for name in self.ours]
         shape = tensors[0].shape
         if len(tensors) > 1:
             shape = torch.Size((sum(tensor.shape[0] for tensor in tensors), *shape[1:]))
         return Expected(torch.Size((1, *shape)) if self.as_row else shape, tensors[0].dtype)
 
-    def take(self, tensor: Tensor, own: Mapping[str, Described]) -> dict[str, Tensor]:
-        """The native tensors in a stored one: views of it where those lie as torch would have put them."""
+    def split(self, tensor: Tensor, own: Mapping[str, Described]) -> dict[str, Tensor]:
+        """The native tensors in its content: views, or copies where a view would not be aligned as torch aligns."""
         if len(self.ours) == 1:
             return {self.ours[0]: tensor[0] if self.as_row else tensor}
         pieces = tensor.split([own[name].shape[0] for name in self.ours])
         return dict(zip(self.ours, map(_aligned, pieces), strict=True))
 
-    def give(self, native: Mapping[str, Tensor]) -> Tensor:
-        """The tensor to be stored."""
+    def join(self, native: Mapping[str, Tensor]) -> Tensor:
+        """Its content, from the native tensors."""
         tensors = [native[name] for name in self.ours]
         together = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return together.unsqueeze(0) if self.as_row else together
@@ -62,16 +62,16 @@ def _aligned(piece: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a model's weights are to be when they are loaded.
+class ReadOptions:
+    """How the weights of a folder are read.
 
-    dtype: what is asked for. stated: what the folder's config says they are, which decides if they were saved in
-    several types. tied: the stored names of the head and of the embedding that it is tied to: a folder may hold that
-    matrix twice if both are equal.
+    dtype: of the model's weights, if the caller asks for one. config_dtype: the dtype that the folder's config names,
+    which decides where weights were saved in several types. tied: the stored names of the head and of the embedding
+    that it is tied to: a folder may hold that matrix twice if both are equal.
     """
 
     dtype: torch.dtype | None = None
-    stated: object = None
+    config_dtype: object = None
     tied: tuple[str, str] | None = None
 
 
@@ -87,26 +87,27 @@ def empty(config: ModelConfig, weights: Weights, source: str) -> Decoder:
         raise UserError(f"{source}: {error}") from None
 
 
-def fill(model: Decoder, weights: Weights, held: Mapping[str, Holding], wishes: Wishes) -> Decoder:
-    """Gives a model the weights of a folder, ready for inference; what `held` does not name stays as it is.
+def fill(model: Decoder, weights: Weights, stored: Mapping[str, StoredTensor], options: ReadOptions) -> Decoder:
+    """Gives a model the weights of a folder, ready for inference; tensors that `stored` does not hold stay as they are.
 
-    UserError for a missing, unexpected or misshapen tensor, under its stored name.
+    stored: the tensors that the folder must have, by name. UserError for a missing, unexpected or misshapen tensor,
+    under its stored name.
     """
     names = flat_names(model)
     own = {names[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    expected = {stored: holding.expected(own) for stored, holding in held.items()}
-    if wishes.tied and wishes.tied[0] in weights.found:
-        expected[wishes.tied[0]] = expected[wishes.tied[1]]
+    expected = {name: tensor.expected(own) for name, tensor in stored.items()}
+    if options.tied and options.tied[0] in weights.found:
+        expected[options.tied[0]] = expected[options.tied[1]]
     check({name: one.shape for name, one in expected.items()}, weights.found, weights.source)
     _check_types(expected, weights)
-    parameters = {stored for stored in expected if stored not in held or _is_parameter(own, held[stored])}
-    dtype = _weight_dtype(weights, sorted(parameters), wishes)
+    parameters = {name for name in expected if name not in stored or _is_parameter(own, stored[name])}
+    dtype = _weight_dtype(weights, sorted(parameters), options)
     read = weights.read({name: dtype if name in parameters else one.dtype for name, one in expected.items()})
-    if wishes.tied and wishes.tied[0] in read:
-        _drop_tied(read, *wishes.tied, weights.source)
+    if options.tied and options.tied[0] in read:
+        _drop_tied(read, *options.tied, weights.source)
     native = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
-    for stored in list(read):
-        native |= held[stored].take(read.pop(stored), own)
+    for name in list(read):
+        native |= stored[name].split(read.pop(name), own)
     model.load_state_dict({name: native[flat] for name, flat in names.items()}, assign=True)
     for module in model.modules():
         if isinstance(module, Constant):
@@ -114,8 +115,8 @@ def fill(model: Decoder, weights: Weights, held: Mapping[str, Holding], wishes: 
     return model.eval()
 
 
-def _is_parameter(own: Mapping[str, Tensor], holding: Holding) -> bool:
-    return isinstance(own[holding.ours[0]], nn.Parameter)
+def _is_parameter(own: Mapping[str, Tensor], tensor: StoredTensor) -> bool:
+    return isinstance(own[tensor.ours[0]], nn.Parameter)
 
 
 def _drop_tied(read: dict[str, Tensor], head: str, embedding: str, source: str) -> None:
@@ -132,16 +133,16 @@ def _check_types(expected: Mapping[str, Expected], weights: Weights) -> None:
             raise UserError(f"{weights.source}: tensor {name} is {_name(found)}; supported: {supported}")
 
 
-def _weight_dtype(weights: Weights, parameters: Iterable[str], wishes: Wishes) -> torch.dtype:
-    """The dtype that all parameters of a model take: what is asked for, or else what they were saved in.
+def _weight_dtype(weights: Weights, parameters: Iterable[str], options: ReadOptions) -> torch.dtype:
+    """The dtype that all parameters of a model take: the one asked for, or else the one they were saved in.
 
-    UserError if they were saved in several and the config does not say which of them they are.
+    UserError if they were saved in several and the config names none of these.
     """
     found = {weights.found[name].dtype: name for name in parameters}
-    if wishes.dtype is not None or len(found) == 1:
-        return wishes.dtype or next(iter(found))
+    if options.dtype is not None or len(found) == 1:
+        return options.dtype or next(iter(found))
     for dtype in FLOATS.values():
-        if _name(dtype) == str(wishes.stated).removeprefix("torch."):
+        if _name(dtype) == str(options.config_dtype).removeprefix("torch."):
             return dtype
     types = ", ".join(f"{name} is {_name(dtype)}" for dtype, name in list(found.items())[:2])
     raise UserError(f"{weights.source}: tensors of several types ({types}); give dtype, or put it into config.json")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from longwave.checkpoints.filling import Holding, Wishes, empty, fill
+from longwave.checkpoints.filling import ReadOptions, StoredTensor, empty, fill
 from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import Weights
@@ -28,11 +28,11 @@ _HOLES = {"i": r"(?P<i>\d+)", "leaf": "(?P<leaf>weight|bias)"}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a name table: the name of a foreign tensor, and the flat native name of what it holds.
+    """One line of a name table: the name of a foreign tensor, and the flat name of the native tensor in it.
 
     `{i}` stands for the number of a block or a resampler and `{leaf}` for weight or bias; a foreign name may count in
-    another order, which a `Numbering` gives by the hole's name. A foreign name in several rows holds those tensors one
-    after the other along their first dimension. as_row: it is a matrix (1, n) where ours is a vector (n,).
+    another order, which a `Numbering` gives by the hole's name. A foreign tensor that several rows name holds their
+    native tensors one after the other along the first dimension. as_row: it is a matrix (1, n) where ours is a vector.
     """
 
     theirs: str
@@ -41,24 +41,26 @@ class Row:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the native names that this row is about."""
+        """Matches the native names that this row maps."""
         parts = re.split(r"\{(\w+)\}", self.ours)  # text and holes in turn
         return re.compile("".join(_HOLES[part] if at % 2 else re.escape(part) for at, part in enumerate(parts)))
 
     def foreign_name(self, holes: Mapping[str, str], numbering: Numbering) -> str:
-        """The foreign name, given what stands in the holes of the native one."""
+        """The foreign name, given the text in the holes of the native one."""
         used = {name: order[int(holes["i"])] for name, order in numbering.items() if f"{{{name}}}" in self.theirs}
         return self.theirs.format(**holes, **used)
 
 
-def holdings(native: Iterable[str], table: Sequence[Row], numbering: Numbering | None = None) -> dict[str, Holding]:
-    """The foreign names of a model that has the given native ones, and what each holds."""
-    names, held = list(native), dict[str, Holding]()
+def stored_tensors(
+    native: Iterable[str], table: Sequence[Row], numbering: Numbering | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors of a foreign folder by name, for a model that has the given native ones."""
+    names, stored = list(native), dict[str, StoredTensor]()
     for row in table:
         for match in filter(None, map(row.pattern.fullmatch, names)):
             theirs = row.foreign_name(match.groupdict(), numbering or {})
-            held.setdefault(theirs, Holding(as_row=row.as_row)).ours.append(match[0])
-    return held
+            stored.setdefault(theirs, StoredTensor(as_row=row.as_row)).ours.append(match[0])
+    return stored
 
 
 def assemble(
@@ -66,28 +68,28 @@ def assemble(
     weights: Weights,
     table: Sequence[Row],
     source: str,
-    wishes: Wishes,
+    options: ReadOptions,
     *,
     numbering: Numbering | None = None,
 ) -> Decoder:
-    """A model with the weights of a foreign folder; what that format does not store (thresholds) has its default.
+    """A model with the weights of a foreign folder; thresholds, which no foreign format stores, have their default.
 
     source: where the config comes from. UserError for a missing, unexpected or misshapen tensor, by its foreign name.
     """
     model = empty(config, weights, source)
     for bracket in model.brackets:
         bracket.reset()
-    return fill(model, weights, holdings(flat_names(model).values(), table, numbering), wishes)
+    return fill(model, weights, stored_tensors(flat_names(model).values(), table, numbering), options)
 
 
 def disassemble(model: Decoder, table: Sequence[Row], numbering: Numbering | None = None) -> dict[str, Tensor]:
     """The weights of a model under their foreign names; the buffers of brackets have none."""
     names = flat_names(model)
     native = {names[name]: tensor for name, tensor in model.state_dict().items()}
-    held = holdings(native, table, numbering)
-    left = set(native) - {name for holding in held.values() for name in holding.ours}
+    stored = stored_tensors(native, table, numbering)
+    left = set(native) - {name for tensor in stored.values() for name in tensor.ours}
     assert not left & {names[name] for name, _ in model.named_parameters()}, left
-    return {theirs: holding.give(native) for theirs, holding in held.items()}
+    return {theirs: tensor.join(native) for theirs, tensor in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class ForeignConfig:
         return value
 
     def positive(self, key: str, default: int | None = None) -> int:
-        """The value of a key, which must be a number of things: 1 or more."""
+        """The value of a key, which must be a whole number of at least 1."""
         value = self.get(key, int, default)
         if not 0 < value <= MOST:
             raise self.error(key, f"1 or more, at most {MOST}")
@@ -135,24 +137,25 @@ class ForeignConfig:
 
 
 def respelled(
-    written: dict[str, Any], carried: dict[str, Any], read: Callable[[dict[str, Any], str], ModelConfig]
+    new: dict[str, Any], original: dict[str, Any], read: Callable[[dict[str, Any], str], ModelConfig]
 ) -> dict[str, Any]:
-    """The `config.json` to write for a model that came with another one in the same format.
+    """The `config.json` to save: the keys and spellings of the original one as far as they still describe the model.
 
-    That one, with the dtype and the special tokens of now, while it still describes the model; else the one written
-    anew, with what only the other says, unless that changes its meaning. read: as of a `Format`.
+    new: the content that longwave writes for the model. original: of the folder that the model was loaded from.
+    read: `Format.config`. The first of three that reads as the model's config is taken: the original with the new dtype
+    and ids of special tokens; the new one with keys that only the original has; the new one alone.
     """
-    dtype = {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in carried and "dtype" in written}
-    ids = {name: written.get(name) for name in IDS if carried.get(name) is not None}
-    meant = read(written, "config.json")
-    for candidate in (carried | dtype | ids, carried | written | dtype):
+    dtype = {key: new["dtype"] for key in ("dtype", "torch_dtype") if key in original and "dtype" in new}
+    ids = {name: new.get(name) for name in IDS if original.get(name) is not None}
+    meant = read(new, "config.json")
+    for candidate in (original | dtype | ids, original | new | dtype):
         with suppress(UserError):
             if read(candidate, "config.json") == meant:
                 return candidate
-    return written
+    return new
 
 
 def refuse_unless(condition: bool, format: str, field_: str, value: object, legal: str) -> None:
-    """A UserError that a model cannot be written in a foreign format because of one field of its config."""
+    """Raises UserError unless the condition holds: a field of the config keeps the model out of a foreign format."""
     if not condition:
         raise UserError(f"format = {format!r} cannot hold this model: {field_} = {value!r}; {legal}")

@@ -1,4 +1,4 @@
-"""What a folder says of generation: the ids of special tokens, and the defaults of `generation_config.json`.
+"""The generation settings of a folder: ids of special tokens, and the defaults in `generation_config.json`.
 
 `transformers` keeps them there, and ids also in `config.json`; a tokenizer may know fewer (Llama 3 ends a turn with one
 token and a text with another; Qwen names its bos in the config only). They stay with the model and are written back.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from longwave.checkpoints.families import BUFFERS, EMBEDDING, HEAD, TABLE, Family
-from longwave.checkpoints.filling import Wishes
+from longwave.checkpoints.filling import ReadOptions
 from longwave.checkpoints.foreign import ForeignConfig, assemble, disassemble, refuse_unless
 from longwave.checkpoints.rope import read_rotary, write_rotary
 from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
@@ -29,13 +29,13 @@ _QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale"
 def read_model(family: Family, folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
-    config_from(family, values, source)  # what it refuses is refused before any file of weights is opened
+    config_from(family, values, source)  # a config that is refused is refused before any file of weights is opened
     files = WeightFiles(folder, ignoring=BUFFERS)
     _refuse_quantised(files)
     config = config_from(family, values, source, files.found)
     stated = values.get("dtype") or values.get("torch_dtype")
     tied = (HEAD, EMBEDDING) if config.tie_embeddings else None
-    return assemble(config, files, TABLE, source, Wishes(dtype, stated, tied))
+    return assemble(config, files, TABLE, source, ReadOptions(dtype, stated, tied))
 
 
 def write_model(family: Family, model: Decoder, folder: Path, ids: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `config.json` says of models whose layers are softmax (S blocks) or linear attention (L blocks).
+"""The keys of `config.json` for models whose layers are softmax (S blocks) or linear attention (L blocks).
 
 MiniCPM-SALA (arXiv 2602.11761) and HypeNet (arXiv 2601.22156) name the mixer of every layer in `mixer_types` and have
 keys of their own for either kind. Keys that only conversion reads (`rand_init`, `expand_kv_proj`) say nothing here.
@@ -25,10 +25,11 @@ Rule = tuple[bool, str, object, str]
 
 @dataclass(frozen=True)
 class Hybrid:
-    """The keys of such a family.
+    """The keys of a family whose layers are of two kinds.
 
-    softmax: what `mixer_types` calls an S block. qk_norm, output_norm, output_gate: the keys that say which parts an L
-    block has. sparse: there is `sparse_config`; without it softmax sees everything, and its logits may be scaled.
+    softmax: the name of an S block in `mixer_types`. qk_norm, output_norm, output_gate: the keys that say which parts
+    an L block has. sparse: there is a key `sparse_config`; without it softmax attends to the whole past, and its logits
+    may be scaled.
     """
 
     softmax: str
@@ -68,14 +69,14 @@ class Hybrid:
         }
 
     def rules(self, config: ModelConfig) -> Iterator[Rule]:
-        """What a model of the family must keep to: whether it does, by which field, its value, and what would do."""
+        """The rules of the family: whether the model keeps one, the field it is about, its value, and what would do."""
         linear, softmax = _linear(config), _softmax(config)
-        yield linear.slopes == "alibi", "lightning.slopes", linear.slopes, "it is alibi"
-        yield linear.silu == "none", "lightning.silu", linear.silu, "it is none"
-        yield softmax.denominator == "coarse", "infllm.denominator", softmax.denominator, "it is coarse"
+        yield linear.slopes == "alibi", "lightning.slopes", linear.slopes, "must be alibi"
+        yield linear.silu == "none", "lightning.silu", linear.silu, "must be none"
+        yield softmax.denominator == "coarse", "infllm.denominator", softmax.denominator, "must be coarse"
         dense, base = softmax.regime == "dense", softmax.logit_scaling
-        yield self.sparse or dense, "infllm.regime", softmax.regime, "it is dense"
-        yield base is None or not self.sparse, "infllm.logit_scaling", base, "none"
+        yield self.sparse or dense, "infllm.regime", softmax.regime, "must be dense"
+        yield base is None or not self.sparse, "infllm.logit_scaling", base, "must be none"
 
     def refuse_other_parts(self, theirs: ForeignConfig, letters: Sequence[str], stored: Container[str]) -> None:
         """UserError where a key and the stored tensors disagree about which parts the blocks have."""
@@ -117,12 +118,12 @@ def _linear(config: ModelConfig) -> LightningConfig:
 
 
 def _softmax(config: ModelConfig) -> InfllmConfig:
-    """The settings of S blocks; for a model without any, settings that every family can write."""
+    """The config of the S blocks; in a model without S blocks a default that every family can hold."""
     return config.infllm or InfllmConfig(regime="auto" if "S" in config.layout else "dense")
 
 
 def _sparse(theirs: ForeignConfig) -> dict[str, Any]:
-    """What `sparse_config` says: null is never sparse, and a dense_len of -1 is always."""
+    """The plain values of `InfllmConfig` in `sparse_config`: null means never sparse, a dense_len of -1 always."""
     if theirs.values.get(_SPARSE) is None:
         return {"regime": "dense"}
     sparse = ForeignConfig(theirs.get(_SPARSE, dict), f"{theirs.source}: {_SPARSE}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longwave.checkpoints.filling import Holding, Wishes, empty, fill
+from longwave.checkpoints.filling import ReadOptions, StoredTensor, empty, fill
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
 from longwave.config import ModelConfig, build
@@ -82,5 +82,5 @@ def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) 
     source = str(folder / "config.json")
     config, files = config_from(values, source), WeightFiles(folder)
     model = empty(config, files, source)
-    held = {name: Holding([name]) for name in flat_names(model).values()}
-    return fill(model, files, held, Wishes(dtype, values.get("dtype")))
+    stored = {name: StoredTensor([name]) for name in flat_names(model).values()}
+    return fill(model, files, stored, ReadOptions(dtype, values.get("dtype")))

@@ -125,4 +125,4 @@ def _refuse_other_attention(config: ModelConfig, family: Family, scaling: Rotary
     if isinstance(scaling, LongRopeScaling):
         reckoned = longrope_attention(scaling.original_window, config.context_window / scaling.original_window)
     same = math.isclose(found, reckoned, rel_tol=1e-6)
-    refuse_unless(same, family.model_type, "rotary.scaling.attention_factor", found, f"it is {reckoned}")
+    refuse_unless(same, family.model_type, "rotary.scaling.attention_factor", found, f"must be {reckoned}")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longwave.checkpoints.filling import Wishes
+from longwave.checkpoints.filling import ReadOptions
 from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless
 from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.weights import INDEX, WEIGHTS, WeightFiles, Weights, write
@@ -60,9 +60,9 @@ def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) 
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
     config = config_from(values, source)
-    wishes = Wishes(dtype, tied=(TABLE[-1].theirs, TABLE[0].theirs) if config.tie_embeddings else None)
+    options = ReadOptions(dtype, tied=(TABLE[-1].theirs, TABLE[0].theirs) if config.tie_embeddings else None)
     numbering = {"closing": closing_order(values["structure"])}
-    return assemble(config, _weights(folder), TABLE, source, wishes, numbering=numbering)
+    return assemble(config, _weights(folder), TABLE, source, options, numbering=numbering)
 
 
 def write_model(model: Decoder, folder: Path, ids: dict[str, Any]) -> None:
@@ -254,10 +254,10 @@ def _refuse_what_the_published_code_lacks(model: Decoder) -> None:
         (not attention.output_bias, "attention.output_bias", True, "no biases"),
         (not config.mlp.bias, "mlp.bias", True, "no biases"),
         (not attention.qk_norm, "attention.qk_norm", True, "no norm of queries and keys"),
-        (config.scales == ScalesConfig(), "scales", config.scales, "all are 1"),
-        (config.norm_eps == _EPS, "norm_eps", config.norm_eps, f"it is {_EPS}"),
-        (config.rotary.base == _ROTARY_BASE, "rotary.base", config.rotary.base, f"it is {_ROTARY_BASE}"),
-        (config.rotary.scaling is None, "rotary.scaling", config.rotary.scaling, "none"),
+        (config.scales == ScalesConfig(), "scales", config.scales, "all must be 1"),
+        (config.norm_eps == _EPS, "norm_eps", config.norm_eps, f"must be {_EPS}"),
+        (config.rotary.base == _ROTARY_BASE, "rotary.base", config.rotary.base, f"must be {_ROTARY_BASE}"),
+        (config.rotary.scaling is None, "rotary.scaling", config.rotary.scaling, "must be none"),
         (not config.subllm or config.subllm.selection == "published", "subllm.selection", "causal", "published"),
     )
     for kept, name, value, legal in rules:

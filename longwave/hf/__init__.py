@@ -4,7 +4,7 @@ After `import longwave.hf`, `AutoModelForCausalLM.from_pretrained(DIR)` loads wh
 with `generate`, a cache, a loss, and what `Trainer`, PEFT, TRL and lm-eval need. Without the import,
 `trust_remote_code=True` finds it through a small module that every longwave folder carries.
 
-- `model.py`: the model with the face of a `transformers` model; `door.py` makes streams of padded batches.
+- `model.py`: the model with the face of a `transformers` model; `padding.py` makes streams of padded batches.
 - `cache.py`: longwave's state as a `transformers` cache.
 - `folder.py`: loading and saving, always through `longwave.checkpoints`.
 - `config.py`: the content of `config.json`. `training.py`: the callback that tells schedules the step.

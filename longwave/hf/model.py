@@ -1,6 +1,6 @@
 """A `longwave.model.Decoder` with the face of a `transformers` causal language model.
 
-A padded batch becomes a ragged stream at the door, so no pad ever enters the model; hidden states leave as a padded
+A padded batch becomes a ragged stream on entry, so no pad ever enters the model; hidden states leave as a padded
 batch, as `transformers` and what is built on it expect.
 
 Legend: `B` sequences, `N` columns of the batch (pads included), `T` tokens, `D` hidden size, `V` vocabulary.
@@ -28,7 +28,7 @@ from longwave.hf import cache as caches
 from longwave.hf import folder
 from longwave.hf.cache import LongwaveCache
 from longwave.hf.config import LongwaveConfig
-from longwave.hf.door import Columns
+from longwave.hf.padding import Columns
 from longwave.layers.head import TiedHead
 from longwave.model import Decoder
 from longwave.ops.cross_entropy import cross_entropy
@@ -162,8 +162,8 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
             find(source, **fetching), dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map)
         )
         model = cls(folder.config_of(decoder, source, config, kwargs), decoder)
-        if decoder.generation:
-            model.generation_config = GenerationConfig.from_dict(decoder.generation)
+        if decoder.origin.generation:
+            model.generation_config = GenerationConfig.from_dict(decoder.origin.generation)
         return model.eval()
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -71,7 +71,7 @@ def generate_text(
     """
     require(all(stop), "stop: a stop string is empty; leave it out")
     encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, prompts)
-    ends = end_ids(model.generation, tokenizer) | turn_ends
+    ends = end_ids(model.origin.generation, tokenizer) | turn_ends
     generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
     writers = [_Writer(StreamDecoder(tokenizer), stop) for _ in prompts]
     for prompt, token in generation:

@@ -196,7 +196,7 @@ class Trainer:
     def _write_folder(self, staging: Path) -> None:
         native.write_model(self.model, staging)
         self.tokenizer.save(staging)
-        write_generation(completed(self.model.generation, self.tokenizer), staging)
+        write_generation(completed(self.model.origin.generation, self.tokenizer), staging)
 
     def _resumed_model(self) -> Decoder | None:
         newest = checkpoints.newest_undamaged(self.output / "checkpoints")
@@ -222,7 +222,7 @@ class Trainer:
         with torch.device("meta"):
             model = Decoder(config)
         model.load_state_dict(start.state_dict(), assign=True)
-        model.generation = start.generation
+        model.origin.generation = start.origin.generation
         return model
 
     def _resume_optimizer(self) -> None:

@@ -1,4 +1,4 @@
-"""The door: a padded batch becomes a stream without pads, and hidden states become a padded batch again.
+"""Padding: a padded batch becomes a stream without pads, and hidden states become a padded batch again.
 
 Legend: `B` sequences, `N` columns of the batch (pads included), `T` tokens, `D` hidden size.
 """

@@ -1,0 +1,38 @@
+"""The repository holds text that a person can review: no binaries, and no file too large to read."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST = 200_000  # bytes
+
+
+def tracked() -> list[Path]:
+    """Every file that git tracks; the test is skipped where there is no repository, as in an unpacked archive."""
+    if not (ROOT / ".git").exists():
+        pytest.skip(f"{ROOT} is no git checkout, so nothing says which files belong to the project")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for path in (ROOT / name for name in listed.split("\0") if name) if path.is_file()]
+
+
+def refusal(content: bytes) -> str | None:
+    """Why a file of this content does not belong into the repository, or None."""
+    if len(content) > LARGEST:
+        return f"{len(content):,} bytes; at most {LARGEST:,}"
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8 text"
+    return "holds a NUL byte" if "\0" in text else None
+
+
+def test_tracked_files_are_text_of_a_readable_size():
+    refused = {path.relative_to(ROOT).as_posix(): refusal(path.read_bytes()) for path in tracked()}
+    assert {name: why for name, why in refused.items() if why} == {}
+
+
+@pytest.mark.parametrize("content", [b"x" * (LARGEST + 1), b"\x89PNG\r\n", b"PK\x03\x04\0\0"])
+def test_binaries_and_large_files_would_be_refused(content: bytes):
+    assert refusal(content)
