@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, Discriminator, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
@@ -295,8 +295,7 @@ def _as_declared(entry: dataclasses.Field[Any]) -> Any:
 def _plain(value: Any) -> Any:
     """A config, or a mapping of configs, as plain values."""
     if isinstance(value, Mapping):
-        entries: Mapping[str, Any] = value
-        return {name: _plain(one) for name, one in entries.items()}
+        return {name: _plain(one) for name, one in cast("Mapping[str, Any]", value).items()}
     if isinstance(value, _Tables):
         return value.to_dict()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
