@@ -4,7 +4,7 @@
 |---|---|
 | `str`, `int`, `float` | one value |
 | `Literal["a", "b"]` | one of these |
-| `X or None` | as X, and None where it is left out |
+| `X`, or `None` | as X, and None where it is left out |
 | `tuple[X, ...]` | any number of values; an option is repeated for each |
 | `bool` | a switch without a value |
 
@@ -110,7 +110,7 @@ def _help(field: Field[Any]) -> str:
 
 
 def _values(field: Field[Any], hint: Any) -> dict[str, Any]:
-    """What argparse is told of a field's values: how many there are, of which type, and what they are called."""
+    """Keywords for argparse: how many values a field takes, of which type, and their name in the help."""
     if hint is bool:
         return {"action": "store_true"}
     positional, metavar = field.metadata["positional"], {"metavar": field.metadata["metavar"]}

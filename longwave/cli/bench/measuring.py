@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Running(OnDevice):
-    """Where a measurement runs, and which files it leaves."""
+    """Place of a measurement, and the files it leaves."""
 
     dtype: Literal["fp32", "bf16"] = option("of activations", default="fp32")
     threads: int | None = option("threads of the CPU (as PyTorch takes them)")
@@ -33,7 +33,7 @@ class Running(OnDevice):
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring(Running):
-    """What is measured at given contexts and batches."""
+    """Contexts and batches of a measurement, and its repeats."""
 
     contexts: str = option("token counts, such as 2048,64k", default="2048,8192")
     batches: str = option("batch sizes, such as 1,8", default="1", name="--batch")
@@ -54,7 +54,7 @@ _READ: dict[str, Callable[[str], Any]] = {  # fields that a command line gives a
 
 
 def chosen(options: Running, config: type) -> dict[str, Any]:
-    """The values that the options give for the fields of a config."""
+    """Values of the fields of a config, as far as the options have them."""
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(config)}
     return {name: _READ[name](value) if name in _READ else value for name, value in given.items() if value is not None}
 
