@@ -27,7 +27,7 @@ _HOMES = {
     "save": "api",
     "generate": "api",
     "Decoder": "model",
-    "ModelConfig": "config",
+    "ModelConfig": "model",
     "Stream": "stream",
     "UserError": "errors",
     "MachineError": "errors",

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
+from importlib import import_module
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, Discriminator, GetCoreSchemaHandler, TypeAdapter, ValidationError
@@ -214,6 +215,23 @@ class InitConfig(Strict):
         require(0 < self.std < math.inf, f"init.std = {self.std}: more than 0")
 
 
+_KINDS: dict[str, type] = {}
+
+
+def register_tables(kinds: Mapping[str, type]) -> None:
+    """Makes the tables of a part known to configs, by name."""
+    for name, kind in kinds.items():
+        known = _KINDS.setdefault(name, kind)
+        assert known is kind or known.__qualname__ == kind.__qualname__, f"two parts give the table {name} two meanings"
+        _KINDS[name] = kind
+
+
+def _kinds() -> dict[str, type]:
+    """Every table that some part reads, and its config."""
+    import_module("longwave.model")  # by name, since parts are built on this module: whoever has it has all of them
+    return _KINDS
+
+
 class _Tables(Strict):
     """Base of configs that hold one table for each kind of part that reads it: `attention`, `mlp`, `lightning`, ...
 
@@ -267,14 +285,6 @@ class _Tables(Strict):
         fields += [(name, kind | None, None) for name, kind in _kinds().items()]
         flat = dataclasses.make_dataclass(cls.__name__, fields, bases=(Strict,), frozen=True)
         return core_schema.no_info_after_validator_function(lambda one: cls(**vars(one)), handler.generate_schema(flat))
-
-
-def _kinds() -> dict[str, type]:
-    """Every table that some registered part reads, and its config."""
-    from longwave.blocks import PARTS  # late, since parts are built on this module
-    from longwave.resamplers import BRACKETS
-
-    return {name: kind for part in (*PARTS.values(), *BRACKETS.values()) for name, kind in part.tables.items()}
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

@@ -18,14 +18,13 @@ from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from longwave.config import InitConfig, ModelConfig
+from longwave.config import InitConfig, ModelConfig, register_tables
 from longwave.costs import At, Cost
 from longwave.draws import key
 from longwave.laws import Laws
-from longwave.layers.rotary import Rotation
 from longwave.ops.forms import Call, Op
 from longwave.states import State, StateSpec
 from longwave.stream import Stream
@@ -53,6 +52,23 @@ class Layer(Protocol):
 
     def costs(self, at: At) -> list[Cost]:
         """The costs of the layer and all that it holds."""
+        ...
+
+
+@runtime_checkable
+class Angles(Protocol):
+    """Whatever a part turns heads by; equal ones are worked out once for all parts, and carried by the stream."""
+
+    def check(self, config: ModelConfig) -> None:
+        """UserError if the config does not fit."""
+        ...
+
+    def passengers(self, config: ModelConfig, positions: Int64[Tensor, " T"], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors for each token, by name, in a model whose activations are `dtype`."""
+        ...
+
+    def __call__(self, heads: Float[Tensor, "T H K"], stream: Stream) -> Float[Tensor, "T H K"]:
+        """The heads, turned by what the stream carries."""
         ...
 
 
@@ -104,7 +120,11 @@ class Part(nn.Module, ABC):
     ops: ClassVar[tuple[Op[Any], ...]] = ()
     laws: Laws = Laws()
     head_size: int = 0
-    rotation: Rotation | None = None
+    rotation: Angles | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        register_tables(cls.tables)
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__()
