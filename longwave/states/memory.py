@@ -148,8 +148,8 @@ class Store(Protocol):
         """Makes a row ready for another sequence."""
         ...
 
-    def copy(self, source: int, target: int) -> None:
-        """Makes one row what another is."""
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Makes the second row of each pair what the first is."""
         ...
 
     def extend(self, rows: int) -> None:

@@ -197,13 +197,20 @@ class State:
 
     def reorder(self, sources: Sequence[int]) -> None:
         """Slot i becomes what slot `sources[i]` was (beam search); a slot that is named twice is copied."""
-        old, used = self._sequences, set[int]()
+        old, pairs, used = self._sequences, list[tuple[int, int]](), set[int]()
         for slot in set(range(len(old))) - set(sources):
             self._let_go(old[slot])
+        self._make_rows(len(sources) - len(set(sources)))
         self._sequences = []
         for source in sources:
-            self._sequences.append(self._copied(old[source]) if source in used else old[source])
+            one = old[source]
+            if source in used:
+                pairs.append((one.row, self._free.pop()))
+                one = _Sequence(pairs[-1][1], one.seen, list(one.cuts))
+            self._sequences.append(one)
             used.add(source)
+        for store in self._stores:
+            store.copy(pairs)
 
     def release(self, slot: int) -> None:
         """Empties a slot for another sequence."""
@@ -215,17 +222,14 @@ class State:
             store.clear(sequence.row)
         self._free.append(sequence.row)
 
-    def _copied(self, sequence: _Sequence) -> _Sequence:
-        """The same sequence once more, in a row of its own."""
-        if not self._free:
-            self._rows += 1
-            self._free.append(self._rows - 1)
+    def _make_rows(self, count: int) -> None:
+        """Sees to it that so many rows are free."""
+        new = count - len(self._free)
+        if new > 0:
+            self._free += range(self._rows, self._rows + new)
+            self._rows += new
             for store in self._stores:
                 store.extend(self._rows)
-        row = self._free.pop()
-        for store in self._stores:
-            store.copy(sequence.row, row)
-        return _Sequence(row, sequence.seen, list(sequence.cuts))
 
     def used_bytes(self, slot: int | None = None) -> int:
         """Bytes of what later tokens can see, of one slot or of all."""
