@@ -62,6 +62,8 @@ class Extents:
 
     def __init__(self, specs: Mapping[str, StateSpec], rows: int, *, dtype: torch.dtype, device: torch.device) -> None:
         self.specs, self.dtype, self.device = dict(specs), dtype, device
+        # on a GPU all sequences are read at once, up to the longest: what lies behind the others' entries is finite
+        self._new = torch.empty if device.type == "cpu" else torch.zeros
         (self.window,) = {spec.window for spec in specs.values()}
         self._entries = {(part, name): one for part, spec in specs.items() for name, one in spec.per_token.items()}
         assert self.window is None or not any(entry.sums_up for entry in self._entries.values())
@@ -164,7 +166,7 @@ class Extents:
         for name, entry in self._entries.items():
             counts = [entry.count(one.capacity) for one in self._rows]
             begins = [0, *accumulate(counts)]
-            array = torch.empty(entry.heads, begins[-1], entry.size, dtype=self._dtype_of(entry), device=self.device)
+            array = self._new(entry.heads, begins[-1], entry.size, dtype=self._dtype_of(entry), device=self.device)
             for row in range(len(self._rows)):
                 if held := self._count(name, row):
                     array[:, begins[row] : begins[row] + held] = self.view(*name, row)

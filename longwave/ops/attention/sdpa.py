@@ -38,6 +38,12 @@ def _output(
     query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places | None, window: int | None, scale: float
 ) -> Tensor:
     if places is not None:
+        if (
+            query.is_cuda
+            and runs.count > 1
+            and (output := single_queries(query, key, value, runs, places, window, scale)) is not None
+        ):
+            return output
         pieces = [(key[:, begin:end], value[:, begin:end]) for begin, end in places.spans]
     elif ragged.takes(query) and (window is not None or not runs.is_read or not runs.are_equal):
         return ragged.attention(query, key, value, runs, window, scale)
@@ -61,6 +67,38 @@ def by_run(
     if len(outputs) == 1:
         return outputs[0]
     return torch.cat(outputs) if outputs else torch.zeros_like(query)
+
+
+def single_queries(
+    query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places, window: int | None, scale: float
+) -> Tensor | None:
+    """At most one query of each run against its keys, in one call for all; None where these are not laid out for it.
+
+    The keys of the runs have to begin at equal distances, as those of sequences do that are decoded together. What an
+    array holds behind a run's keys is read and weighed by 0, so it must be finite.
+    """
+    spans, count = places.spans, runs.count
+    step = spans[1][0] - spans[0][0] if count > 1 else key.shape[1] - spans[0][0] if count else 0
+    begins = [spans[0][0] + run * step for run in range(count)] if count else []
+    longest = max([end - begin for begin, end in spans], default=0)
+    laid_out = runs.longest == 1 and longest <= step and begins == [begin for begin, _ in spans]
+    if not laid_out or begins[-1] + step > key.shape[1]:
+        return None
+    of_runs = slice(begins[0], begins[0] + count * step)
+    keys, values = (
+        side[:, of_runs].unflatten(1, (count, step))[:, :, :longest].transpose(0, 1) for side in (key, value)
+    )
+    rows = query.new_zeros(count, *query.shape[1:]).index_copy(0, runs.of_token, query)
+    grouped = rows.unflatten(1, (key.shape[0], -1))  # (R, G, H / G, K)
+    lengths = (places.ends - places.begins).view(-1, 1, 1, 1)
+    at = torch.arange(longest, device=query.device)
+    seen = (at < lengths) & (at >= lengths - (window or longest))
+    if query.dtype == torch.float32:  # whose kernel gives all keys of a head to one block of threads
+        scores = (grouped * scale @ keys.mT).masked_fill(~seen, -torch.inf)
+        output = scores.softmax(-1) @ values
+    else:
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen, scale=scale)
+    return output.flatten(1, 2).index_select(0, runs.of_token)
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, runs: int, window: int | None, scale: float) -> Tensor:
