@@ -72,7 +72,7 @@ def assemble(
     *,
     numbering: Numbering | None = None,
 ) -> Decoder:
-    """A model with the weights of a foreign folder; thresholds, which no foreign format stores, have their default.
+    """A model with the weights of a foreign folder; the buffers of brackets, which it does not store, are reset.
 
     source: where the config comes from. UserError for a missing, unexpected or misshapen tensor, by its foreign name.
     """
