@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,8 +88,12 @@ class Decoder(nn.Module):
         return self.head(hidden) * self.config.scales.logits
 
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
-        """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count."""
-        return self.head(self.hidden(tokens, stream), targets, self.config.scales.logits)
+        """Sum of next-token cross-entropies in nats, made in chunks; rows with target -100 do not count.
+
+        `stream.outputs` may name the rows that count, which spares the host to wait for the targets.
+        """
+        hidden = self.hidden(tokens, replace(stream, outputs=None))
+        return self.head(hidden, targets, self.config.scales.logits, stream.outputs)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

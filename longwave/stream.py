@@ -212,7 +212,7 @@ class Stream:
     rows: Int64[Tensor, " R"] | None = None
     windows: Windows | None = None
     outputs: Int64[Tensor, " O"] | None = None
-    passengers: Mapping[str, Tensor] = field(default_factory=dict)
+    passengers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @classmethod
     def of(

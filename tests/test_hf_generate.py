@@ -94,9 +94,9 @@ def test_drafts_for_recurrent_layers_are_refused():
     ours, draft = wrapped(decoder("hybrid")), draft_of("llama")
     either: tuple[dict[str, Any], ...] = ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 2})
     for options in either:
-        with pytest.raises(UserError, match=r"drafts cannot be taken back by L blocks.*; leave out assistant_model"):
+        with pytest.raises(UserError, match=r"drafts cannot be taken back by layers.*; leave out assistant_model"):
             ours.generate(ROWS[:1], **options, **GREEDY)
-    with pytest.raises(UserError, match="drafts cannot be taken back by L blocks"):
+    with pytest.raises(UserError, match="drafts cannot be taken back by layers"):
         wrapped(decoder("llama")).generate(ROWS[:1], assistant_model=ours, **GREEDY)
     assert [LongwaveCache(decoder(name), 1).is_croppable for name in LAYOUTS] == [name != "hybrid" for name in LAYOUTS]
 

@@ -11,7 +11,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import isqrt
 from pathlib import Path
@@ -49,9 +49,10 @@ class Batch:
     samples: tuple[int, ...]
 
     def inputs(self, device: torch.device | str) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"], Stream]:
-        """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream."""
+        """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream, with the rows that count."""
         stream = Stream.of(self.runs, windows=Windows(self.windows, self.samples), device=device)
-        return self.tokens.to(device), self.targets.to(device), stream
+        rows = (self.targets != NO_TARGET).nonzero().flatten().to(device)
+        return self.tokens.to(device), self.targets.to(device), replace(stream, outputs=rows)
 
     @property
     def predicted(self) -> int:

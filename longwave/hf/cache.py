@@ -78,7 +78,7 @@ class LongwaveCache(Cache):
         """
         if not self.is_croppable:
             raise UserError(
-                "drafts cannot be taken back by L blocks, whose state is recurrent; "
+                "drafts cannot be taken back by layers whose state is recurrent; "
                 "leave out assistant_model and prompt_lookup_num_tokens"
             )
         self._recording = True

@@ -13,15 +13,19 @@ from longwave.ops.linear import linear
 
 
 class Head(nn.Linear):
-    """A matrix of its own. Logits are unscaled; a loss is that of the logits times `scale`."""
+    """A matrix of its own. Logits are unscaled; a loss is that of the logits times `scale`, summed over `rows`."""
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__(width, vocabulary, bias=False)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"] | None = None, scale: float = 1.0
+        self,
+        hidden: Float[Tensor, "T D"],
+        targets: Int64[Tensor, " T"] | None = None,
+        scale: float = 1.0,
+        rows: Int64[Tensor, " L"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, ""]:
-        return _scored(hidden, self.weight, targets, scale)
+        return _scored(hidden, self.weight, targets, scale, rows)
 
 
 class TiedHead(nn.Module):
@@ -37,10 +41,14 @@ class TiedHead(nn.Module):
         return self._embed[0].weight
 
     def forward(
-        self, hidden: Float[Tensor, "T D"], targets: Int64[Tensor, " T"] | None = None, scale: float = 1.0
+        self,
+        hidden: Float[Tensor, "T D"],
+        targets: Int64[Tensor, " T"] | None = None,
+        scale: float = 1.0,
+        rows: Int64[Tensor, " L"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, ""]:
-        return _scored(hidden, self.weight, targets, scale)
+        return _scored(hidden, self.weight, targets, scale, rows)
 
 
-def _scored(hidden: Tensor, weight: Tensor, targets: Tensor | None, scale: float) -> Tensor:
-    return linear(hidden, weight) if targets is None else cross_entropy(hidden, weight, targets, scale)
+def _scored(hidden: Tensor, weight: Tensor, targets: Tensor | None, scale: float, rows: Tensor | None) -> Tensor:
+    return linear(hidden, weight) if targets is None else cross_entropy(hidden, weight, targets, scale, rows)

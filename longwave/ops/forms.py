@@ -15,7 +15,7 @@ import torch
 from longwave.errors import UserError
 from longwave.ops import compiled
 
-F = TypeVar("F")
+R = TypeVar("R")  # of what runs
 REFERENCE = "reference"
 
 
@@ -34,25 +34,25 @@ def takes_all(call: Call) -> str | None:
 
 
 @dataclass(frozen=True)
-class Form(Generic[F]):
+class Form(Generic[R]):
     """One way to run an op. does: what it is, in a few words.
 
     takes: why it cannot run a call, or None if it can. A call that it takes may hold pieces that it leaves to torch.
     """
 
-    run: F
+    run: R
     does: str
     takes: Callable[[Call], str | None] = takes_all
 
 
 @dataclass
-class Op(Generic[F]):
+class Op(Generic[R]):
     """A piece of the hot maths. forms: the preferred ones first; among them is `reference`."""
 
     name: str
-    forms: dict[str, Form[F]] = field(default_factory=dict)
+    forms: dict[str, Form[R]] = field(default_factory=dict)
 
-    def register(self, name: str, form: Form[F]) -> None:
+    def register(self, name: str, form: Form[R]) -> None:
         """Adds a form, which is preferred to the present ones wherever it takes a call."""
         self.forms = {name: form, **self.forms}
 

@@ -25,13 +25,19 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> 
 
 
 def cross_entropy(
-    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "V D"], targets: Int64[Tensor, " T"], scale: float = 1.0
+    hidden: Float[Tensor, "T D"],
+    weight: Float[Tensor, "V D"],
+    targets: Int64[Tensor, " T"],
+    scale: float = 1.0,
+    rows: Int64[Tensor, " L"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum of the losses of all rows, in fp32; rows with target -100 do not count.
 
-    The gradients are made chunk by chunk in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
+    rows: the others, where they are known: to find them the host waits for the device. Gradients are made chunk by chunk
+    in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
     """
-    rows = (targets != -100).nonzero().flatten()
+    if rows is None:
+        rows = (targets != -100).nonzero().flatten()
     if rows.numel() < targets.numel():
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
     if torch.is_autocast_enabled(hidden.device.type):
