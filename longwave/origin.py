@@ -20,6 +20,6 @@ class Origin:
     """
 
     format: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    generation: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    generation: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: Tokenizer | None = None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from jaxtyping import Int32, Int64
@@ -21,7 +21,7 @@ Spans: TypeAlias = "Sequence[tuple[int, int]]"  # first entry and end of each ru
 
 def to_host(numbers: Int64[Tensor, " n"]) -> tuple[int, ...]:
     """Integers of a device, read by the host: the one place where a forward waits for its device."""
-    return tuple(numbers.tolist())
+    return tuple(cast("list[int]", numbers.tolist()))  # pyright: ignore[reportUnknownMemberType]
 
 
 class Runs:
@@ -180,7 +180,7 @@ class Windows:
 
 
 def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
-    windows, window, left = [], 0, sum(sizes[:1])
+    windows, window, left = list[int](), 0, sum(sizes[:1])
     for length in lengths:
         while left == 0 and window + 1 < len(sizes):
             window += 1

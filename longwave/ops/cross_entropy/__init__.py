@@ -33,8 +33,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum of the losses of all rows, in fp32; rows with target -100 do not count.
 
-    rows: the others, where they are known: to find them the host waits for the device. Gradients are made chunk by chunk
-    in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
+    rows: the others, where they are known: to find them the host waits for the device. Gradients are made chunk by
+    chunk in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
     """
     if rows is None:
         rows = (targets != -100).nonzero().flatten()
