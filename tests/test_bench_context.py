@@ -566,5 +566,5 @@ def test_models_that_cannot_be_measured_are_one_line(longwave, recipe: Path):
     assert "has full attention alone; give --against none" in err
     recipe.write_text(recipe.read_text().replace("vocab_size = 300", "vocab_size = 61"))
     code, _, err = longwave("context", "RECIPE", "--against", "none", "--text", "TEXT")
-    assert (code, "vocab_size=61" in err) == (2, True)
+    assert (code, "vocab_size = 61" in err) == (2, True)
     assert longwave("context", "nowhere.toml")[0] == 2

@@ -199,7 +199,7 @@ def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: 
     says = ["nothing to learn: 1 of the conversations have no answer"]
     refuses("prepare", lonely, tmp_path / "data", "--vocab-size", "260", "--held-out", "0", says=says)
     recipe, output = tuned / "chat.toml", ["--output", tmp_path / "run"]
-    says = ["window=3: every answer in", "begins beyond it"]
+    says = ["window = 3: every answer in", "begins beyond it"]
     refuses("train", recipe, "training.window=3", *output, says=says)
     refuses("train", recipe, "training.start_from=nowhere", *output, says=["nowhere: no such folder"])
     refuses("train", recipe, "training.start_from=3", *output, says=["training.start_from = 3", "string"])

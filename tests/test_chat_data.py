@@ -98,7 +98,7 @@ BAD = {
     '{"messages": []}': "messages: a list of one message or more",
     '{"messages": "hi"}': "messages: a list of one message or more",
     '{"messages": ["hi"]}': r"messages\[0\] is a str, not an object",
-    '{"messages": [{"role": "bot", "content": "a"}]}': r"messages\[0\].role = 'bot'; use one of system, devel",
+    '{"messages": [{"role": "bot", "content": "a"}]}': r"messages\[0\].role = 'bot': use one of system, devel",
     '{"messages": [{"content": "a"}]}': r"messages\[0\].role = None",
     '{"messages": [{"role": ["user"], "content": "a"}]}': r"messages\[0\].role = \['user'\]",
     '{"messages": [{"role": "user", "content": ["a"]}]}': r"messages\[0\].content is a list; a string is expected",
@@ -204,7 +204,7 @@ def test_what_cannot_be_prepared_is_refused_and_leaves_nothing(tmp_path: Path):
     unanswered = lambda: iter([Conversation(f"c:{n}", "a", tuple(talk("a"))) for n in range(3)])  # noqa: E731
     with pytest.raises(UserError, match="nothing to learn: 3 of the conversations have no answer"):
         prepare(unanswered, tmp_path / "data", tokenizer=TOKENIZER, held_out=0.0)
-    with pytest.raises(UserError, match="loss_on=all: has no effect on texts"):
+    with pytest.raises(UserError, match="loss_on = all: has no effect on texts"):
         prepare(lambda: iter([]) if False else documents(Path(__file__)), tmp_path / "data", loss_on="all")
     with pytest.raises(UserError, match="names no eos_token"):
         prepare(corpus, tmp_path / "data", tokenizer=chats.tokenizer(DEFAULT_TEMPLATE, eos=None), held_out=0.3)
@@ -291,5 +291,5 @@ def test_a_window_without_anything_to_learn_is_refused(prepared_once: Path):
         -3: "1 token or more",
         3: "every answer in .*train begins beyond it",
     }.items():
-        with pytest.raises(UserError, match=f"window={window}: {says}"):
+        with pytest.raises(UserError, match=f"window = {window}: {says}"):
             PackedTokens(prepared_once, "train", window)

@@ -282,7 +282,7 @@ def test_a_start_needs_the_tokenizer_of_the_data(tmp_path: Path):
     model = lw.load(start())
     model.tokenizer = chats.tokenizer(None, eos=EOS)
     lw.save(model, tmp_path / "other")
-    with pytest.raises(UserError, match=r"tokenizer=.*prepare it with the model's own tokenizer"):
+    with pytest.raises(UserError, match=r"tokenizer = .*prepare it with the model's own tokenizer"):
         Trainer(further(tmp_path / "other"), tmp_path / "run")
     model.tokenizer = None
     lw.save(model, tmp_path / "bare")

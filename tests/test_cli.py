@@ -228,8 +228,8 @@ def test_prepare_refuses_a_folder_without_text(refuses, tmp_path: Path, make):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--vocab-size", "100"], ["vocab_size=100", "258"]),
-        (["--held-out", "1.5"], ["held_out=1.5"]),
+        (["--vocab-size", "100"], ["vocab_size = 100", "258"]),
+        (["--held-out", "1.5"], ["held_out = 1.5"]),
         (["--tokenizer", "nowhere"], ["nowhere", "tokenizer.json"]),
         (["--text-field", "body"], ["no string field 'body'"]),
     ],
@@ -298,7 +298,7 @@ def test_the_run_is_named_after_its_recipe(longwave, toml: Path, tmp_path: Path,
         ("model.layout=3F", ["subllm has no effect"]),
         ("model.attention.heads=3", ["attention.heads = 3", "hidden_size = 32"]),
         ("model.attention.kv_heads=3", ["attention.kv_heads = 3 does not divide attention.heads = 2"]),
-        ("model.vocab_size=100", ["vocab_size=100", "300"]),
+        ("model.vocab_size=100", ["vocab_size = 100", "300"]),
         ("model.hidden_size=wide", ["model.hidden_size = 'wide'", "integer"]),
         ("training.steps=0", ["training.steps = 0: 1 or more"]),
         ("training.micro_windows=3", ["training.micro_windows = 3 does not divide training.batch_windows = 4"]),
@@ -381,7 +381,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(toml: Path, tmp_
 def test_eval_refuses_data_of_another_tokenizer_and_windows_without_sense(refuses, longwave, model, tmp_path: Path):
     longwave("prepare", runs.corpus(), tmp_path / "data", "--vocab-size", "280", "--held-out", "0.3")
     refuses("eval", model, tmp_path / "data", says=["tokenizer=", "the data was written with"])
-    refuses("eval", model, runs.prepared(), "--window", "0", says=["window=0"])
+    refuses("eval", model, runs.prepared(), "--window", "0", says=["window = 0"])
     refuses("eval", model, tmp_path, says=["not a prepared folder"])
     refuses("eval", tmp_path / "missing", runs.prepared(), says=["missing", "give a model folder"])
 

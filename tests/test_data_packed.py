@@ -174,9 +174,9 @@ def test_meta_tells_what_the_folder_holds(folder: Path):
     assert Tokenizer.load(folder).fingerprint == TOKENIZER.fingerprint
     info.require_vocab(TOKENIZER.vocab_size)
     info.require_tokenizer(TOKENIZER)
-    with pytest.raises(UserError, match=f"vocab_size={TOKENIZER.vocab_size - 1}: .*{TOKENIZER.vocab_size}"):
+    with pytest.raises(UserError, match=f"vocab_size = {TOKENIZER.vocab_size - 1}: .*{TOKENIZER.vocab_size}"):
         info.require_vocab(TOKENIZER.vocab_size - 1)
-    with pytest.raises(UserError, match="tokenizer="):
+    with pytest.raises(UserError, match="tokenizer = "):
         info.require_tokenizer(Tokenizer.train(["other text"], 270))
 
 
@@ -266,9 +266,9 @@ def test_mistakes_of_prepare_are_refused(folder: Path):
     with pytest.raises(UserError, match="exists"):
         prepare(corpus, folder, tokenizer=TOKENIZER)
     assert sorted(folder.rglob("*")) == before
-    with pytest.raises(UserError, match="vocab_size=300: has no effect"):
+    with pytest.raises(UserError, match="vocab_size = 300: has no effect"):
         prepare(corpus, folder.parent / "new", tokenizer=TOKENIZER, vocab_size=300)
-    with pytest.raises(UserError, match="vocab_size=0"):
+    with pytest.raises(UserError, match="vocab_size = 0"):
         prepare(corpus, folder.parent / "new", vocab_size=0, held_out=0.3)
     assert not (folder.parent / "new").exists()
 
@@ -276,7 +276,7 @@ def test_mistakes_of_prepare_are_refused(folder: Path):
 def test_a_window_that_does_not_fit_is_refused(folder: Path):
     total = PreparedInfo.read(folder).train.tokens
     for window in (0, -1, total + 1):
-        with pytest.raises(UserError, match=f"window={window}: .*1 to {total}"):
+        with pytest.raises(UserError, match=f"window = {window}: .*1 to {total}"):
             PackedTokens(folder, "train", window)
     assert len(PackedTokens(folder, "train", total)) == 1
     assert PackedTokens(folder, "train", total + 1, keep_last=True).batch([0]).windows == (total,)
@@ -302,7 +302,7 @@ def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="not a prepared folder"):
         PackedTokens(tmp_path / "nowhere", "train", 4)
     damage(folder, "meta.json", b'"format": 1', b'"format": 2')
-    with pytest.raises(UserError, match="format=2"):
+    with pytest.raises(UserError, match="format = 2"):
         PackedTokens(folder, "train", 4)
     damage(folder, "meta.json", b'"format": 2', b'"format": {')
     with pytest.raises(UserError, match=r"meta\.json: corrupted") as caught:

@@ -138,7 +138,7 @@ def test_a_split_that_leaves_one_side_empty_says_what_would_do():
     with pytest.raises(UserError, match="all 2 documents"):
         list(split_held_out(pair, 0.999))
     for fraction in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match="held_out="):
+        with pytest.raises(UserError, match="held_out = "):
             split_held_out(pair, fraction)
 
 

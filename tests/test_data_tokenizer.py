@@ -145,7 +145,7 @@ def test_training_is_deterministic_and_bounded():
     command = [sys.executable, "-c", elsewhere]
     assert subprocess.check_output(command, cwd=Path(__file__).parent, text=True).strip() == TOKENIZER.fingerprint
     assert Tokenizer.train(["ab"], 5000).vocab_size == 259
-    with pytest.raises(UserError, match="vocab_size=257"):
+    with pytest.raises(UserError, match="vocab_size = 257"):
         Tokenizer.train(TEXTS, 257)
 
 

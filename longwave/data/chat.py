@@ -1,9 +1,10 @@
-"""Conversations to ids: a tokenizer's chat template, and which of the tokens it writes are the assistant's.
+"""Conversations to ids through a tokenizer's chat template, and which of the ids are the assistant's.
 
-- Special tokens are the template's own; what a message says is text, `<|eos|>` included (`marks.py`).
-- What is learned of a turn is what follows the very prompt that the model will be given, up to the token that ends the
-  turn. A turn that a template shows otherwise once others follow it (Qwen3 drops its reasoning) becomes a document of
-  its own, up to its end, as the model saw it.
+- Only the template writes special tokens; `<|eos|>` in a message is text (`marks.py`).
+- Of a turn of the assistant, the model learns the ids between the prompt that it will be given at inference and the
+  token that ends the turn, that token included.
+- Some templates write an earlier turn differently once others follow it (Qwen3's drops the reasoning). Such a turn
+  becomes a separate document that ends with it, as the model would have written it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DEFAULT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ bos_token }}{{ 'assistant\\n' }}{% endif %}"
 )
-"""For a tokenizer without a template: ChatML with bos and eos around every turn, which no message can write."""
+"""The template for a tokenizer without one: ChatML, with bos and eos around every turn, which no message can write."""
 
 LossOn = Literal["assistant", "all"]
 
@@ -42,18 +43,21 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos_id is None:
-            raise UserError("tokenizer: it names no eos_token, so that no turn could end")
+            raise UserError("tokenizer: it names no eos_token, so that no turn could end; give one that does")
         self.tokenizer, self._eos_id, self._marks = tokenizer, tokenizer.eos_id, Marks(tokenizer)
         self._template = Template(tokenizer, self._marks)
 
     def prompt(self, messages: Sequence[Message], where: str = "prompt") -> list[int]:
-        """The ids of a conversation and of the beginning of the assistant's next turn; UserError as for `texts`."""
+        """The ids of a conversation and of the beginning of the assistant's next turn.
+
+        Raises UserError for a conversation that the template refuses.
+        """
         [encoded] = self._marks.encode([self._template.render(messages, where, prompt=True).text])
         return encoded.ids
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end the assistant's turn: eos, and the tokens by which the template ends one."""
+        """The ids that end a turn of the assistant: eos, and the special tokens that the template writes after it."""
         probe = [{"role": "user", "content": "a"}, {"role": ASSISTANT, "content": "a"}]
         text = self._template.render(probe, "chat_template").text
         closing = {start for start, _ in self._marks.closing(text, 0)}
@@ -62,10 +66,10 @@ class Chat:
         return frozenset({self._eos_id, *ids})
 
     def texts(self, messages: Sequence[Message], where: str, loss_on: LossOn = "assistant") -> list[Rendered]:
-        """The texts that a conversation is learned from, with marks, and what is learned of each; none without answer.
+        """The marked texts that a model learns a conversation from, each with the spans to learn; [] without an answer.
 
-        where: what messages of errors begin with. Raises UserError for a conversation that the template refuses, and
-        for a template of which it cannot be said what the assistant's turn is.
+        where: the file and line that error messages name. Raises UserError for a conversation that the template
+        refuses, and for a template that leaves open which part of its text is the assistant's.
         """
         if loss_on == "all" or self._template.names_answers:
             text, answers = self._template.render(messages, where)
@@ -75,11 +79,12 @@ class Chat:
         return _shared([self._turn(messages, place, where) for place in answers])
 
     def encode(self, texts: Sequence[Rendered]) -> list[Encoded]:
-        """The ids of texts, and which of them are learned: those that begin within the answers."""
+        """The ids of texts, and the spans of ids that are learned: ids whose text begins within an answer."""
         pairs = zip(texts, self._marks.encode([one.text for one in texts]), strict=True)
         return [self._encoded(rendered, marked) for rendered, marked in pairs]
 
     def _turn(self, messages: Sequence[Message], place: int, where: str) -> _Turn:
+        """The answer at `place` by comparing two renderings: the prompt for it, and the conversation up to its end."""
         prompt = self._template.render(messages[:place], where, prompt=True).text
         text = self._template.render(messages[: place + 1], where).text
         remedy = "enclose what is learned in {% generation %} and {% endgeneration %} in the template"
@@ -97,20 +102,27 @@ class Chat:
 
 
 class _Turn(NamedTuple):
-    """The conversation up to the end of one answer, where in it the answer starts, and where it may be said to end."""
+    """A conversation up to the end of one answer.
+
+    start: the character where the answer begins. ends: the characters behind each special token that closes it, of
+    which a template may drop the last ones once another turn follows.
+    """
 
     text: str
     start: int
     ends: list[int]
 
     def within(self, text: str) -> Span | None:
-        """The answer in a text that begins like this one until beyond the answer's end."""
+        """The span of the answer in a longer rendering of the conversation; None where that shows it differently."""
         ends = (end for end in reversed(self.ends) if text.startswith(self.text[:end]))
         return next(((self.start, end) for end in ends), None)
 
 
 def _shared(turns: list[_Turn]) -> list[Rendered]:
-    """As few texts as hold every answer where it stood when it was given."""
+    """The fewest texts in which every answer stands as the model gave it.
+
+    The longest text comes first and takes all answers that it shows unchanged; the others need an earlier text.
+    """
     texts = list[Rendered]()
     while turns:
         text = turns[-1].text
@@ -121,9 +133,10 @@ def _shared(turns: list[_Turn]) -> list[Rendered]:
 
 
 class ChatEncoder:
-    """Encodes conversations; one without an answer becomes nothing, unless the loss is on all tokens.
+    """Encodes conversations. A conversation without an answer is left out, unless the loss is on all tokens.
 
-    A tokenizer without a chat template takes `DEFAULT_TEMPLATE`, which is saved with it. Raises UserError like `Chat`.
+    A tokenizer without a chat template is given `DEFAULT_TEMPLATE`, which is saved with it. Raises UserError like
+    `Chat`.
     """
 
     kind: ClassVar[Kind] = "chat"
@@ -135,16 +148,19 @@ class ChatEncoder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, with a chat template."""
+        """The tokenizer, which has a chat template even if the given one had none."""
         return self._chat.tokenizer
 
     @property
     def by_answer(self) -> bool:
-        """Whether only what the assistant says is learned."""
+        """Whether only the assistant's turns are learned."""
         return self._loss_on == "assistant"
 
     def encode(self, documents: Sequence[Conversation]) -> list[list[Encoded]]:
-        """A document per conversation, more where the template shows earlier answers otherwise, none without answer."""
+        """The documents of each conversation: one as a rule, none without an answer.
+
+        Several, where the template shows an earlier answer differently once others follow.
+        """
         texts = [self._chat.texts(one.messages, one.name, self._loss_on) for one in documents]
         encoded = iter(self._chat.encode([text for some in texts for text in some]))
         return [[self._learned(next(encoded)) for _ in some] for some in texts]

@@ -1,4 +1,4 @@
-"""Documents to ids: plain text here, conversations in `chat.py`."""
+"""From documents to token ids: the interface, and the encoder of plain text (`chat.py` encodes conversations)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ D = TypeVar("D", bound=Document, contravariant=True)
 
 @dataclass(frozen=True)
 class Encoded:
-    """A document as it is stored.
+    """The ids of a document as they are stored.
 
-    learned: the spans of ids that a model is to predict, in order; None for all of them.
-    bytes: UTF-8 bytes of text in what is learned.
+    learned: the spans of ids that a model learns to predict, in order; None for all of them.
+    bytes: number of UTF-8 bytes of the learned text.
     """
 
     ids: list[int]
@@ -29,9 +29,9 @@ class Encoded:
 
 @runtime_checkable
 class Encoder(Protocol[D]):
-    """What makes ids of documents of one kind.
+    """Encodes documents of one kind.
 
-    tokenizer: whose ids these are. by_answer: whether only answers are learned.
+    tokenizer: the tokenizer that gives the ids. by_answer: whether only the assistant's answers are learned.
     """
 
     kind: ClassVar[Kind]
@@ -43,20 +43,20 @@ class Encoder(Protocol[D]):
     def by_answer(self) -> bool: ...
 
     def encode(self, documents: Sequence[D]) -> list[list[Encoded]]:
-        """What each document, in order, is stored as: one document, several, or none."""
+        """For each document, in order, the documents to store: one, several, or none."""
         ...
 
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """bos, the ids of the text, eos, as far as the vocabulary has these two."""
+    """Encodes a text as bos, its ids and eos, bos and eos only where the vocabulary has them."""
 
     kind: ClassVar[Kind] = "text"
     tokenizer: Tokenizer
     by_answer: bool = False
 
     def encode(self, documents: Sequence[Document]) -> list[list[Encoded]]:
-        """One document each."""
+        """One document for each text."""
         opening, closing = ([] if id is None else [id] for id in (self.tokenizer.bos_id, self.tokenizer.eos_id))
         texts = [document.text for document in documents]
         encoded = zip(texts, self.tokenizer.encode_batch(texts), strict=True)

@@ -1,11 +1,12 @@
-"""Prepared data as batches of packed windows, addressed by one integer: the position in the data order.
+"""Prepared data as batches of packed training windows, each addressed by one integer: its position in the data order.
 
 Notable:
-- a window is `window` tokens of the split laid end to end; nothing is padded, and no token is left out or seen twice;
-- of conversations, whose answers are nothing without what they answer, a window is as many whole ones as fit;
-- the order of an epoch is a keyed permutation that is computed, not stored: resuming needs the position alone, and the
-  number of workers changes nothing;
-- a document that a window cuts goes on in another window as a piece of its own.
+- Text is laid end to end and cut every `window` tokens: nothing is padded, and no token is seen twice. A document that
+  is cut goes on in the next window as a separate piece, from which attention does not reach back into the first.
+- Conversations are never cut where they fit: a window holds as many whole ones as it has room for, since an answer
+  without its question teaches nothing.
+- The order of an epoch is a keyed permutation that is computed, not stored: resuming needs the position alone, and the
+  number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
 from longwave.stream import Stream, Windows
 
-NO_TARGET = -100  # what torch's cross-entropy leaves out
-_ROUNDS = 6
+NO_TARGET = -100  # the target that torch's cross-entropy ignores
+_ROUNDS = 6  # of the Feistel network; four are enough for a permutation that looks random (Luby and Rackoff 1988)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows laid end to end, without padding.
+    """Training windows laid end to end, without padding.
 
     targets: the next token; `NO_TARGET` where it is not to be learned, another document starts next, or the split ends.
-    runs: tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
-    windows: tokens of each window; they add up to T.
-    samples: the position in the data order of each window.
+    runs: number of tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
+    windows: number of tokens of each window; they add up to T.
+    samples: each window's position in the data order.
     """
 
     tokens: Int64[Tensor, " T"]
@@ -56,23 +57,24 @@ class Batch:
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted."""
+        """Number of tokens that have a target."""
         return int((self.targets != NO_TARGET).sum())
 
 
 @dataclass(frozen=True)
 class WindowSampler:
-    """The data order: every window once per epoch, in an order that the seed and the epoch alone decide.
+    """The data order: every training window once per epoch, in an order that the seed and the epoch alone decide.
 
-    A Feistel network permutes the smallest square range that holds all windows; numbers beyond the last window are sent
-    through again until they land on one (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    count: number of windows. A Feistel network permutes the smallest square range [0, side * side) that holds them all;
+    a number beyond the last window goes through the network again until it falls on a window (cycle walking: Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     count: int
     seed: int = 0
 
     def window(self, position: int) -> int:
-        """The window, in [0, count), at a position that grows on through the epochs."""
+        """The number of the window, in [0, count), at a position; position `count` is the first of the second epoch."""
         epoch, place = divmod(position, self.count)
         key = draws.key(self.seed, epoch)
         place = self._permuted(place, key)
@@ -81,8 +83,10 @@ class WindowSampler:
         return place
 
     def _permuted(self, place: int, key: int) -> int:
+        """One pass through the network: a permutation of [0, side * side)."""
         side = isqrt(self.count - 1) + 1
         left, right = divmod(place, side)
+        # Each round adds a keyed hash of one half to the other, which can be undone: so no two places collide.
         for number in range(_ROUNDS):
             left, right = right, (left + draws.key(key, number << 32 | right)) % side
         return left * side + right
@@ -90,7 +94,7 @@ class WindowSampler:
 
 @dataclass(frozen=True)
 class _EvenCuts:
-    """Windows of one size, which cut documents; the last one may be shorter."""
+    """Training windows of one size, which cut documents wherever their borders fall; the last one may be shorter."""
 
     total: int
     window: int
@@ -101,7 +105,7 @@ class _EvenCuts:
     def of(cls, tokens: SplitTokens, window: int, keep_last: bool) -> _EvenCuts:
         total = len(tokens)
         if window < 1 or (window > total and not keep_last):
-            raise UserError(f"window={window}: {tokens.where} takes windows of 1 to {total} tokens")
+            raise UserError(f"window = {window}: {tokens.where} takes windows of 1 to {total} tokens")
         return cls(total, window, -(-total // window) if keep_last else total // window)
 
     def bounds(self, number: int) -> tuple[int, int]:
@@ -111,9 +115,10 @@ class _EvenCuts:
 
 @dataclass(frozen=True)
 class _WholeDocuments:
-    """Windows of whole documents, as many as fit in the order of the split; of one too long, its beginning.
+    """Training windows of whole documents, as many as fit, in the order of the split.
 
-    cut: how many documents are too long.
+    starts, stops: the place in the split at which each window begins, and the place behind its last token.
+    cut: number of documents longer than a window, which fill a window with their beginning and lose the rest.
     """
 
     starts: NDArray[np.int64]
@@ -122,15 +127,15 @@ class _WholeDocuments:
 
     @classmethod
     def of(cls, tokens: SplitTokens, window: int) -> _WholeDocuments:
-        """Raises UserError for a window in which no document has anything to learn."""
+        """Raises UserError for a window so short that no document has a token to learn within it."""
         if window < 1:
-            raise UserError(f"window={window}: 1 token or more")
+            raise UserError(f"window = {window}: 1 token or more")
         begun = tokens.starts(0, len(tokens))
         ended = np.append(begun[1:], len(tokens))
         seen = np.minimum(ended, begun + window)
         pairs = ((int(start) + 1, int(stop) + 1) for start, stop in zip(begun, seen, strict=True))
         if not any(tokens.learned(*pair).any() for pair in pairs):
-            raise UserError(f"window={window}: every answer in {tokens.where} begins beyond it; give more")
+            raise UserError(f"window = {window}: every answer in {tokens.where} begins beyond it; give more")
         firsts = _firsts(begun, ended, window)
         lasts = np.append(firsts[1:], len(begun)) - 1
         return cls(begun[firsts], seen[lasts], int((ended - begun > window).sum()))
@@ -145,23 +150,22 @@ class _WholeDocuments:
 
 
 def _firsts(begun: NDArray[np.int64], ended: NDArray[np.int64], window: int) -> NDArray[np.int64]:
-    """The first document of each window, given where documents begin and end."""
+    """The number of the first document of each window, from the places where documents begin and end."""
     firsts, first = list[int](), 0
     while first < len(begun):
         firsts.append(first)
+        # The next window begins with the first document that ends beyond this one; a document too long stands alone.
         first = max(first + 1, int(np.searchsorted(ended, begun[first] + window, side="right")))
     return np.array(firsts, np.int64)
 
 
 class PackedTokens:
-    """The windows of one split.
+    """The windows of one split of prepared data, for training or evaluation; len() is their number.
 
-    len() is the number of windows.
-
-    window: tokens of a window, the most there can be for conversations.
-    keep_last: whether the last, shorter window of a text belongs to it (for evaluation) or is dropped (for training).
-    Raises UserError for a folder that is not a prepared one or is damaged, for a window longer than a text's split, and
-    for one too short for any conversation.
+    window: number of tokens of a window; for conversations the most that a window may hold.
+    keep_last: whether the last, shorter window of a text is kept (for evaluation) or dropped (for training).
+    Raises UserError for a folder that is not a prepared one or is damaged, for a window longer than a split of text,
+    and for a window too short for any conversation.
     """
 
     def __init__(self, folder: str | Path, split: Split, window: int, *, keep_last: bool = False):
@@ -178,12 +182,12 @@ class PackedTokens:
         return self._cuts.count
 
     def notes(self) -> list[str]:
-        """Lines for people: what of the data is never seen."""
+        """Warnings for the user about data that no window shows."""
         cut = f"{self._cuts.cut:,} conversations are longer than a window of {self._window:,} tokens and lose their end"
         return [f"{self._tokens.where}: {cut}"] if self._cuts.cut else []
 
     def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
-        """The windows at these positions of the data order; without a sampler, the windows of these numbers themselves.
+        """The windows at the given positions of the data order; without a sampler, the windows with these numbers.
 
         Raises IndexError for a window that the split does not have.
         """
@@ -205,12 +209,12 @@ class PackedTokens:
 
     def _fill(self, tokens: NDArray[np.int64], targets: NDArray[np.int64], start: int, stop: int) -> list[int]:
         """Writes the tokens and targets of one window; returns the lengths of its document pieces."""
-        ahead = self._tokens.read(start, stop + 1)
+        ahead = self._tokens.read(start, stop + 1)  # a token more than the window holds: the target of its last one
         tokens[:] = ahead[: stop - start]
         targets[: len(ahead) - 1] = ahead[1:]
         targets[len(ahead) - 1 :] = NO_TARGET  # the split ends with this window
         targets[~self._tokens.learned(start + 1, stop + 1)] = NO_TARGET
         begun = self._tokens.starts(start + 1, stop + 1) - start
-        targets[begun - 1] = NO_TARGET
+        targets[begun - 1] = NO_TARGET  # the last token of a document does not predict the next document's first
         borders = [0, *(place for place in begun.tolist() if place < stop - start), stop - start]
         return [end - begin for begin, end in pairwise(borders)]

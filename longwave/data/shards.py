@@ -7,8 +7,9 @@
         documents-00000.npy           where in the split each document that starts in this shard starts (int64)
         learned.bin                   conversations only: where in the split each answer starts and ends (int64)
 
-A document is bos, its ids, eos, as far as the vocabulary has these two, or a conversation as its template writes it.
-Shards end at a fixed number of tokens, documents run across. The folder appears whole or not at all (`files.folder`).
+A text is stored as bos, its ids and eos (bos and eos only where the vocabulary has them), a conversation as its chat
+template writes it. Every shard but the last has the same number of tokens, and documents run across shards. The folder
+appears whole or not at all (`files.folder`).
 """
 
 from __future__ import annotations
@@ -35,22 +36,22 @@ FORMAT = 1
 META_FILE, LEARNED_FILE = "meta.json", "learned.bin"
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
-TRAINING_CHARACTERS = 1 << 30  # a vocabulary hardly changes after that, and its training holds every word in memory
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024
+TRAINING_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary, and its training holds every word in memory
+_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
 
 Split = Literal["train", "held_out"]
 DType = Literal["uint16", "uint32"]
 Progress = Callable[[str, int], None]
-"""Called with the stage ("tokenizer", then "tokens") and the bytes of text it has been through."""
+"""Called with the stage ("tokenizer", then "tokens") and the bytes of text that the stage has read so far."""
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds.
+    """Sizes of one split.
 
-    bytes: UTF-8 bytes of text in what is learned, which bits per byte are counted by.
-    shards: tokens of each shard file.
-    learned: tokens that are learned, where these are not all.
+    bytes: UTF-8 bytes of the learned text, the denominator of bits per byte.
+    shards: number of tokens of each shard file.
+    learned: number of tokens that are learned; None where all are.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -63,17 +64,17 @@ class SplitInfo:
 
     @property
     def targets(self) -> int:
-        """Tokens that are learned."""
+        """Number of tokens that are learned."""
         return self.tokens if self.learned is None else self.learned
 
 
 @dataclass(frozen=True)
 class PreparedInfo:
-    """What a prepared folder holds: the content of its `meta.json`.
+    """Description of a prepared folder: the content of its `meta.json`.
 
-    tokenizer: the fingerprint of the tokenizer whose ids these are.
-    kind: `chat` where the documents are conversations, which windows do not cut.
-    left_out: conversations without an answer, which are not here.
+    tokenizer: the fingerprint of the tokenizer that made the ids.
+    kind: `chat` where the documents are conversations, which training windows do not cut.
+    left_out: number of conversations left out, since they have no answer.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -104,7 +105,7 @@ class PreparedInfo:
                 f"{path}: corrupted ({where or 'content'}: {fault['msg']}); prepare the data again"
             ) from error
         if info.format != FORMAT:
-            raise UserError(f"{path}: format={info.format}: this version reads {FORMAT}; prepare the data again")
+            raise UserError(f"{path}: format = {info.format}: this version reads {FORMAT}; prepare the data again")
         if not files.verify(folder, full=False):
             raise UserError(f"{folder}: has no {files.MANIFEST} to check its shards against; prepare the data again")
         return info
@@ -118,13 +119,13 @@ class PreparedInfo:
     def require_vocab(self, vocab_size: int) -> None:
         """Raises UserError unless a model with `vocab_size` entries can take every id of this data."""
         if vocab_size < self.vocab_size:
-            raise UserError(f"vocab_size={vocab_size}: the data's ids need at least {self.vocab_size}")
+            raise UserError(f"vocab_size = {vocab_size}: the data's ids need at least {self.vocab_size}")
 
     def require_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises UserError unless the data was written with this very tokenizer."""
         if tokenizer.fingerprint != self.tokenizer:
             raise UserError(
-                f"tokenizer={tokenizer.fingerprint[:12]}: the data was written with {self.tokenizer[:12]}; "
+                f"tokenizer = {tokenizer.fingerprint[:12]}: the data was written with {self.tokenizer[:12]}; "
                 "prepare it with the model's own tokenizer"
             )
 
@@ -142,17 +143,18 @@ def prepare(
 ) -> PreparedInfo:
     """Turns documents into a prepared folder, in memory that does not grow with the source.
 
-    tokenizer: None trains one of `vocab_size` (8192 by default) entries on the training documents, or their first GiB.
-    held_out, seed: the share of documents kept from training, and what draws them (`sources.split_held_out`).
-    loss_on: the tokens of a conversation that are learned, those of the assistant by default.
-    Raises UserError when `out` exists, for the source's faults, for conversations or a chat template that cannot be
-    used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
+    tokenizer: by default a new one of `vocab_size` entries (8192 unless given), trained on the first GiB of the
+        training documents.
+    held_out: share of the documents kept from training; `seed` draws them (`sources.split_held_out`).
+    loss_on: which tokens of a conversation are learned; only the assistant's by default.
+    Raises UserError when `out` exists, for a source that cannot be read, for conversations or a chat template that
+    cannot be used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
     """
     if tokenizer is not None and vocab_size is not None:
-        raise UserError(f"vocab_size={vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
+        raise UserError(f"vocab_size = {vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
     is_chat = isinstance(next(documents(source)), Conversation)
     if loss_on is not None and not is_chat:
-        raise UserError(f"loss_on={loss_on}: has no effect on texts, of which every token is learned; leave it out")
+        raise UserError(f"loss_on = {loss_on}: has no effect on texts, of which every token is learned; leave it out")
 
     def read(stage: str) -> Iterator[tuple[Document, bool]]:
         pairs = split_held_out(documents(source), held_out, seed)
@@ -167,12 +169,12 @@ def prepare(
 
 
 class SplitTokens:
-    """The tokens of one split, read through memory maps.
+    """The tokens of one split, read through memory maps; len() is their number.
 
-    len() is the number of tokens; `info` what the folder holds; `where` the split's folder, for messages.
-    edges: places where answers start and end, in turn and ascending, or None where every token is learned.
-    Raises UserError for a folder that is not a prepared one, or where files are missing or have another size than they
-    were written with.
+    info: the description of the prepared folder. where: the split's folder, named in error messages.
+    edges: the places where answers start and end, alternating and ascending; None where every token is learned.
+    Raises UserError for a folder that is not a prepared one, and for files that are missing or whose size has changed
+    since they were written.
     """
 
     def __init__(self, folder: str | Path, split: Split):
@@ -190,7 +192,7 @@ class SplitTokens:
         return self._bounds[-1]
 
     def read(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """The tokens from `start` up to `stop`, cut at the end of the split; a view where one shard holds them all."""
+        """The tokens from `start` up to `stop`, cut at the end of the split; a view if they lie in one shard."""
         pieces = [
             self.shards[number][max(start - base, 0) : stop - base] for number, base in self._touched(start, stop)
         ]
@@ -205,6 +207,7 @@ class SplitTokens:
         """Which of the tokens from `start` up to `stop` are to be predicted."""
         if self.edges is None:
             return np.ones(stop - start, np.bool_)
+        # A token lies within an answer if an odd number of edges stand at or before it: one more start than ends.
         return np.searchsorted(self.edges, np.arange(start, stop), side="right") % 2 == 1
 
     def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
@@ -219,7 +222,7 @@ class SplitTokens:
             yield self.read(start, len(self))
 
     def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The shards that hold any of the tokens, each with the place of its first one."""
+        """The numbers of the shards that hold any of the tokens, each with the place in the split where it begins."""
         number = bisect_right(self._bounds, start) - 1
         while number < len(self.shards) and self._bounds[number] < stop:
             yield number, self._bounds[number]
@@ -229,7 +232,7 @@ class SplitTokens:
 def iter_documents(folder: str | Path, split: Split = "held_out") -> Iterator[NDArray[np.unsignedinteger]]:
     """The tokens of each whole document of a split, bos and eos included, for evaluation.
 
-    Raises UserError when the split has none, and for the faults that `SplitTokens` names.
+    Raises UserError when the split has no documents, and where `SplitTokens` does.
     """
     tokens = SplitTokens(folder, split)
     if len(tokens) == 0:
@@ -280,7 +283,7 @@ class _Writer:
             self._edges.write((edges + sum(self._shards)).tobytes())
 
     def _open(self) -> BinaryIO:
-        """The current shard's file, which has room for at least one token."""
+        """The file of the current shard, or of a new one where the current shard is full."""
         if self._file is not None and self._shards[-1] < SHARD_TOKENS:
             return self._file
         self._close()
@@ -367,7 +370,7 @@ def _on_disk(dtype: DType) -> np.dtype:
 
 
 def _map_edges(path: Path) -> NDArray[np.int64]:
-    """The edges of a split, memory-mapped; an empty file cannot be."""
+    """The edges of a split, memory-mapped where there are any: an empty file cannot be mapped."""
     return np.asarray(np.memmap(path, dtype="<i8", mode="r")) if path.stat().st_size else np.empty(0, np.int64)
 
 

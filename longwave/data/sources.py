@@ -1,4 +1,4 @@
-"""Documents out of text files, folders, JSONL files of texts or of conversations, and Python's own library."""
+"""Documents read from text files, folders, JSONL files of texts or of conversations, and Python's standard library."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class Document:
 
 @dataclass(frozen=True)
 class Conversation(Document):
-    """Messages, which a chat template makes a text of; `text` is what they say."""
+    """Messages of a conversation; `text` is their contents joined, without the form that a chat template adds."""
 
     messages: tuple[Message, ...]
 
 
 Source = str | Path | Callable[[], Iterator[Document]]
-"""A path, or a function that yields the documents (`standard_library`); it can be read more than once."""
+"""A path, or a function that yields documents (such as `standard_library`); preparing data reads it more than once."""
 
 
 def documents(source: Source, text_field: str | None = None) -> Iterator[Document]:
     """The non-empty documents of a text file, a `.jsonl` file, or a folder of both, in a fixed order.
 
-    In a folder, read recursively in the order of names, hidden files and files that are not UTF-8 text are left out. A
-    text file longer than `PIECE_CHARACTERS` gives several documents, cut at line ends.
+    A folder is read recursively in the order of names, without hidden files and files that are not UTF-8 text. A text
+    file longer than `PIECE_CHARACTERS` gives several documents, cut at line ends.
 
-    text_field: the field of a JSONL line that holds the text; by default a line in one of the forms of
-        `conversations.FORMS` is a conversation, and any other holds its text in `text`.
-    Raises UserError for a missing path (at once), for one that holds no text, and for a bad JSONL line and texts among
-    conversations (when reached).
+    text_field: the field of a JSONL line that holds the text. By default a line in one of the forms of
+        `conversations.FORMS` is a conversation, and any other line holds its text in `text`.
+    Raises UserError for a path that is missing (at once), for a path that holds no text, for a bad JSONL line, and for
+    texts mixed with conversations (when reading reaches them).
     """
     if callable(source):
         return _of_one_kind(_at_least_one(source(), getattr(source, "__name__", "the source")))
@@ -73,15 +73,15 @@ def standard_library() -> Iterator[Document]:
 
 
 def split_held_out(documents: Iterable[Document], fraction: float, seed: int = 0) -> Iterator[tuple[Document, bool]]:
-    """Each document with whether it is held out, which its name and the seed alone decide.
+    """Each document, and whether it is held out of training, which its name and the seed alone decide.
 
-    The exception is a lone document, whose end is held out, cut at a line end.
+    A single document is cut in two at a line end, and its end is held out.
 
     fraction: the expected share of documents held out, 0 <= fraction < 1.
     Raises UserError for another fraction, and when all documents have gone to one side.
     """
     if not 0 <= fraction < 1:
-        raise UserError(f"held_out={fraction}: must be at least 0 and less than 1")
+        raise UserError(f"held_out = {fraction}: at least 0 and less than 1")
     documents = iter(documents)
     first = list(islice(documents, 2))
     if len(first) == 1 and fraction > 0:
@@ -102,9 +102,9 @@ def _split(documents: Iterator[Document], fraction: float, seed: int) -> Iterato
         yield document, draw < fraction
     if count and 0 < fraction <= lowest:
         enough = math.floor(lowest * 1000 + 1) / 1000
-        raise UserError(f"held_out={fraction}: none of {count} documents fell out; {enough} holds one out, 0 none")
+        raise UserError(f"held_out = {fraction}: none of {count} documents is held out; {enough} holds one out, 0 none")
     if count and highest < fraction:
-        raise UserError(f"held_out={fraction}: all {count} documents fell out, none is left to train on; give less")
+        raise UserError(f"held_out = {fraction}: all {count} documents are held out, none is left to train; give less")
 
 
 def _draw(name: str, seed: int) -> float:
@@ -114,14 +114,14 @@ def _draw(name: str, seed: int) -> float:
 
 
 def _cut(document: Document, fraction: float) -> list[tuple[Document, bool]]:
-    """A lone document in two: what to train on, and its end, held out."""
+    """A single document cut in two: the text to train on, and its end, held out."""
     text = document.text
     if isinstance(document, Conversation):
-        raise UserError(f"held_out={fraction}: {document.name} is the only conversation; give more of them, or 0")
+        raise UserError(f"held_out = {fraction}: {document.name} is the only conversation; give more of them, or 0")
     middle = int(len(text) * (1 - fraction))
     middle = text.rfind("\n", 0, middle) + 1 or middle
     if not 0 < middle < len(text):
-        raise UserError(f"held_out={fraction}: {document.name} is too short to be cut in two; give more text, or 0")
+        raise UserError(f"held_out = {fraction}: {document.name} is too short to be cut in two; give more text, or 0")
     return [(Document(document.name, text[:middle]), False), (Document(f"{document.name}#end", text[middle:]), True)]
 
 
@@ -152,7 +152,7 @@ def _walk(folder: Path, text_field: str | None) -> Iterator[Document]:
 
 
 def _files(root: Path, without: frozenset[str] = frozenset()) -> Iterator[tuple[Path, str]]:
-    """The regular files below a folder, sorted, with their names relative to it; hidden ones left out."""
+    """The regular files below a folder, sorted, with their paths relative to it; hidden files are left out."""
     for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = sorted(name for name in folders if name not in without and not name.startswith("."))
         for name in sorted(names):
@@ -208,7 +208,7 @@ def _document(line: bytes, text_field: str | None, name: str, where: str) -> Doc
     with _json_faults(where):
         chat = isinstance(document, Conversation)
         said = json.dumps(document.messages, ensure_ascii=False) if chat else document.text
-        said.encode()  # JSON can escape half of a surrogate pair, which is no text
+        said.encode()  # fails on half a surrogate pair, which JSON can write as an escape and UTF-8 cannot
     return document
 
 

@@ -1,4 +1,4 @@
-"""Chat templates in the form of Hugging Face: Jinja, sandboxed, with the names and helpers that they expect."""
+"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox, with the variables and helpers they expect."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from longwave.data.marks import Marks, Span
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
-_DRAW = secrets.randbits(64)
+_DRAW = secrets.randbits(64)  # drawn in each process, so that no message can hold an opening or closing by chance
 _OPENING, _CLOSING = f"\ue002{_DRAW}\ue001", f"\ue003{_DRAW}\ue001"
 
 
 class Rendered(NamedTuple):
-    """A text with marks for special tokens, and the spans of characters that the template says are the assistant's."""
+    """A text with marks for special tokens, and the spans of characters that the template marks as the assistant's."""
 
     text: str
     answers: list[Span]
 
 
 class Template:
-    """A tokenizer's chat template, which writes marks where it means special tokens.
+    """A tokenizer's chat template, changed so that it writes a mark wherever it means a special token (`marks.py`).
 
-    names_answers: whether it says by `{% generation %}` which text is the assistant's.
-    Raises UserError for a template that is missing or no template.
+    names_answers: whether the template says by `{% generation %}` which text is the assistant's.
+    Raises UserError for a template that is missing, or is not valid Jinja.
     """
 
     def __init__(self, tokenizer: Tokenizer, marks: Marks) -> None:
@@ -55,19 +55,22 @@ class Template:
     def render(self, messages: Sequence[Message], where: str, *, prompt: bool = False) -> Rendered:
         """The conversation as the template writes it.
 
-        where: what messages of errors begin with. prompt: whether the beginning of the assistant's turn follows.
-        Raises UserError for whatever the template makes of a conversation that it cannot take.
+        where: the file and line that error messages name. prompt: whether the beginning of the assistant's next turn
+        is added. Raises UserError for every failure of the template on this conversation.
         """
         given = {**self._names, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt}
         try:
             text = self._template.render(tools=None, documents=None, **given)
-        except Exception as error:  # a template is a program, and fails as it likes
+        except Exception as error:  # a template is a program, and may raise anything
             raise UserError(f"{where}: the chat template refuses the conversation: {error}") from None
         self._check(text, messages, where)
         return _rendered(text)
 
     def _check(self, text: str, messages: Sequence[Message], where: str) -> None:
-        """Special tokens without a mark are what the messages say, or the template is not one that can be trusted."""
+        """Refuses a template that writes a special token without a mark, unless a message says that token.
+
+        Such a token is put together at run time, out of parts that were not marked: it would be encoded as text.
+        """
         for token in self._marks.unmarked(text):
             if not _says(messages, token):
                 made = f"the chat template puts {token} together out of parts"
@@ -75,7 +78,7 @@ class Template:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: text of the assistant, enclosed for `_rendered` to find."""
+    """The Jinja tag `{% generation %}...{% endgeneration %}`: encloses the assistant's text for `_rendered` to find."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -99,7 +102,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _marking(tree: nodes.Template, marks: Marks) -> nodes.Template:
-    """The template with marks in all that it writes."""
+    """The template with a mark in place of every special token in its strings and its text."""
     for constant in tree.find_all(nodes.Const):
         if isinstance(constant.value, str):
             constant.value = marks.mark(constant.value)
@@ -121,7 +124,7 @@ def _rendered(text: str) -> Rendered:
 
 
 def _says(value: Any, token: str) -> bool:
-    """Whether a string anywhere in plain values holds the token."""
+    """Whether any string within nested lists and dicts contains the token."""
     if isinstance(value, str):
         return token in value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
@@ -131,7 +134,7 @@ def _says(value: Any, token: str) -> bool:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Unlike Jinja's own it escapes nothing for HTML."""
+    """The filter `tojson` of chat templates; Jinja's own would escape `<`, `>` and `&` for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

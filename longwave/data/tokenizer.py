@@ -1,7 +1,7 @@
 """Text to token ids and back: a thin layer over the `tokenizers` library.
 
-What it adds: training with this project's choices, folders that `transformers.AutoTokenizer` reads and writes too, text
-that can never smuggle in a special token, and decoding token by token without half characters.
+The layer adds training with fixed choices, folders that `transformers.AutoTokenizer` reads and writes too, encoding in
+which text never becomes a special token, and decoding token by token without half characters.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from longwave.files.jsonfile import read_object
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"
-SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
+SMALLEST_VOCABULARY = 256 + 2  # every byte, bos and eos
 VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
-# Llama 3's: words with at most one leading character, digits by three, runs of signs, line ends, blanks.
+# Llama 3's split of text before BPE: words with at most one leading character, up to three digits, runs of punctuation,
+# line ends, blanks.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -35,7 +36,7 @@ class Tokenizer:
     """Text to ids and back.
 
     bos_id, eos_id: the ids that open and close a document, or None where the vocabulary has no such token.
-    vocab_size: one more than the largest id, which is what an embedding needs.
+    vocab_size: the largest id plus one: the number of rows that an embedding needs.
     fingerprint: SHA-256 of the whole definition; equal for equal tokenizers.
     """
 
@@ -56,12 +57,12 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """A byte-level BPE with `<|bos|>` as id 0 and `<|eos|>` as id 1; the same texts always give the same tokenizer.
 
-        vocab_size: the most entries, special tokens included; a short text gives fewer.
-        Raises UserError when vocab_size cannot hold every byte.
+        vocab_size: the largest number of entries, special tokens included; a short text gives fewer.
+        Raises UserError for a vocab_size that cannot hold every byte.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
-                f"vocab_size={vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries"
+                f"vocab_size = {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries"
             )
         backend = _untrained()
         backend.train_from_iterator(texts, _trainer(vocab_size))
@@ -73,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer of a folder, this project's own or a Hugging Face model's.
+        """The tokenizer in a folder, whether longwave or `transformers` wrote it.
 
         Raises UserError naming the file that is missing or cannot be read.
         """
@@ -103,12 +104,13 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = False, *, parse_special: bool = False) -> list[int]:
         """The ids of a text, without special tokens unless asked for.
 
-        parse_special: whether `<|eos|>` and its like, written in the text, become special tokens; for rendered chat
-            templates only. By default they are ordinary text, so that no document or prompt can end a document.
+        parse_special: whether the names of special tokens in the text, such as `<|eos|>`, become these tokens; for
+            rendered chat templates only. By default they are ordinary text, so that no document or prompt can end a
+            document.
         Raises UserError for a text that is not valid Unicode, and for `add_bos` where the vocabulary has no bos.
         """
         if add_bos and self.bos_id is None:
-            raise UserError("add_bos=True: this vocabulary has no bos token; encode without it")
+            raise UserError("add_bos = True: this vocabulary has no bos token; encode without it")
         backend = self._parsing if parse_special else self._plain
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
@@ -125,30 +127,30 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """The text of the ids, special tokens left out; bytes that are not valid UTF-8 become U+FFFD."""
         return self._plain.decode(list(ids), skip_special_tokens=True)
 
     def twin(self) -> tokenizers.Tokenizer:
-        """A `tokenizers` object of its own with the same definition, which recognises special tokens in text."""
+        """A new `tokenizers` object with the same definition, which does recognise special tokens in text."""
         backend = tokenizers.Tokenizer.from_str(self._definition)
         _make_special(backend, self.named_tokens.values())
         return backend
 
     @property
     def named_tokens(self) -> dict[str, str]:
-        """The tokens that the config has names for, such as `bos_token`, as text."""
+        """The special tokens that the config names, as text by their name, such as `bos_token`."""
         named = {name: _content(token) for name, token in self._config.items() if name.endswith("_token")}
         return {name: token for name, token in named.items() if isinstance(token, str)}
 
     @property
     def chat_template(self) -> str | None:
-        """The source of the chat template, of that named `default` where there are several; None without one."""
+        """The source of the chat template; of several, the template named `default`. None where there is none."""
         given = self._config.get("chat_template")
         if isinstance(given, list):  # transformers keeps several as [{"name": ..., "template": ...}]
             given = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}.get("default")
         if given is None or isinstance(given, str):
             return given
-        raise UserError(f"chat_template: a {type(given).__name__}; the source of a template is expected")
+        raise UserError(f"chat_template: a {type(given).__name__}; give the source of a template, a string")
 
     def with_chat_template(self, source: str) -> Tokenizer:
         """The same tokenizer with another chat template, which `save` writes too."""
@@ -156,12 +158,15 @@ class Tokenizer:
 
     @cached_property
     def _parsing(self) -> tokenizers.Tokenizer:
-        """The form that recognises special tokens in text: a second object, since other threads may be encoding."""
+        """A second `tokenizers` object that recognises special tokens in text.
+
+        Switching the first one over and back would change what other threads encode with it meanwhile.
+        """
         return self.twin()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids that `decode` leaves out."""
+        """The ids of all special tokens, which `decode` leaves out."""
         return frozenset(id for id, token in self._plain.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
@@ -172,21 +177,22 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one by one; the pieces joined equal the decoding of all ids at once.
 
-    (With SentencePiece's byte fallback, bytes that are no UTF-8 may give another number of U+FFFD than at once.)
+    One exception: with SentencePiece's byte fallback, bytes that are not valid UTF-8 may give a different number of
+    U+FFFD than decoding at once does.
     """
 
-    _FEW = 16  # more tokens than lie between two whole characters in any but broken text
+    _FEW = 16  # tokens; only broken text has more of them between two whole characters
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._ids: list[
-            int
-        ] = []  # the last ones that ended whole, since decoders treat a start specially, and all after
-        self._fresh = 0  # how many of them came after the text was last whole
-        self._given = 0  # how many characters of their text were given out
+        # The ids whose text last ended with a whole character, and all after them. The former are kept since decoders
+        # treat the start of a text specially (by dropping a blank, say).
+        self._ids: list[int] = []
+        self._fresh = 0  # how many of the ids came after the text last ended with a whole character
+        self._given = 0  # how many characters of the text of the ids were returned
 
     def push(self, id: int) -> str:
-        """The text that `id` completes: all but what may become a character when more bytes come."""
+        """The text that `id` completes; bytes that may yet become a character are held back."""
         if id in self._tokenizer.special_ids:
             return ""
         self._ids.append(id)
@@ -203,19 +209,23 @@ class StreamDecoder:
         return piece
 
     def finish(self) -> str:
-        """The text still held back, half characters as U+FFFD; the decoder is then as new."""
+        """The text still held back, half characters as U+FFFD; afterwards the decoder is as new."""
         piece = self._tokenizer.decode(self._ids)[self._given :]
         self._ids, self._fresh, self._given = [], 0, 0
         return piece
 
     def _sure(self, text: str) -> int:
-        """How many characters no later token can change; a half character shows as up to three U+FFFD at the end."""
+        """The number of leading characters that no later token can change.
+
+        A half character shows as one to three U+FFFD at the end, so these are held back, but not broken text without
+        end: of a long run of U+FFFD only the last three may still become a character.
+        """
         if self._fresh > self._FEW and text.endswith(REPLACEMENT * 4):
             return len(text) - 3
         return len(text.rstrip(REPLACEMENT))
 
     def _forget(self, keep: int) -> None:
-        """Keeps the last tokens only, so that the cost of a push never grows; what was not given out lies in them."""
+        """Drops all but the last `keep` ids, which hold the text held back, so that the cost of a push never grows."""
         held_back = len(self._tokenizer.decode(self._ids)) - self._given
         self._ids = self._ids[-keep:]
         self._given = len(self._tokenizer.decode(self._ids)) - held_back
@@ -243,7 +253,10 @@ def _trainer(vocab_size: int) -> trainers.BpeTrainer:
 
 
 def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str) -> int | None:
-    """The id of the token that the config calls `name`; None where it names none, KeyError where it is unknown."""
+    """The id of the token that the config calls `name`; None where the config names none.
+
+    Raises KeyError for a token that the vocabulary lacks.
+    """
     token = _content(config.get(name))
     if token is None:
         return None
@@ -254,7 +267,7 @@ def _special_id(backend: tokenizers.Tokenizer, config: dict[str, Any], name: str
 
 
 def _make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
-    """Makes special what the config names, as `transformers` does, though the vocabulary may not say so."""
+    """Makes the tokens that the config names special, as `transformers` does, even where the vocabulary does not."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for name in tokens:
         token = added.get(name, AddedToken(name, normalized=False))
@@ -264,7 +277,7 @@ def _make_special(backend: tokenizers.Tokenizer, tokens: Iterable[str]) -> None:
 
 
 def _content(token: Any) -> Any:
-    """A token as text; transformers writes one with flags as {"content": ...}."""
+    """The text of a token in a config; `transformers` writes a token that has flags as {"content": ...}."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -285,5 +298,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def not_unicode() -> UserError:
-    """What a text with half of a surrogate pair is answered with."""
+    """The error for a text that holds half of a surrogate pair."""
     return UserError("text: not valid Unicode (a lone surrogate); give text that can be written as UTF-8")
