@@ -28,7 +28,7 @@ from longwave.layers.rotary import Rotation, angles
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 from longwave.resamplers import Clock, Subllm, SubllmConfig
-from longwave.resamplers.regulators import Limits, balance, limit, limits, nudge
+from longwave.resamplers.balancer import Limits, balance, limit, limits, nudge
 from longwave.resamplers.selection import (
     SAMPLERS,
     Selection,

@@ -1,6 +1,7 @@
-"""Identities whose backward pass steers: the Balancer of the scores and the range limiter of the bypass.
+"""The Balancer, which keeps SUBLLM's scores in a range in which they can select, and the limiter of the bypass.
 
-Both come from Zipformer (arXiv 2310.11230, section 3.4) by way of SUBLLM. Neither changes a forward value.
+Both are identities in the forward pass and change only gradients, so that training pushes values that have left their
+range back into it without a term in the loss. From Zipformer (arXiv 2310.11230, section 3.4), which SUBLLM follows.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ATANH_TO_GAUSSIAN = 0.8139535143  # mean/std of scores of which a share p is positive, as kappa * atanh(2p - 1)
+_ATANH_TO_GAUSSIAN = 0.8139535143  # kappa in mean/std = kappa * atanh(2 p - 1), p being the share of positive scores
 _ABS_TO_RMS = 1.25331413732  # sqrt(pi / 2): rms of a centred Gaussian whose mean absolute value is 1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The band of mean/std and of rms inside which the Balancer is silent, and the strength of its nudge outside."""
+    """The ranges of mean/std and of rms of the scores inside which the Balancer does nothing.
+
+    grad_scale: the rms, relative to the gradient, of the change that it makes outside.
+    """
 
     mean_low: float
     mean_high: float
@@ -29,9 +33,10 @@ class Limits:
 
 
 def limits(low: float, high: float, min_abs: float, max_abs: float, grad_scale: float, exact: bool) -> Limits:
-    """The band for a share of positives in [low, high] and a mean absolute value in [min_abs, max_abs].
+    """The limits for a share of positive scores in [low, high] and a mean absolute value in [min_abs, max_abs].
 
-    The published conversion lacks a factor of sqrt(2) for Gaussian scores; `exact` puts it in.
+    Both are converted as if scores were Gaussian. The published conversion of the share lacks a factor of sqrt(2);
+    `exact` has it.
     """
     return Limits(
         _mean_over_std(low, exact),
@@ -50,27 +55,30 @@ def _mean_over_std(share: float, exact: bool) -> float:
 
 
 def balance(scores: Float[Tensor, " T"], band: Limits) -> Float[Tensor, " T"]:
-    """Identity whose gradient pushes mean/std and rms of all T scores towards the band.
+    """The scores unchanged; their gradient is changed so that mean/std and rms move towards the limits `band`.
 
-    Each gradient entry is changed by a share of itself whose rms is `grad_scale`; an entry of zero stays zero.
+    Each entry of the gradient changes by a share of itself; the shares have an rms of `grad_scale` over all T entries,
+    so an entry of zero stays zero.
     """
     return _Balance.apply(scores, band)
 
 
 def limit(scale: Float[Tensor, " D"], low: float, high: float) -> Float[Tensor, " D"]:
-    """Identity whose gradient never pushes an entry further below `low` or above `high`."""
+    """The scale unchanged; gradients that would push an entry further below `low` or above `high` change their sign."""
     return _Limit.apply(scale, low, high)
 
 
 def nudge(scores: Tensor, band: Limits) -> Tensor:
-    """Relative change of each gradient entry: the penalty's gradient, scaled to an rms of `grad_scale`, or zeros.
+    """The relative change of each gradient entry: the gradient of a penalty, scaled to an rms of `grad_scale`.
 
-    The penalty is |m - clamp(m)| + |ln(clamp(r) / r)| with m = mean/std and r the rms of the scores.
+    The penalty is |m - clamp(m)| + |ln(clamp(r) / r)| with m = mean/std and r the rms of the scores, clamped to their
+    limits: within both the change is zero.
     """
     x = scores.to(torch.promote_types(scores.dtype, torch.float32))
     n, mean, square = x.numel(), x.mean(), (x * x).mean()
     std = (square - mean * mean).clamp(min=1e-20).sqrt()
     ratio, rms = mean / std, square.clamp(min=1e-20).sqrt()
+    # Each term of the penalty is an absolute value; its sign is 0 inside the limits, where the term is flat.
     mean_sign = (ratio > band.mean_high).to(x) - (ratio < band.mean_low).to(x)
     rms_sign = (rms > band.rms_high).to(x) - (rms < band.rms_low).to(x)
     slope = mean_sign / (n * std) * (1 - mean * (x - mean) / std**2) + rms_sign * x / (n * rms**2)
@@ -102,5 +110,6 @@ class _Limit(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (scale,), (low, high) = ctx.saved_tensors, ctx.range
         gradient = gradients[0]
+        # A step goes against the gradient: below the range a positive gradient pushes further down.
         outward = ((scale < low) & (gradient > 0)) | ((scale > high) & (gradient < 0))
         return torch.where(outward, -gradient, gradient), None, None

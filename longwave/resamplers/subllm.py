@@ -25,8 +25,8 @@ from longwave.draws import uniform
 from longwave.errors import UserError, require
 from longwave.laws import ALL, Law, Laws
 from longwave.part import InitialDraws, Site
+from longwave.resamplers.balancer import balance, limit, limits
 from longwave.resamplers.base import Clock, Resampler, Selection, kept_count, runs_above, runs_of
-from longwave.resamplers.regulators import balance, limit, limits
 from longwave.resamplers.selection import SAMPLERS, top_scores, window_keys
 from longwave.stream import Runs, Stream, Windows
 
