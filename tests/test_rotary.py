@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from longwave.config import ModelConfig, RotaryConfig, build
 from longwave.errors import UserError
-from longwave.layers.rotary import angles, attention_factor, frequencies, turns
+from longwave.layers.rotary import angles, attention_factor, cosines_and_sines, frequencies
 
 SIZE, WINDOW = 16, 512
 SHORT, LONG = [1.0 + i / 10 for i in range(8)], [2.0 + i for i in range(8)]
@@ -55,7 +55,7 @@ def test_turns_are_those_of_transformers_to_the_bit(scaling: dict[str, Any] | No
     positions = torch.tensor([WINDOW - 1, WINDOW, 10**6]) if "short_factors" not in (scaling or {}) else None
     positions = torch.arange(WINDOW) if positions is None else positions
     cos, sin = theirs(scaling, base)(torch.empty(1), positions[None])
-    got = turns(config(scaling, base), positions, SIZE)
+    got = cosines_and_sines(config(scaling, base), positions, SIZE)
     assert torch.equal(got[0], cos[0, :, : SIZE // 2])
     assert torch.equal(got[1], sin[0, :, : SIZE // 2])
 
@@ -82,11 +82,11 @@ def test_longrope_goes_by_the_context_window_and_never_by_the_length():
 
 @given(st.sampled_from(sorted(OURS)), st.lists(st.integers(0, 10**6), min_size=1, max_size=6))
 def test_an_angle_is_a_function_of_its_position(name: str, places: list[int]):
-    """Law 1: any piece of a sequence turns as the whole does."""
+    """Law 1: any piece of a sequence is rotated as in the whole."""
     shape = config(OURS[name])
-    together = turns(shape, torch.tensor(places), SIZE)
+    together = cosines_and_sines(shape, torch.tensor(places), SIZE)
     for at, place in enumerate(places):
-        alone = turns(shape, torch.tensor([place]), SIZE)
+        alone = cosines_and_sines(shape, torch.tensor([place]), SIZE)
         assert torch.equal(alone[0][0], together[0][at])
         assert torch.equal(alone[1][0], together[1][at])
 

@@ -1,4 +1,4 @@
-"""The head: from hidden states to scores of every token of the vocabulary, or to the loss of the next ones.
+"""The head: from hidden states to logits over the vocabulary, or to the loss of given targets.
 
 Legend: `T` rows, `D` hidden size, `V` vocabulary.
 """
@@ -13,7 +13,10 @@ from longwave.ops.linear import linear
 
 
 class Head(nn.Linear):
-    """A matrix of its own. Logits are unscaled; a loss is that of the logits times `scale`, summed over `rows`."""
+    """An output matrix of its own: logits (T, V), or with targets the summed cross-entropy in nats.
+
+    rows: the rows with a target, to which the loss is confined. Only the loss multiplies the logits by `scale`.
+    """
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__(width, vocabulary, bias=False)
@@ -29,11 +32,11 @@ class Head(nn.Linear):
 
 
 class TiedHead(nn.Module):
-    """The embedding's matrix, read as a head; it holds no weights of its own."""
+    """A head that multiplies by the embedding's matrix and has no weights of its own; otherwise like `Head`."""
 
     def __init__(self, embed: nn.Embedding) -> None:
         super().__init__()
-        self._embed = (embed,)  # in a tuple, so that the module is not registered twice
+        self._embed = (embed,)  # in a tuple, so that the embedding is not registered, and saved, a second time
 
     @property
     def weight(self) -> Tensor:

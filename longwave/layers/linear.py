@@ -1,4 +1,4 @@
-"""Linear layers that read their weights as fast as the machine allows, however few rows there are.
+"""Linear layers that are fast for few rows as well, as decoding has them.
 
 Legend: `T` rows, `D` inputs, `E` outputs.
 """
@@ -12,7 +12,7 @@ from longwave.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` through the op `linear`."""
+    """`nn.Linear` whose product runs through the op `longwave.ops.linear`."""
 
     def forward(self, input: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         return linear(input, self.weight, self.bias)

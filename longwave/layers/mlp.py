@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward (Shazeer 2020)."""
+"""The SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longwave.stream import Stream
 
 @dataclass(frozen=True)
 class MLPConfig(Strict):
-    """SwiGLU feed-forward of `size` inner channels."""
+    """A SwiGLU feed-forward. size: number of inner channels. bias: whether the three products add a bias."""
 
     size: int
     bias: bool = False
@@ -30,7 +30,7 @@ class MLPConfig(Strict):
 
 
 class MLP(Part):
-    """down(silu(gate x) * up x), each token by itself."""
+    """down(silu(gate x) * up x), for each token by itself."""
 
     tables: ClassVar[Mapping[str, type]] = {"mlp": MLPConfig}
     role = "mlp"

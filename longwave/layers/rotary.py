@@ -1,6 +1,7 @@
-"""Rotary positions, half-split pairing: channel i turns with channel i + K/2 (Su et al. 2021, as in Llama).
+"""Rotary position embedding (Su et al. 2021), pairing channel i with channel i + K/2 as Llama does.
 
-An angle is a function of the position alone, whatever stretches it, so that every chunking of a sequence agrees.
+An angle depends on the position alone, under every kind of scaling, so that running a sequence whole or in chunks gives
+the same result.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from longwave.stream import Stream
 
 @dataclass(frozen=True)
 class Rotation:
-    """How the heads of a mixer turn; mixers that turn alike share the cosines and sines that a stream carries.
+    """Rotates the heads of a mixer. Mixers with equal rotations share the cosines and sines that the stream carries.
 
-    size: channels of a head. precise: cosines and sines stay in fp32, and the turning is done in it.
+    size: channels of a head. precise: cosines and sines stay in fp32, and heads are rotated in fp32.
     """
 
     size: int
     precise: bool = False
 
     def passengers(self, config: ModelConfig, positions: Int64[Tensor, " T"], dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a stream has to carry for it, in a model whose activations are `dtype`."""
+        """The cosines and sines that a stream carries, by name, in a model whose activations are `dtype`."""
         dtype = torch.promote_types(dtype, torch.float32) if self.precise else dtype
-        names = self._names()
-        return {name: turn.to(dtype) for name, turn in zip(names, turns(config, positions, self.size), strict=True)}
+        made = cosines_and_sines(config, positions, self.size)
+        return {name: values.to(dtype) for name, values in zip(self._names(), made, strict=True)}
 
     def check(self, config: ModelConfig) -> None:
-        """UserError if the config's scaling does not fit heads of this size."""
+        """Raises UserError if the config's scaling does not fit heads of this size."""
         if isinstance(scaling := config.rotary.scaling, LongRopeScaling):
             for name in ("short_factors", "long_factors"):
                 found, problem = len(getattr(scaling, name)), f"rotary.scaling.{name} has"
@@ -51,7 +52,7 @@ class Rotation:
                 )
 
     def __call__(self, heads: Float[Tensor, "T H K"], stream: Stream) -> Float[Tensor, "T H K"]:
-        """The heads, turned by the angles of the stream's tokens."""
+        """The heads, rotated by the angles of their tokens."""
         cos, sin = (stream.passengers[name] for name in self._names())
         return rotate(heads.to(cos.dtype), cos, sin).to(heads.dtype) if self.precise else rotate(heads, cos, sin)
 
@@ -60,29 +61,30 @@ class Rotation:
         return f"cos {kind}", f"sin {kind}"
 
 
-def turns(
+def cosines_and_sines(
     config: ModelConfig, positions: Int64[Tensor, " T"], size: int
 ) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
-    """Cosines and sines of the angles at which heads of `size` turn, in fp32, times the attention factor."""
-    turned = angles(config.rotary, positions, size, config.context_window)
+    """Cosines and sines of the rotation angles of heads of `size` channels, in fp32, times the attention factor."""
+    radians = angles(config.rotary, positions, size, config.context_window)
     factor = attention_factor(config.rotary.scaling)
-    return (turned.cos(), turned.sin()) if factor == 1 else (turned.cos() * factor, turned.sin() * factor)
+    return (radians.cos(), radians.sin()) if factor == 1 else (radians.cos() * factor, radians.sin() * factor)
 
 
 def angles(
     config: RotaryConfig, positions: Int64[Tensor, " T"], size: int, context_window: int = 0
 ) -> Float[Tensor, "T half"]:
-    """position * frequency, in fp32 as every published model of this family computes it."""
+    """The angles in radians, position * frequency, in fp32 as the published models compute them."""
     return torch.outer(positions.float(), frequencies(config, size, context_window, positions.device))
 
 
 def frequencies(
     config: RotaryConfig, size: int, context_window: int = 0, device: torch.device | None = None
 ) -> Float[Tensor, " half"]:
-    """Radians per token of each pair of channels: base ** (-2 i / size), stretched as the config says.
+    """Radians per token of each pair of channels: base ** (-2 i / size), scaled as the config says.
 
-    context_window: of the model; LongRoPE's factors go by it. The operations are those of `transformers`, in its order,
-    so that the frequencies are equal to the bit, and angles are at positions of millions.
+    context_window: the model's, in tokens; it selects between LongRoPE's two sets of factors.
+    The operations and their order are copied from `transformers`, so that frequencies agree to the bit: at positions of
+    millions the smallest difference would become a visible angle.
     """
     periods = config.base ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     match config.scaling:
@@ -99,14 +101,17 @@ def frequencies(
 
 
 def attention_factor(scaling: RotaryScaling | None) -> float:
-    """What cosines and sines are multiplied by, and so the attention logits by its square."""
+    """The factor of cosines and sines, by whose square the attention logits grow (YaRN's temperature)."""
     if isinstance(scaling, YarnScaling) and scaling.attention_factor is None:
         return max(1.0, 0.1 * math.log(scaling.factor) + 1)
     return getattr(scaling, "attention_factor", 1.0)
 
 
 def _llama3(scaling: Llama3Scaling, kept: Float[Tensor, " half"]) -> Float[Tensor, " half"]:
-    """Llama 3.1 (Meta's reference code, `apply_scaling`)."""
+    """Llama 3.1's scaling (Meta's reference code, `apply_scaling`): low frequencies are divided by the factor.
+
+    Frequencies whose wavelength is short beside the original context window stay as they are, with a smooth transition.
+    """
     low, high, window = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_window
     wavelength, stretched = 2 * math.pi / kept, kept / scaling.factor
     share = (window / wavelength - low) / (high - low)
@@ -116,10 +121,14 @@ def _llama3(scaling: Llama3Scaling, kept: Float[Tensor, " half"]) -> Float[Tenso
 
 
 def _yarn(scaling: YarnScaling, periods: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
-    """YaRN (arXiv 2309.00071, section 3.2): by how often a channel turns in the original window."""
+    """YaRN's scaling (arXiv 2309.00071, section 3.2), by the number of turns in the original context window.
+
+    Channels with more than `beta_fast` turns keep their frequency, channels with fewer than `beta_slow` are slowed down
+    by the factor, and in between the share kept falls linearly.
+    """
 
     def channel(rotations: float) -> float:
-        """The channel (of all `size`, counted by pairs) that turns so many times in the original window."""
+        """The index (fractional) of the channel pair that makes so many turns in the original context window."""
         return len(periods) * math.log(scaling.original_window / (rotations * 2 * math.pi)) / math.log(base)
 
     first, last = channel(scaling.beta_fast), channel(scaling.beta_slow)
@@ -134,30 +143,31 @@ def _yarn(scaling: YarnScaling, periods: Float[Tensor, " half"], base: float) ->
 def rotate(
     heads: Float[Tensor, "T H K"], cos: Float[Tensor, "T half"], sin: Float[Tensor, "T half"]
 ) -> Float[Tensor, "T H K"]:
-    """Turns each pair of channels by its angle."""
+    """Rotates each pair of channels by its angle."""
     cos, sin = cos.to(heads.dtype).unsqueeze(1), sin.to(heads.dtype).unsqueeze(1)
-    return _Rotate.apply(heads, cos, sin) if torch.is_grad_enabled() else _turned(heads, cos, sin, 1)
+    return _Rotate.apply(heads, cos, sin) if torch.is_grad_enabled() else _rotated(heads, cos, sin, 1)
 
 
-def _turned(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """heads (T, H, K) turned by the angles (T, 1, K / 2), or back by direction -1."""
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """heads (T, H, K) rotated by angles with cosines and sines (T, 1, K / 2); direction -1 rotates back."""
     first, second = heads.chunk(2, dim=-1)
-    turned = torch.empty_like(heads)
-    left, right = turned.chunk(2, dim=-1)
+    rotated = torch.empty_like(heads)
+    left, right = rotated.chunk(2, dim=-1)
+    # Written into halves of the result: joining two halves would copy them once more.
     torch.mul(first, cos, out=left).addcmul_(second, sin, value=-direction)
     torch.mul(second, cos, out=right).addcmul_(first, sin, value=direction)
-    return turned
+    return rotated
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation backwards, so nothing but the angles is kept."""
+    """The rotation with its gradient, which is the rotation backwards: only cosines and sines are kept for it."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(heads, cos, sin, 1)
+        return _rotated(heads, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(gradients[0], cos, sin, -1), None, None
+        return _rotated(gradients[0], cos, sin, -1), None, None
