@@ -33,11 +33,11 @@ from longwave.ops.block_sparse import (
     Geometry,
     attended_pairs,
     compress,
+    compressed_count,
     reference,
     scored_pairs,
     select,
     tiles,
-    windows,
 )
 
 # --- the sizes, and compression ---------------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ def test_windows_are_counted_when_they_are_complete():
     """Published sizes: those of N keys, and those that a query at place t sees of t + 1."""
     fine = {31: 0, 32: 1, 47: 1, 48: 2}
     coarse = {127: 0, 128: 1, 191: 1, 192: 2}
-    assert {n: windows(n, *PUBLISHED.fine) for n in fine} == fine
-    assert {n: windows(n, *PUBLISHED.coarse) for n in coarse} == coarse
-    assert [windows(t + 1, *PUBLISHED.fine) for t in (30, 31, 46, 47)] == [0, 1, 1, 2]
+    assert {n: compressed_count(n, *PUBLISHED.fine) for n in fine} == fine
+    assert {n: compressed_count(n, *PUBLISHED.coarse) for n in coarse} == coarse
+    assert [compressed_count(t + 1, *PUBLISHED.fine) for t in (30, 31, 46, 47)] == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("geometry", [PUBLISHED, TINY, replace(TINY, init_blocks=0, local_blocks=0, topk=1)], ids=str)
@@ -76,7 +76,9 @@ def test_pairs_are_those_of_every_query(geometry: Geometry, tokens: int):
         size = geometry.block_size
         seen = [t + 1 if d else geometry.topk * size - (size - 1 - t % size) for t, d in enumerate(dense)]
         assert attended_pairs(tokens, geometry, below) == sum(seen)
-        compared = [windows(t + 1, *geometry.fine) + windows(t + 1, *geometry.coarse) for t in range(tokens)]
+        compared = [
+            compressed_count(t + 1, *geometry.fine) + compressed_count(t + 1, *geometry.coarse) for t in range(tokens)
+        ]
         assert scored_pairs(tokens, geometry, below) == sum(c for c, d in zip(compared, dense, strict=True) if not d)
 
 
@@ -87,7 +89,7 @@ def test_entries_are_the_means_of_their_windows(dtype):
         found = compress(keys, width, stride)
         right = keys.double().unfold(1, width, stride).mean(-1).to(dtype)
         assert found.dtype == dtype
-        assert found.shape == (2, windows(200, width, stride), 8)
+        assert found.shape == (2, compressed_count(200, width, stride), 8)
         torch.testing.assert_close(found, right, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
@@ -100,7 +102,7 @@ def test_entries_made_as_keys_arrive_are_those_of_all_keys_to_the_bit(chunk: int
         whole, kept = compress(keys, width, stride), keys[:, :0]
         for end in range(chunk, 401, chunk):
             kept = torch.cat([kept, compress(keys[:, kept.shape[1] * stride : end], width, stride)], dim=1)
-            assert torch.equal(kept, whole[:, : windows(end, width, stride)])
+            assert torch.equal(kept, whole[:, : compressed_count(end, width, stride)])
             assert torch.equal(kept, compress(keys[:, :end].contiguous(), width, stride))
 
 
@@ -173,13 +175,13 @@ def test_a_window_raises_the_blocks_that_it_overlaps(form, strides):
     """One window stands out: exactly the blocks b with r b - 1 <= j <= r b + r - 1 lead, beside the query's own."""
     blocks, stride = 9, 4
     tokens = blocks * strides * stride
-    count = windows(tokens, 2 * stride, stride)
+    count = compressed_count(tokens, 2 * stride, stride)
     for j in range(strides * (blocks - 1) - 1):
         raised = [b for b in range(blocks) if strides * b - 1 <= j <= strides * b + strides - 1]
         geometry = Geometry(2 * stride, stride, strides * stride, 0, 0, 1 + len(raised))
         fine = torch.zeros(1, count, 32)
         fine[:, j] = 1.0
-        coarse = torch.zeros(1, windows(tokens, *geometry.coarse), 32)
+        coarse = torch.zeros(1, compressed_count(tokens, *geometry.coarse), 32)
         found = select(torch.ones(1, 2, 32), fine, coarse, tokens - 1, geometry, scale=SCALE, form=form)
         assert found.flatten().tolist() == [*raised, blocks - 1]
 

@@ -255,7 +255,7 @@ def test_a_recurrent_state_refuses_to_be_cut():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kv_heads": 3}, "lightning.kv_heads = 3 does not divide lightning.heads = 4"),
+        ({"kv_heads": 3}, "lightning.kv_heads = 3: a divisor of lightning.heads = 4"),
         ({"heads": 0}, "lightning.heads = 0: 1 or more"),
         ({"head_size": 7}, "lightning.head_size = 7: an even number, for rotation"),
     ],

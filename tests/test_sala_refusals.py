@@ -141,7 +141,7 @@ def test_a_config_that_cannot_be_is_named_in_one_line(
             "",
             "qk_norm = False: the folder has a tensor model.layers.1.self_attn.q_norm.weight",
         ),
-        (SALA, {"lightning_nkv": 3}, "", "config.json: lightning.kv_heads = 3 does not divide lightning.heads = 4"),
+        (SALA, {"lightning_nkv": 3}, "", "config.json: lightning.kv_heads = 3: a divisor of lightning.heads = 4"),
         (
             SALA,
             {"num_hidden_layers": 3, "mixer_types": [S, L, L]},

@@ -1,4 +1,4 @@
-"""The token mixers: what moves information between the tokens of a layer, a file for each."""
+"""The token mixers, which move information between the tokens of a sequence: kinds of attention, a file for each."""
 
 from longwave.mixers.full import AttentionConfig, FullAttention
 from longwave.mixers.infllm import InfllmAttention, InfllmConfig

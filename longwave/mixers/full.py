@@ -1,4 +1,7 @@
-"""Full causal softmax attention with grouped KV heads and rotary positions."""
+"""Full causal softmax attention with grouped KV heads and rotary positions.
+
+Legend: `T` tokens of the stream, `D` hidden size, `H` query heads, `G` KV heads, `K` head size.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,12 @@ from longwave.stream import Places, Runs, Stream
 
 @dataclass(frozen=True)
 class AttentionConfig(Strict):
-    """Softmax attention: query heads, KV heads (as many by default), head size (hidden size / heads by default)."""
+    """Softmax attention.
+
+    heads: query heads. kv_heads: heads of keys and values; as many as query heads by default. head_size: channels of a
+    head; hidden_size / heads by default. qkv_bias, output_bias: whether the projections add a bias. qk_norm: whether
+    queries and keys are RMS-normed per head (Qwen3).
+    """
 
     heads: int
     kv_heads: int | None = None
@@ -36,7 +44,7 @@ class AttentionConfig(Strict):
         require(self.heads > 0, f"attention.heads = {self.heads}: 1 or more")
         groups = self.heads if self.kv_heads is None else self.kv_heads
         divides = groups > 0 and self.heads % groups == 0
-        require(divides, f"attention.kv_heads = {groups} does not divide attention.heads = {self.heads}")
+        require(divides, f"attention.kv_heads = {groups}: a divisor of attention.heads = {self.heads}")
         size = self.head_size
         require(
             size is None or (size > 0 and size % 2 == 0), f"attention.head_size = {size}: an even number, for rotation"
@@ -44,26 +52,26 @@ class AttentionConfig(Strict):
 
     @property
     def groups(self) -> int:
-        """Heads of keys and values."""
+        """The number of heads of keys and values."""
         return self.kv_heads or self.heads
 
     def size_in(self, hidden_size: int) -> int:
-        """Channels of one head in a model of this width."""
+        """The number of channels of one head in a model of this hidden size; UserError where they would not be even."""
         even = self.head_size is not None or hidden_size % (2 * self.heads) == 0
-        problem = f"hidden_size = {hidden_size} is no even multiple of attention.heads = {self.heads}"
-        require(even, f"{problem}; give attention.head_size")
+        problem = f"hidden_size = {hidden_size}: an even multiple of attention.heads = {self.heads}"
+        require(even, f"{problem}, or give attention.head_size")
         size = self.head_size or hidden_size // self.heads
         require(self.heads * size <= MOST, f"attention.heads = {self.heads} of {size}: at most {MOST} in all")
         return size
 
 
 class FullAttention(Part):
-    """Every token sees its whole past (Vaswani et al. 2017; GQA: Ainslie et al. 2023)."""
+    """Softmax attention in which every token sees its whole past (Vaswani et al. 2017; GQA: Ainslie et al. 2023)."""
 
     tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig}
     ops = (ATTENTION,)
     pattern: Pattern = CAUSAL
-    sees_all = True  # within the window, if there is one
+    sees_all = True  # softmax attention over all visible keys (of the sliding window, if there is one), none left out
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -100,7 +108,7 @@ class FullAttention(Part):
     def queries_and_keys(
         self, hidden: Float[Tensor, "T D"], stream: Stream
     ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T G K"]]:
-        """The queries and keys of new tokens as attention compares them: normed and rotated if the shape says so."""
+        """The queries and keys of new tokens as attention compares them: normed and rotated, if the config says so."""
         query = self.q_proj(hidden).unflatten(-1, (self.heads, self.head_size))
         key = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         if self.q_norm is not None and self.k_norm is not None:

@@ -1,7 +1,10 @@
-"""InfLLM-V2: softmax attention in which every query chooses, for each KV head, the blocks of keys that it sees.
+"""InfLLM-V2 (arXiv 2509.24663): block-sparse softmax attention, every query choosing the blocks of keys that it sees.
 
-The sparse layer of MiniCPM-SALA (arXiv 2602.11761; the choice is arXiv 2509.24663), and with regime `dense` the softmax
-layer of HypeNet (arXiv 2601.22156): no rotation, a gated output, and queries that may grow with their position.
+It is the sparse layer of MiniCPM-SALA (arXiv 2602.11761), and with regime `dense` the softmax layer of HypeNet (arXiv
+2601.22156): no rotation, a gated output, and queries that may grow with their position.
+
+Two things here are called windows in the papers. Blocks are scored by *compressed keys*, each the mean of a window of
+keys; and `window_size` is the sliding window of keys just before a query, which it always sees.
 
 Legend: `T` tokens of the stream, `D` hidden size, `H` query heads, `G` KV heads, `K` head size, `N` keys of one run.
 """
@@ -24,29 +27,38 @@ from longwave.laws import ALL, Law, Laws
 from longwave.layers.linear import Linear
 from longwave.mixers.full import FullAttention
 from longwave.ops.attention import ATTENTION
-from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, Geometry, block_sparse_attention, compress, windows
+from longwave.ops.block_sparse import (
+    BLOCK_SPARSE,
+    Compressed,
+    Geometry,
+    block_sparse_attention,
+    compress,
+    compressed_count,
+)
 from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
 from longwave.part import Site
 from longwave.states import Memory, PerToken, StateSpec
 from longwave.stream import Places, Runs, Stream
 
-_ALWAYS = 1 << 62  # tokens: a context that no sequence reaches
+_LONGER_THAN_ANY = 1 << 62  # tokens; as the threshold below which queries attend densely, it makes all of them dense
 
 
 @dataclass(frozen=True)
 class InfllmConfig(Strict):
     """Block-sparse attention (InfLLM-V2, arXiv 2509.24663), for `S` blocks; the defaults are MiniCPM-SALA's.
 
-    kernel_size, kernel_stride: tokens of the windows whose mean keys are scored, and their distance; the windows of the
-        coarse denominator are four times as long and as far apart.
-    block_size: tokens of a block of keys, of which each query chooses topk + window_size / block_size; among these are
-        the init_blocks first ones, its own, and the window_size / block_size before that.
-    dense_len: with regime `auto`, a query whose context, itself included, is shorter attends to all of it.
-    regime: `auto` decides by query, and so keeps every law; `auto_published` by the sequence's length in each call, as
-        the published code does, which breaks chunking; `sparse` and `dense` always are.
-    denominator: of the scores: the sum over `coarse` windows (published), or the `exact` softmax.
+    kernel_size, kernel_stride: a compressed key is the mean of kernel_size keys, and one begins every kernel_stride
+        tokens. The coarse compressed keys of the denominator are four times as wide and as far apart.
+    block_size: tokens of a block of keys. Each query sees topk + window_size / block_size blocks: always the first
+        init_blocks, its own, and the window_size / block_size before its own; the others by score.
+    dense_len: with regime `auto`, a query whose context, itself included, is shorter than this attends to all of it.
+    regime: `auto` decides between dense and sparse for each query, and so keeps every law; `auto_published` decides for
+        each call by the sequence's length, as the published code does, which breaks the law of chunking; `sparse` and
+        `dense` always do the one or the other.
+    denominator: the sum that block scores are divided by: over the `coarse` compressed keys (published), or the `exact`
+        softmax over the fine ones.
     rotary, output_gate: whether queries and keys are rotated, and the output is gated by the input.
-    logit_scaling: base a of HypeNet's log_a(position + a), by which queries are multiplied (arXiv 2601.22156).
+    logit_scaling: base a of HypeNet's factor log_a(position + a) of the queries (arXiv 2601.22156); none by default.
     """
 
     kernel_size: int = 32
@@ -79,12 +91,15 @@ class InfllmConfig(Strict):
 
     @property
     def local_blocks(self) -> int:
-        """Blocks before its own that a query always sees."""
+        """The number of blocks just before its own that a query always sees."""
         return self.window_size // self.block_size
 
 
 class InfllmAttention(FullAttention):
-    """Inside a resampler, blocks are of the tokens that are kept there; `dense_len` counts those, too."""
+    """Block-sparse softmax attention (see `InfllmConfig`).
+
+    Inside a resampler, only the kept tokens count: blocks are made of them, and `dense_len` is compared with them.
+    """
 
     tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "infllm": InfllmConfig}
     ops = (BLOCK_SPARSE, ATTENTION)
@@ -104,13 +119,13 @@ class InfllmAttention(FullAttention):
         self.sees_all = shape.regime == "dense"
         self.rotation = self.rotation if shape.rotary else None
         self.o_gate = Linear(config.hidden_size, self.heads * self.head_size, bias=False) if shape.output_gate else None
-        if shape.regime == "auto_published":  # a call changes its mind with the length, about what earlier calls did
+        if shape.regime == "auto_published":  # dense or sparse depends on a call's length, so chunking changes results
             self.laws = Laws(inference=ALL - {Law.CHUNKING})
 
     def queries_and_keys(
         self, hidden: Float[Tensor, "T D"], stream: Stream
     ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T G K"]]:
-        """Queries times log_a(position + a) where the config gives a base a (HypeNet, section on HyPE)."""
+        """Queries and keys; queries times log_a(position + a) where the config gives a base a (HypeNet's HyPE)."""
         query, key = super().queries_and_keys(hidden, stream)
         base = self.config.logit_scaling
         if base is not None:
@@ -145,45 +160,48 @@ class InfllmAttention(FullAttention):
         return mixed if self.o_gate is None else mixed * torch.sigmoid(self.o_gate(hidden))
 
     def _threshold(self, total: int) -> int:
-        """The context below which a query sees all of it, in a call after which the sequence has `total` tokens."""
+        """The number of tokens below which a query's context is seen whole.
+
+        total: tokens of the sequence after the call, by which only the published code decides.
+        """
         shape = self.config
         match shape.regime:
             case "dense":
-                return _ALWAYS
+                return _LONGER_THAN_ANY
             case "sparse":
                 return 0
             case "auto":
                 return shape.dense_len
             case "auto_published":
-                return _ALWAYS if total < shape.dense_len else 0
+                return _LONGER_THAN_ANY if total < shape.dense_len else 0
 
     def _compressed(self, key: Tensor, runs: int, memory: Memory) -> Compressed:
-        """The windows of every run, of which the memory makes those that the newest keys have completed."""
+        """The compressed keys of every run; the memory adds those whose windows the newest keys have completed."""
         none = (key[:, :0], [(0, 0)] * runs)
         found = {
             name: memory.sum_up(name, "key", partial(compress, width=width, stride=stride))
-            for name, (width, stride) in self._sizes().items()
+            for name, (width, stride) in self._compressed_sizes().items()
         }
         return Compressed(*found["fine"], *found.get("coarse", none))
 
-    def _sizes(self) -> dict[str, tuple[int, int]]:
-        """Width and stride of the windows that are needed."""
+    def _compressed_sizes(self) -> dict[str, tuple[int, int]]:
+        """Width and stride, in keys, of the compressed keys that the denominator needs."""
         fine, coarse = {"fine": self.geometry.fine}, {"coarse": self.geometry.coarse}
         return fine | coarse if self.config.denominator == "coarse" else fine
 
     def state_spec(self) -> StateSpec:
         entries = dict(super().state_spec().per_token)
-        for name, (width, stride) in self._sizes().items() if not self.sees_all else ():
+        for name, (width, stride) in self._compressed_sizes().items() if not self.sees_all else ():
             entries[name] = PerToken(self.kv_heads, self.head_size, width=width, every=stride)
         return StateSpec(entries, None, self.site.level)
 
     def read_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """All keys and values below the threshold, the windows and the chosen blocks above it."""
+        """Bytes that a query reads: all keys and values while dense; else its blocks and the compressed keys."""
         spec = self.state_spec()
         if context < self.geometry.dense(self._threshold(context + 1)):
             return sum(spec.per_token[name].bytes(context, dtype) for name in ("key", "value"))
         chosen = (self.geometry.topk - 1) * self.geometry.block_size + context % self.geometry.block_size
-        sizes = {"key": chosen, "value": chosen, **dict.fromkeys(self._sizes(), context + 1)}
+        sizes = {"key": chosen, "value": chosen, **dict.fromkeys(self._compressed_sizes(), context + 1)}
         return sum(spec.per_token[name].bytes(tokens, dtype) for name, tokens in sizes.items())
 
     def prefill_flops(self, tokens: int) -> int:
@@ -198,7 +216,7 @@ class InfllmAttention(FullAttention):
         seen, scored = context + 1, 0
         if context >= self.geometry.dense(self._threshold(context + 1)):
             seen = (self.geometry.topk - 1) * self.geometry.block_size + context % self.geometry.block_size + 1
-            scored = sum(windows(context + 1, *size) for size in self._sizes().values())
+            scored = sum(compressed_count(context + 1, *size) for size in self._compressed_sizes().values())
         return self._linear_flops() + self.heads * self.head_size * (4 * seen + 2 * scored)
 
     def _linear_flops(self) -> int:

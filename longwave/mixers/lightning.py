@@ -1,4 +1,4 @@
-"""Lightning attention: linear attention with a constant decay per head and a recurrent matrix as its whole memory.
+"""Lightning attention: linear attention with a constant decay per head, whose only memory is a matrix per head.
 
 The layer of MiniCPM-SALA (arXiv 2602.11761) and HypeNet (arXiv 2601.22156), and by configuration of MiniMax-01
 (arXiv 2501.08313) and TransNormerLLM (arXiv 2307.14995).
@@ -36,14 +36,18 @@ _SCALES = {"1/sqrt(d)": lambda size: size**-0.5, "1/d": lambda size: 1 / size, "
 class LightningConfig(Strict):
     """Linear attention with a constant decay per head, for `L` blocks; the defaults are MiniCPM-SALA's and HypeNet's.
 
-    heads, kv_heads, head_size: attention.heads, as many KV heads as heads, and the head size of attention by default.
-    slopes: how fast head h of H forgets in layer l of N: `alibi` 2 ** (-8 h / H) in every layer, `minimax` times
-        (1 - l / (N - 1) + 1e-5), `transnormer` 8 (h - 1) / H * (1 - l / N).
+    heads, kv_heads, head_size: by default those of `attention`, with as many KV heads as heads.
+    slopes: how fast head h of H forgets in layer l of N, as minus the log of its decay per token: `alibi` is
+        2 ** (-8 h / H) in every layer, `minimax` that times (1 - l / (N - 1) + 1e-5), `transnormer`
+        8 (h - 1) / H * (1 - l / N).
     silu: which of queries, keys and values go through SiLU: `none`, `qk` (TransNormer), `qkv` (MiniMax-01).
-    qk_norm, rotary: whether queries and keys are normed per head, and then rotated. scale: of what is read.
-    output_norm: RMSNorm over the channels of all heads. output_gate: times sigmoid of a projection of the input.
-    distance: what a head forgets by inside a resampler: tokens of the `original` sequence, or those `kept` there.
-    state_dtype: of the recurrent matrices, in models whose activations are no wider.
+    qk_norm, rotary: whether queries and keys are RMS-normed per head, and then rotated.
+    scale: factor of the outputs, d being the head size.
+    output_norm: whether outputs are RMS-normed over the channels of all heads. output_gate: whether they are then
+        multiplied by the sigmoid of a projection of the input.
+    distance: the tokens by which a head forgets inside a resampler: all of the `original` sequence, also those not kept
+        there, or only those `kept`.
+    state_dtype: dtype of the recurrent matrices, in models whose activations are not wider.
     """
 
     heads: int | None = None
@@ -68,7 +72,11 @@ class LightningConfig(Strict):
 
 
 class LightningAttention(Part):
-    """Every head keeps one (K, K) matrix, to which tokens add key times value and which fades with each of them."""
+    """Linear attention with decay (see `LightningConfig`).
+
+    Every head has one (K, K) matrix as its memory. Each token multiplies it by the head's decay and adds the product of
+    key and value; its output is its query times the matrix.
+    """
 
     tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig, "lightning": LightningConfig}
     ops = (DECAY_LINEAR,)
@@ -81,7 +89,7 @@ class LightningAttention(Part):
         self.heads = shape.heads or config.table("attention").heads
         self.head_size = shape.head_size or config.table("attention").size_in(width)
         self.kv_heads = shape.kv_heads or self.heads
-        groups = f"lightning.kv_heads = {self.kv_heads} does not divide lightning.heads = {self.heads}"
+        groups = f"lightning.kv_heads = {self.kv_heads}: a divisor of lightning.heads = {self.heads}"
         require(self.heads % self.kv_heads == 0, groups)
         channels = self.heads * self.head_size
         self.q_proj = Linear(width, channels, bias=False)
@@ -102,7 +110,7 @@ class LightningAttention(Part):
         query, key, value = self.queries_keys_and_values(hidden, stream)
         memory = memory_of(state, self.site.name, stream)
         decay = self.log_decay.value.to(torch.promote_types(self.q_proj.weight.dtype, torch.float32)).unsqueeze(0)
-        if self.by_place:
+        if self.by_place:  # a head forgets by distance in the original sequence, so the place of the last token is kept
             earlier = memory.recall("place")
             decay = decay * distances(stream, memory.fresh, earlier).to(decay.dtype).unsqueeze(1)
             memory.replace(place=last_places(stream, earlier))
@@ -114,7 +122,7 @@ class LightningAttention(Part):
     def queries_keys_and_values(
         self, hidden: Float[Tensor, "T D"], stream: Stream
     ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T H K"], Float[Tensor, "T H K"]]:
-        """What the recurrence reads, adds under, and adds: norm before rotation, and a KV head for every head."""
+        """Queries, keys and values of the recurrence: keys and values repeated so that every head has its own."""
         query = self.q_proj(hidden).unflatten(-1, (self.heads, self.head_size))
         key = self.k_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
         value = self.v_proj(hidden).unflatten(-1, (self.kv_heads, self.head_size))
@@ -143,7 +151,7 @@ class LightningAttention(Part):
         return StateSpec(level=self.site.level, per_sequence=entries)
 
     def prefill_flops(self, tokens: int) -> int:
-        """Of the recurrence; chunks spend more on products within themselves, to need fewer steps."""
+        """FLOPs of the plain recurrence; the chunked form spends more, within chunks, to take fewer steps."""
         return tokens * self.decode_flops(0)
 
     def decode_flops(self, context: int) -> int:
@@ -154,9 +162,10 @@ class LightningAttention(Part):
 
 
 def distances(stream: Stream, fresh: Bool[Tensor, " R"], earlier: Int64[Tensor, "R 1"] | None) -> Int64[Tensor, " T"]:
-    """How far each token stands behind the one that was kept before it; the first of a sequence fades nothing.
+    """The distance, in tokens of the original sequence, from each token to the kept token before it.
 
-    fresh: whether nothing of a run's sequence was kept before. earlier: the place of the token that was, in all others.
+    It is 0 for the first token of a sequence, whose memory is still empty.
+    fresh: whether a run begins its sequence. earlier: for the other runs, the place of the last token before them.
     """
     order, runs = stream.order, stream.runs
     if not runs.tokens:
@@ -169,7 +178,7 @@ def distances(stream: Stream, fresh: Bool[Tensor, " R"], earlier: Int64[Tensor, 
 
 
 def last_places(stream: Stream, earlier: Int64[Tensor, "R 1"] | None) -> Int64[Tensor, "R 1"]:
-    """The place of the newest token of each run; of an empty one, that of the token before it."""
+    """The place of the newest token of each run's sequence; a run without tokens keeps its place in `earlier`."""
     order, runs = stream.order, stream.runs
     if earlier is None or not runs.tokens:
         return order.new_zeros(runs.count, 1) if earlier is None else earlier
@@ -178,9 +187,9 @@ def last_places(stream: Stream, earlier: Int64[Tensor, "R 1"] | None) -> Int64[T
 
 
 def slopes(kind: str, heads: int, depth: int, layers: int) -> tuple[float, ...]:
-    """How fast each head forgets: minus the log of its decay per token. The first head is the fastest of ALiBi's.
+    """How fast each head forgets: minus the log of its decay per token. With `alibi` the first head is the fastest.
 
-    kind: `alibi`, `minimax` or `transnormer`, as in `LightningConfig`; depth: of the layer, among `layers`.
+    kind: `alibi`, `minimax` or `transnormer`, as in `LightningConfig`. depth: number of the layer, from 0, of `layers`.
     """
     if kind == "transnormer":
         return tuple(8 * head / heads * (1 - depth / layers) for head in range(heads))
@@ -189,7 +198,10 @@ def slopes(kind: str, heads: int, depth: int, layers: int) -> tuple[float, ...]:
 
 
 def _alibi(heads: int) -> list[float]:
-    """2 ** (-8 h / H) for h = 1 ... H; the ALiBi rule (arXiv 2108.12409) where H is no power of two."""
+    """2 ** (-8 h / H) for h = 1 ... H; where H is not a power of two, ALiBi's rule (arXiv 2108.12409).
+
+    That rule takes the slopes of the next lower power of two, and fills up with every second slope of the next higher.
+    """
     power = 1 << (heads.bit_length() - 1)
     even = [2 ** (-8 * head / power) for head in range(1, power + 1)]
     return even if power == heads else even + _alibi(2 * power)[0 : 2 * (heads - power) : 2]

@@ -15,7 +15,7 @@ from longwave.part import Site
 
 @dataclass(frozen=True)
 class WindowConfig(Strict):
-    """A sliding window: the newest `size` tokens that a query sees, its own included."""
+    """A sliding window of attention. size: number of newest tokens that a query sees, its own included."""
 
     size: int
 
@@ -24,7 +24,10 @@ class WindowConfig(Strict):
 
 
 class WindowAttention(FullAttention):
-    """Every token sees the last `window.size` tokens of its level, itself included."""
+    """Softmax attention in which every token sees the last `window.size` tokens, itself included.
+
+    Inside a resampler the window counts the tokens that are kept there.
+    """
 
     tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "window": WindowConfig}
 

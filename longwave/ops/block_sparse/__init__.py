@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longwave.ops.attention import attention
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
-from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, scored_pairs, windows
+from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, compressed_count, scored_pairs
 from longwave.ops.forms import Form, Op, on_cpu
 from longwave.stream import Places, Runs, Spans
 
@@ -33,9 +33,9 @@ __all__ = [
     "attended_pairs",
     "block_sparse_attention",
     "compress",
+    "compressed_count",
     "scored_pairs",
     "select",
-    "windows",
 ]
 
 Denominator: TypeAlias = Literal["coarse", "exact"]
@@ -100,7 +100,7 @@ def select(
     windows themselves. Of blocks that score alike the one before is taken. budget: bytes of scores held at once, about.
     """
     for table, size in ((fine, geometry.fine), (coarse, geometry.coarse)):
-        assert table.shape[1] >= windows(first + query.shape[0], *size), "windows of the last keys are missing"
+        assert table.shape[1] >= compressed_count(first + query.shape[0], *size), "windows of the last keys are missing"
     most = tiles.budget_of(query.device) if budget is None else budget
     return BLOCK_SPARSE.forms[form].run.select(
         query, fine, coarse, first, geometry, scale, denominator == "exact", most

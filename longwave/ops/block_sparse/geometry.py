@@ -66,7 +66,7 @@ class Geometry:
         return self.coarser * self.kernel_size, self.coarser * self.stride
 
 
-def windows(tokens: int, width: int, stride: int) -> int:
+def compressed_count(tokens: int, width: int, stride: int) -> int:
     """How many complete windows so many tokens hold; those that a query at place t sees are of t + 1 tokens."""
     return max(0, (tokens - width) // stride + 1)
 
@@ -82,7 +82,7 @@ def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0, exact: b
     """Pairs of a query and a window, fine or (but for an exact denominator) coarse, that it is compared with."""
     dense = min(tokens, geometry.dense(dense_below))
     sizes = (geometry.fine,) if exact else (geometry.fine, geometry.coarse)
-    return sum(_all_windows(tokens, *size) - _all_windows(dense, *size) for size in sizes)
+    return sum(_summed_counts(tokens, *size) - _summed_counts(dense, *size) for size in sizes)
 
 
 def _places(tokens: int, size: int) -> int:
@@ -91,7 +91,7 @@ def _places(tokens: int, size: int) -> int:
     return whole * (size * (size - 1) // 2) + rest * (rest - 1) // 2
 
 
-def _all_windows(tokens: int, width: int, stride: int) -> int:
+def _summed_counts(tokens: int, width: int, stride: int) -> int:
     """The complete windows of 1, 2, ... tokens, added up."""
     whole, rest = divmod(max(0, tokens - width + 1), stride)
     return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
@@ -104,7 +104,7 @@ def compress(keys: Float[Tensor, "G N K"], width: int, stride: int) -> Float[Ten
     Summed in fp32 or better, always in one order: an entry is the same to the bit whatever follows its window, and from
     whichever place of the run, a multiple of the stride, the keys begin.
     """
-    count, strides = windows(keys.shape[1], width, stride), width // stride
+    count, strides = compressed_count(keys.shape[1], width, stride), width // stride
     if not count:
         return keys[:, :0]
     pieces = keys[:, : (count - 1 + strides) * stride].unflatten(1, (-1, stride))

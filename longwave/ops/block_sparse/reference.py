@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from longwave.ops.block_sparse.geometry import Geometry, windows
+from longwave.ops.block_sparse.geometry import Geometry, compressed_count
 
 
 @torch.no_grad()
@@ -50,8 +50,8 @@ def _window_scores(
     a_ij = scale q_i . fine_j and b_ic = scale q_i . coarse_c over complete windows; b = a where `exact`. Before the
     first coarse window is complete there is no denominator, and every score is 0; so is one that is no number.
     """
-    a = scale * query @ fine[: windows(place + 1, *geometry.fine)].T
-    b = a if exact else scale * query @ coarse[: windows(place + 1, *geometry.coarse)].T
+    a = scale * query @ fine[: compressed_count(place + 1, *geometry.fine)].T
+    b = a if exact else scale * query @ coarse[: compressed_count(place + 1, *geometry.coarse)].T
     if not b.shape[1]:
         return [0.0] * a.shape[1]
     scores = (a - b.logsumexp(1, keepdim=True)).exp().sum(0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longwave.ops.block_sparse.geometry import Geometry, windows
+from longwave.ops.block_sparse.geometry import Geometry, compressed_count
 
 
 def budget_of(device: torch.device) -> int:
@@ -63,7 +63,7 @@ def _window_scores(
 def _visible(compressed: Tensor, places: Tensor, size: tuple[int, int], last: int) -> tuple[Tensor, Tensor]:
     """The windows that the last query sees, and (C, n) which of them each query sees."""
     width, stride = size
-    compressed = compressed[:, : windows(last, width, stride)]
+    compressed = compressed[:, : compressed_count(last, width, stride)]
     ends = torch.arange(compressed.shape[1], device=places.device) * stride + width
     return compressed, ends <= places.unsqueeze(1) + 1
 

@@ -20,7 +20,7 @@ from longwave.ops.linear import few_rows
 Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _MOST = 32  # rows up to which the forms for few rows are asked
-_TURNED = {torch.bfloat16: range(1, 33), torch.float32: range(8, 33)}  # rows for which W x^T is the faster product
+_TRANSPOSED = {torch.bfloat16: range(1, 33), torch.float32: range(8, 33)}  # rows for which W x^T is the faster product
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,9 +29,9 @@ def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (product if bias is None else product + bias.double()).to(hidden.dtype)
 
 
-def turned(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def transposed_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(W x^T)^T, which streams the weights 1.2 to 2.5 times as fast as x W^T (torch 2.13, Xeon with AMX)."""
-    if hidden.shape[0] not in _TURNED.get(hidden.dtype, ()):
+    if hidden.shape[0] not in _TRANSPOSED.get(hidden.dtype, ()):
         return F.linear(hidden, weight, bias)
     if hidden.shape[0] == 1:
         product = torch.mv(weight, hidden[0]).unsqueeze(0)
@@ -41,8 +41,8 @@ def turned(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def compiled_form(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The kernel of `few_rows.c` where it applies, and `turned` elsewhere."""
-    form = few_rows.linear if few_rows.applies(hidden, weight) else turned
+    """The kernel of `few_rows.c` where it applies, and `transposed_product` elsewhere."""
+    form = few_rows.linear if few_rows.applies(hidden, weight) else transposed_product
     return form(hidden, weight, bias)
 
 
@@ -50,7 +50,7 @@ LINEAR: Op[Run] = Op(
     "linear",
     {
         "compiled": Form(compiled_form, "few rows on a CPU; torch elsewhere", on_cpu(torch.bfloat16, torch.float32)),
-        "torch": Form(turned, "torch's products, turned where that is faster"),
+        "torch": Form(transposed_product, "torch's products, transposed_product where that is faster"),
         "reference": Form(reference, "the product in double precision"),
     },
 )
