@@ -1,6 +1,6 @@
-"""Costs, known before they are paid: what each part of a model takes in parameters, FLOPs, state and memory traffic.
+"""Costs of a model, computed from formulas: parameters, FLOPs, state bytes and bytes read, of each part and in all.
 
-FLOPs are those of matrix products and of visible attention pairs, the field's convention; element-wise work (norms,
+By the field's convention only matrix products and visible pairs of attention count as FLOPs; element-wise work (norms,
 rotation, softmax, the score of a resampler) is left out.
 """
 
@@ -15,12 +15,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Cost:
-    """One part, or the sum of several of a kind, at a given context of `n` tokens.
+    """The cost of one part, or of several of a kind together, at a context of `n` tokens.
 
-    kind: what the part is. parameters: its weights. prefill_flops: FLOPs of a sequence of n tokens. decode_flops:
-    expected FLOPs of the token after n others. decode_bytes: expected bytes it reads, weights and state.
-    state_bytes: bytes remembered of n tokens. unlearned_flops: those of prefill_flops that have no backward pass.
-    parts: how many were added up.
+    kind: name of the kind of part, such as "mlp". parameters: number of weights.
+    prefill_flops: FLOPs of a sequence of n tokens. unlearned_flops: the part of them that has no backward pass.
+    decode_flops, decode_bytes: expected FLOPs and expected bytes read (weights and state) of the token after n others.
+    state_bytes: bytes of state after n tokens. parts: number of parts added up.
     """
 
     kind: str
@@ -47,10 +47,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class At:
-    """Where costs are asked for: at a context of `tokens` that a layer meets, with weights and activations in `dtype`.
+    """The conditions under which a layer's costs are asked for.
 
-    chance: that a new token gets there. kept: by the index of a resampler, the share of its tokens that it really
-    keeps; its nominal retention by default.
+    tokens: context that reaches the layer. dtype: of weights and activations. chance: the probability that a new token
+    reaches the layer. kept: share of tokens that a resampler keeps, by its index; its nominal retention by default.
     """
 
     tokens: int
@@ -59,13 +59,13 @@ class At:
     kept: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def inside(self, tokens: int, share: float) -> At:
-        """Within a bracket that lets `tokens` of these in, and a new one with the chance `share`."""
+        """The conditions inside a bracket that lets `tokens` of the context in, and a new token with chance `share`."""
         return replace(self, tokens=tokens, chance=self.chance * share)
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """A machine's best at reading (bytes per second) and at a matrix product (FLOPs per second)."""
+    """A machine's highest rates: of reading memory (bytes per second) and of a matrix product (FLOPs per second)."""
 
     bandwidth: float
     flops: float
@@ -73,13 +73,13 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs, and bytes that have to be read."""
+    """The FLOPs of an operation, and the bytes that it has to read."""
 
     flops: float
     bytes: float
 
     def seconds(self, peaks: Peaks) -> float:
-        """The least time it takes."""
+        """The least time that the work can take: the longer of computing and reading (roofline model)."""
         return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
     def __add__(self, other: Work) -> Work:
@@ -87,7 +87,7 @@ class Work:
 
 
 def total(costs: Iterable[Cost], kind: str = "total") -> Cost:
-    """The sum of all."""
+    """The sum of the costs, under the given kind."""
     result = Cost(kind, parts=0)
     for cost in costs:
         result += cost
@@ -103,16 +103,19 @@ def by_kind(costs: Iterable[Cost]) -> list[Cost]:
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module; shared ones once."""
+    """The number of parameters of a module; shared parameters count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def weight_bytes(parameters: int, dtype: torch.dtype) -> int:
-    """Bytes of so many weights."""
+    """The size of so many weights, in bytes."""
     return parameters * dtype.itemsize
 
 
 def visible_pairs(tokens: int, window: int | None = None) -> int:
-    """Pairs of a query and a key of a causal sequence, in which a query sees `window` keys, its own included."""
+    """The number of pairs of a query and a key that it sees, in causal attention over a sequence of `tokens`.
+
+    window: keys of a sliding window, the query's own included; None for all.
+    """
     seen = min(window or tokens, tokens)
     return seen * (seen + 1) // 2 + (tokens - seen) * seen

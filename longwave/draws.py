@@ -1,7 +1,8 @@
-"""Random draws keyed by what they are for - seed, step, part, sequence - and not by when they are made.
+"""Random numbers without a generator: each is a hash of a key, such as (seed, step, part, sequence).
 
-A draw is a hash of its keys, so replaying a forward (activation checkpointing, resuming), splitting a batch or moving a
-sequence to another rank never changes it. The hash is splitmix64's finaliser (Steele et al. 2014, Stafford's Mix13).
+A draw therefore does not depend on when or where it is made: replaying a forward pass (activation checkpointing,
+resuming), splitting a batch or moving a sequence to another rank never changes it. The hash is splitmix64's finaliser
+(Steele et al. 2014, Stafford's Mix13).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def _finalise(value: int) -> int:
+    """splitmix64's finaliser: mixes 64 bits so that every bit of the result depends on every bit of the value."""
     value = ((value ^ (value >> 30)) * _MIX[0]) & _MASK
     value = ((value ^ (value >> 27)) * _MIX[1]) & _MASK
     return value ^ (value >> 31)
 
 
 def key(*parts: int) -> int:
-    """One 64-bit key from any number of integers; the order matters."""
+    """A 64-bit key made of any number of integers, whose order matters."""
     value = 0
     for part in parts:
         value = _finalise((value + _GOLDEN + (part & _MASK)) & _MASK)
@@ -30,24 +32,24 @@ def key(*parts: int) -> int:
 
 
 def uniform(*parts: int) -> float:
-    """A number in [0, 1) that depends on `parts` alone."""
+    """A uniform random number in [0, 1) that depends on `parts` alone."""
     return (key(*parts) >> 11) * 2.0**-53
 
 
 def uniforms(keys: Int64[Tensor, "*lead"], count: int) -> Float64[Tensor, "*lead {count}"]:
-    """`count` numbers in [0, 1) for every key, on the keys' device."""
+    """`count` uniform random numbers in [0, 1) for every key, on the keys' device."""
     index = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
     bits = _finalise_tensor(keys.unsqueeze(-1) + index * _signed(_GOLDEN))
     return _shifted(bits, 11).to(torch.float64) * 2.0**-53
 
 
 def keys_of(parts: int, last: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
-    """`key(*parts, one)` for every `one` of a tensor, on its device; `parts` is the key of those before."""
+    """`key(*parts, i)` for every i in the tensor `last`, on its device. parts: the key of the parts before."""
     return _finalise_tensor(last + _signed((parts + _GOLDEN) & _MASK))
 
 
 def uniform_of(keys: Int64[Tensor, "*lead"]) -> Float64[Tensor, "*lead"]:
-    """`uniform(one)` for every key."""
+    """One uniform random number in [0, 1) for every key."""
     return _shifted(_finalise_tensor(keys + _signed(_GOLDEN)), 11).to(torch.float64) * 2.0**-53
 
 
@@ -58,9 +60,10 @@ def _finalise_tensor(value: Tensor) -> Tensor:
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; torch's is arithmetic."""
+    """A logical shift to the right; torch's own copies the sign bit."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _signed(value: int) -> int:
+    """The 64 bits of an unsigned number as a signed one, as torch's int64 has it."""
     return value - (1 << 64) if value >> 63 else value

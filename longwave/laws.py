@@ -1,4 +1,4 @@
-"""The laws a part can keep, which it declares per mode and the contract tests prove."""
+"""The laws: promises about its outputs that a part of a model declares and the contract tests prove."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Law(Enum):
-    """What is promised about a part's outputs."""
+    """A promise about a part's outputs; the value says it in words."""
 
     CHUNKING = "running a sequence at once or in pieces through its state gives the same output"
     COMPANY = "which other sequences share the stream never changes a sequence's result"
@@ -20,7 +20,10 @@ ALL = frozenset(Law)
 
 @dataclass(frozen=True)
 class Laws:
-    """The laws kept in training and at inference."""
+    """The laws that a part keeps in training and at inference.
+
+    Training has no state, so chunking and rollback are not asked of it.
+    """
 
     training: frozenset[Law] = frozenset({Law.COMPANY, Law.CAUSALITY})
     inference: frozenset[Law] = ALL

@@ -2,8 +2,9 @@
 
     5F subllm(0.64: 5F subllm(0.64: 4F) 5F) 5F
 
-A letter keys the block table, a number in front repeats it, and a name with a bracket runs the layers in it in a way of
-its own: `name(arguments: layers)`, or `name(layers)`. `subllm` runs them on the tokens it keeps. Blanks are free.
+A letter stands for a kind of block, and a number before it repeats it. `name(arguments: layers)`, or `name(layers)`, is
+a bracket: the named module decides how the layers inside run; `subllm` runs them on the tokens that it keeps. Blanks
+may stand anywhere.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from longwave.errors import UserError
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)|(?P<name>[a-z_][a-z_0-9]*)|(?P<letter>[A-Z])|(?P<mark>[(),:])|(?P<bad>\S))")
 _MOST_BLOCKS, _DEEPEST = 100_000, 64
 _ARGUMENT = re.compile(r"\s*([^\s,:()]+)")
-_BODY = re.compile(r"\s*(?:[a-z_]\w*\s*\(|\d*[A-Z](?![^()]*:))")  # a first layer; arguments would lead to a colon
+_BODY = re.compile(r"\s*(?:[a-z_]\w*\s*\(|\d*[A-Z](?![^()]*:))")  # the first layer of a body without arguments before
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """`count` equal blocks of the kind `letter`; `at` is the character where they stand in the text."""
+    """`count` blocks of the kind `letter`. at: the index of the character in the text where they stand."""
 
     count: int
     letter: str
@@ -34,7 +35,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Bracketed:
-    """A bracket by name, its arguments as written, and the layout of its body."""
+    """A bracket: its name, its arguments as written, the layers inside, and the index of its first character."""
 
     name: str
     arguments: tuple[str, ...]
@@ -47,7 +48,7 @@ class Bracketed:
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks and brackets in order, outermost level."""
+    """A sequence of blocks and brackets; each bracket holds the layout of its body."""
 
     items: tuple[Blocks | Bracketed, ...]
 
@@ -56,11 +57,11 @@ class Layout:
 
     @property
     def depth(self) -> int:
-        """Number of blocks, at every level."""
+        """The number of blocks, those inside brackets included."""
         return sum(item.count if isinstance(item, Blocks) else item.body.depth for item in self.items)
 
     def walk(self) -> Iterator[Blocks | Bracketed]:
-        """Every item in the order of the text; a bracket comes before what it holds."""
+        """Every block and bracket in the order of the text, a bracket before its body."""
         for item in self.items:
             yield item
             if isinstance(item, Bracketed):
@@ -75,16 +76,16 @@ def parse(text: str) -> Layout:
 
 
 def check_names(text: str, layout: Layout, letters: Collection[str], brackets: Collection[str]) -> None:
-    """Refuses letters and names that no table knows, pointing at them."""
+    """Raises a UserError that points at the first letter or bracket name that is not among the known ones."""
     for item in layout.walk():
         if isinstance(item, Blocks) and item.letter not in letters:
             raise pointed(text, item.at, f"no block kind '{item.letter}'; known: {_listed(letters)}")
         if isinstance(item, Bracketed) and item.name not in brackets:
-            raise pointed(text, item.at, f"no resampler '{item.name}'; known: {_listed(brackets)}")
+            raise pointed(text, item.at, f"no bracket '{item.name}'; known: {_listed(brackets)}")
 
 
 def pointed(text: str, at: int, message: str) -> UserError:
-    """An error in one line that shows the character `at` (0-based) between arrows."""
+    """A UserError of one line that shows the text with the character at index `at` between arrows."""
     shown = f"{text[:at]}>>{text[at : at + 1]}<<{text[at + 1 :]}"
     return UserError(f"layout, character {at + 1}: {message}: {shown!r}")
 
@@ -94,6 +95,8 @@ def _listed(names: Collection[str]) -> str:
 
 
 class _Parser:
+    """A recursive-descent parser of layouts. at: the index of the next character to read."""
+
     def __init__(self, text: str) -> None:
         self.text, self.at, self.nesting = text, 0, 0
 
@@ -105,9 +108,9 @@ class _Parser:
                 break
             items.append(self._item())
         if not items:
-            raise pointed(self.text, at, "expected a block or a resampler")
+            raise pointed(self.text, at, "expected a block or a bracket")
         if inside and kind == "end":
-            raise pointed(self.text, at, "expected ')' that closes the resampler")
+            raise pointed(self.text, at, "expected ')' that closes the bracket")
         return Layout(tuple(items))
 
     def _item(self) -> Blocks | Bracketed:
@@ -117,8 +120,8 @@ class _Parser:
         if kind == "count":
             return self._repeated(int(value[:9]), at)
         if kind == "name":
-            return self._resampled(value, at)
-        raise pointed(self.text, at, "expected a block letter, a count or a resampler")
+            return self._bracketed(value, at)
+        raise pointed(self.text, at, "expected a block letter, a count or a bracket")
 
     def _repeated(self, count: int, at: int) -> Blocks:
         kind, letter, letter_at = self._take()
@@ -128,7 +131,7 @@ class _Parser:
             raise pointed(self.text, at, f"a count is 1 to {_MOST_BLOCKS}")
         return Blocks(count, letter, letter_at)
 
-    def _resampled(self, name: str, at: int) -> Bracketed:
+    def _bracketed(self, name: str, at: int) -> Bracketed:
         self._expect("(", f"expected '(' after {name}")
         self.nesting += 1
         if self.nesting > _DEEPEST:

@@ -1,4 +1,4 @@
-"""The folder that a model came from: everything in it beside the weights that stays with the model."""
+"""The folder that a model was loaded from, apart from the weights: tokenizer, generation settings, foreign config."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Origin:
-    """The parts of a model's folder that the model does not run by, and that saving writes back.
+    """The parts of a model's folder that its forward pass does not use, kept so that saving can write them back.
 
-    format: of the folder, such as "llama"; None for a model that was not loaded.
+    format: the folder's format, such as "llama"; None for a model that was not loaded from a folder.
     config: the parsed `config.json`, which may hold keys that longwave does not know.
-    generation: the content of `generation_config.json`, ids of special tokens among it.
-    tokenizer: turns text into the token ids that the model speaks.
+    generation: the content of `generation_config.json`, with the ids of special tokens.
+    tokenizer: from text to the model's token ids, and back.
     """
 
     format: str | None = None

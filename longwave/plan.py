@@ -1,4 +1,4 @@
-"""What a model will cost, before it exists: parameters, FLOPs and state bytes per part and in total."""
+"""The costs of a model that need not exist yet: parameters, FLOPs and state bytes of each kind of part and in total."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from longwave.training.recipe import read_values
 
 
 def model_config(path: str | Path) -> ModelConfig:
-    """The model that a recipe describes, or a folder or hub id of any supported format (only `config.json` is read)."""
+    """The config of the model in a recipe, a folder, or a hub id of any supported format; no weights are read.
+
+    Raises UserError for a recipe without a `[model]` table, and for a faulty one.
+    """
     if Path(path).is_dir() or checkpoints.is_hub_id(path):
         return checkpoints.load_config(path)
     values = read_values(path)
@@ -27,19 +30,19 @@ def model_config(path: str | Path) -> ModelConfig:
 
 
 def meta_model(config: ModelConfig) -> Decoder:
-    """The model without any memory for its weights."""
+    """The model on torch's `meta` device, where weights have shapes but no memory."""
     with torch.device("meta"):
         return Decoder(config)
 
 
 def costs_at(config: ModelConfig, context: int, dtype: torch.dtype) -> list[Cost]:
-    """The costs of each kind of part at a context of so many tokens, their total last."""
+    """The costs of each kind of part at a context of so many tokens; the total comes last."""
     rows = by_kind(meta_model(config).costs(context, dtype))
     return [*rows, total(rows)]
 
 
 def to_json(config: ModelConfig, contexts: list[int], dtype: torch.dtype) -> dict[str, Any]:
-    """Everything as plain values."""
+    """The costs at every context as plain values for JSON."""
     return {
         "layout": config.layout,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar where the output is a terminal, plain lines elsewhere."""
+"""Progress of long work on stderr: a bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainingProgress:
-    """Shows loss, tokens per second and time left of a training run; an observer of the trainer."""
+    """Shows loss, tokens per second and time left of a training run: an `Observer` for `Trainer.watch`.
+
+    steps: of the whole run. done: steps run before this session. every_seconds: between lines outside a terminal.
+    """
 
     def __init__(self, name: str, steps: int, done: int = 0, every_seconds: float = 10.0) -> None:
         self._name, self._steps, self._every = name, steps, every_seconds
@@ -22,7 +25,7 @@ class TrainingProgress:
             self._task = self._bar.add_task(name, total=steps, completed=done, facts="")
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Takes one step's entry."""
+        """Shows the entry of one step."""
         facts = f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
         if "held_out_loss" in entry:
             facts += f"  held-out {entry['held_out_loss']:.3f}"
@@ -36,7 +39,7 @@ class TrainingProgress:
             )
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar, which stays on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -51,5 +54,5 @@ def _bar() -> Progress:
 
 
 def say(message: str) -> None:
-    """One line about what is going on, to stderr."""
+    """Prints a line about the present stage of the work to stderr."""
     print(message, file=sys.stderr, flush=True)

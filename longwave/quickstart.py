@@ -50,7 +50,7 @@ _DECODE_STEPS, _REPEATS = 64, 5
 def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Runs or continues the comparison and returns its figures.
 
-    text: a file or folder of the user's own, or None for the Python standard library.
+    text: the user's file or folder of text, or None for the Python standard library.
     Raises UserError for text that cannot be used, and for an output folder that holds another comparison.
     """
     started = time.monotonic()
@@ -79,7 +79,7 @@ def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:
 
 
 def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> PreparedInfo:
-    """The prepared data; what text it was made of stands beside it, so that another text is not mistaken for it."""
+    """The prepared data. `source.txt` beside it names its text, so that data of another text is not taken up again."""
     source = "the Python standard library" if text is None else str(Path(text).resolve())
     note = folder.parent / "source.txt"
     if (folder / "meta.json").exists():
@@ -96,7 +96,10 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
 
 
 def _held_out_share(source: Source) -> float:
-    """2%, or the least share that holds one of a few documents out; a lone one is cut in two at any share."""
+    """The share of documents to hold out: 2 %, or more where 2 % of a few documents would hold none out.
+
+    A single document is cut in two at any share.
+    """
     names = [document.name for document in islice(documents(source), 200)]
     shares = [percent / 100 for percent in range(2, 100, 2)]
     held = (share for share in shares if len(names) == 1 or any(is_held_out(name, share) for name in names))
@@ -104,7 +107,7 @@ def _held_out_share(source: Source) -> float:
 
 
 def _train(name: str, recipe: Recipe, output: Path) -> float:
-    """Trains one of the two, or goes on with it; returns the seconds of all its sessions."""
+    """Trains one of the two models, or continues; returns the seconds of training by the median pace of its steps."""
     folder = output / name
     trainer = Trainer(recipe, folder)
     if not (trainer.finished and (folder / "model" / files.MANIFEST).exists()):
@@ -118,6 +121,8 @@ def _train(name: str, recipe: Recipe, output: Path) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluation:
+    """Held-out losses: `threshold` selects tokens as at inference, `training` as in training (None for a Llama)."""
+
     threshold: HeldOut
     training: HeldOut | None
     bits_per_byte: float
@@ -125,7 +130,7 @@ class _Evaluation:
 
 
 def _evaluate(model: Decoder, recipe: Recipe, info: PreparedInfo) -> _Evaluation:
-    """Loss on all held-out text as the model will run, and for a SUBLLM with training's choice as well."""
+    """The loss on all held-out text as the model runs at inference, and for a SUBLLM with training's selection too."""
     data = PackedTokens(recipe.data.folder, "held_out", recipe.training.window, keep_last=True)
     threshold = held_out_loss(model, data)
     by_training = None
@@ -144,14 +149,14 @@ def _generations(model: Decoder, recipe: Recipe) -> list[page.Generation]:
 
 
 def _held_out(recipe: Recipe, count: int) -> list[Any]:
-    """The first held-out documents that are long enough to show something."""
+    """The first `count` held-out documents that are twice as long as a prompt; shorter ones where these are too few."""
     documents = iter_documents(recipe.data.folder)
     some = [document for _, document in zip(range(200), documents, strict=False)]
     return sorted(some, key=lambda document: len(document) < 2 * _PROMPT_TOKENS)[:count]
 
 
 def _speed(models: dict[str, Decoder], recipe: Recipe) -> page.Speed:
-    """Times prefill, decoding and the training step of all three, in turn, the outputs checked first."""
+    """Times prefill, decoding and the training step of the three models in turn, once their outputs are checked."""
     run = recipe.training
     steps = min(_DECODE_STEPS, run.window // 4)
     options = BenchOptions(contexts=(run.window - steps,), decode_steps=steps, repeats=_REPEATS)
@@ -166,7 +171,7 @@ def _speed(models: dict[str, Decoder], recipe: Recipe) -> page.Speed:
 
 
 def _speed_row(rows: list[Row]) -> page.SpeedRow:
-    """One quantity of all three in milliseconds; of transformers' two caches the faster."""
+    """One quantity of the three models in milliseconds; of transformers' two caches the faster counts."""
     quantity, context = rows[0].quantity, rows[0].context
     label = {"prefill": "Prefill, {:,} tokens", "decode": "Per token, after {:,}"}.get(quantity, "Step, {:,} tokens")
     figures = {name: _figure(_fastest(rows, name)) for name in TIMED}
@@ -188,7 +193,7 @@ def _figure(row: Row) -> page.Figure:
 
 
 def _memory_row(rows: list[Row]) -> page.SpeedRow:
-    """Bytes that each remembers of the context; for longwave, those of the tokens that were kept."""
+    """The bytes of each model's state after the context; a SUBLLM's middle layers hold only the tokens they keep."""
     used = {name: _fastest(rows, name).state_used for name in TIMED}
     figures = {name: page.Missing("not counted") if n is None else page.Figure(n, n, n) for name, n in used.items()}
     return page.SpeedRow("memory", f"State, {rows[0].context:,} tokens", rows[0].context, figures)
@@ -302,7 +307,7 @@ def _command(text: str | None, output: Path, overrides: Sequence[str]) -> str:
 
 
 def _merge_metrics(output: Path) -> None:
-    """`metrics.jsonl`: both runs' entries, each with the model's name."""
+    """Writes `metrics.jsonl`: the entries of both runs, each with the model's name."""
     entries = [{"model": name, **entry} for name in NAMES for entry in read_metrics(output / name / "metrics.jsonl")]
     write_metrics(output / "metrics.jsonl", entries)
 
@@ -320,6 +325,6 @@ def _figures(data: page.Report) -> dict[str, Any]:
 
 
 def _speed_figures(row: page.SpeedRow) -> dict[str, Any]:
-    """A row of the speed table as plain values, the figures beside the other fields by model."""
+    """A row of the speed table as plain values, with the figure of each model under its key."""
     figures = {name: dataclasses.asdict(figure) for name, figure in row.figures.items()}
     return {"kind": row.kind, "label": row.label, "tokens": row.tokens, **figures}

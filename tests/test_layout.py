@@ -55,12 +55,12 @@ def test_what_the_parts_of_a_layout_are():
 @pytest.mark.parametrize(
     ("text", "at", "message"),
     [
-        ("", 0, "expected a block or a resampler"),
-        ("   ", 3, "expected a block or a resampler"),
-        ("5F ?", 3, "expected a block letter, a count or a resampler"),
-        ("5F )", 3, "expected a block letter, a count or a resampler"),
-        ("5F, 2F", 2, "expected a block letter, a count or a resampler"),
-        (": F", 0, "expected a block letter, a count or a resampler"),
+        ("", 0, "expected a block or a bracket"),
+        ("   ", 3, "expected a block or a bracket"),
+        ("5F ?", 3, "expected a block letter, a count or a bracket"),
+        ("5F )", 3, "expected a block letter, a count or a bracket"),
+        ("5F, 2F", 2, "expected a block letter, a count or a bracket"),
+        (": F", 0, "expected a block letter, a count or a bracket"),
         ("5 6F", 2, "expected a block letter after the count"),
         ("5", 1, "expected a block letter after the count"),
         ("5subllm(0.5: F)", 1, "expected a block letter after the count"),
@@ -73,12 +73,12 @@ def test_what_the_parts_of_a_layout_are():
         ("subllm(0.5 0.6: F)", 11, "expected ',' or ':' after the arguments of subllm"),
         ("subllm(0.5)", 10, "expected ',' or ':' after the arguments of subllm"),
         ("subllm(0.5", 10, "expected ',' or ':' after the arguments of subllm"),
-        ("subllm(0.5: )", 12, "expected a block or a resampler"),
-        ("subllm(0.5: F", 13, "expected ')' that closes the resampler"),
-        ("subllm(0.5: 2F subllm(0.5: F) F", 31, "expected ')' that closes the resampler"),
-        ("subllm(0.5: F))", 14, "expected a block letter, a count or a resampler"),
-        ("F (F)", 2, "expected a block letter, a count or a resampler"),
-        ("F-F", 1, "expected a block letter, a count or a resampler"),
+        ("subllm(0.5: )", 12, "expected a block or a bracket"),
+        ("subllm(0.5: F", 13, "expected ')' that closes the bracket"),
+        ("subllm(0.5: 2F subllm(0.5: F) F", 31, "expected ')' that closes the bracket"),
+        ("subllm(0.5: F))", 14, "expected a block letter, a count or a bracket"),
+        ("F (F)", 2, "expected a block letter, a count or a bracket"),
+        ("F-F", 1, "expected a block letter, a count or a bracket"),
     ],
 )
 def test_a_mistake_is_pointed_at(text: str, at: int, message: str):
@@ -92,7 +92,7 @@ def test_a_mistake_is_pointed_at(text: str, at: int, message: str):
     ("text", "at", "message"),
     [
         ("2F 12Q", 5, "no block kind 'Q'; known: "),
-        ("2F halve(0.5: F)", 3, "no resampler 'halve'; known: subllm"),
+        ("2F halve(0.5: F)", 3, "no bracket 'halve'; known: subllm"),
         ("subllm(0.5: 2F Q)", 15, "no block kind 'Q'; known: "),
     ],
 )
