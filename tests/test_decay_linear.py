@@ -234,7 +234,7 @@ def test_no_tensor_is_larger_than_the_inputs():
 def test_a_memory_in_low_precision_is_refused(dtype: torch.dtype):
     states = torch.zeros(1, HEADS, SIZE, SIZE, dtype=dtype)
     low = tuple(x.to(dtype) for x in inputs(3))
-    with pytest.raises(ValueError, match=f"states are {dtype}; a recurrent state is kept in torch.float32 or wider"):
+    with pytest.raises(ValueError, match=f"states.dtype = {dtype}: torch.float32 or wider"):
         run(low, (3,), states=states)
 
 

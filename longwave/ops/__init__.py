@@ -1,14 +1,16 @@
-"""The hot maths: a folder per op, whose forms an `Op` holds; it resolves one for a device, a type and a head size.
+"""The ops: the operations that take most of a model's time, a folder for each, with several implementations (forms).
 
-`reference` is the plain twin in high precision. A model resolves the forms of its parts once it has been placed.
+An `Op` (`forms.py`) holds its forms and chooses one for a device, dtype and head size; a model asks for it once, when
+it has been placed on its device. The form `reference` is the formula in double precision: tests and benchmarks check
+the other forms against it.
 """
 
 from __future__ import annotations
 
 
 def forms_here() -> dict[str, str]:
-    """The form that every op runs in bf16, at heads of 64, on each kind of device of this machine, and why."""
-    import torch  # late, since whoever wants one op needs no other
+    """For every op and kind of device here, the form that runs in bf16 at heads of 64 channels, and why."""
+    import torch  # imported here, so that importing one op does not import them all
 
     from longwave.ops.attention import ATTENTION
     from longwave.ops.block_sparse import BLOCK_SPARSE

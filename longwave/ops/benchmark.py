@@ -1,7 +1,7 @@
-"""What an op says of its own benchmark: what it is given, its forms, the reference, and the work that it takes.
+"""Benchmark cases of an op: inputs, forms to time, the reference to check them against, and the least work.
 
-An op's `benchmark.py` has a function `cases(shape)`, which `longwave.benchmarks.ops.OPS` names; `longwave bench ops`
-checks and times every form of every case.
+Every op's `benchmark.py` has a function `cases(shape)`, registered in `longwave.benchmarks.ops.OPS`. `longwave bench
+ops` checks and times every form of every case.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 from longwave.costs import Work
 from longwave.ops.forms import REFERENCE, Op
 
-WHOLE = 128  # tokens at which a case is checked whole, where of a longer one only some rows are
+WHOLE = 128  # tokens of the short case of which every row is checked, where only some rows of a long case are
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes that ops are timed at: `batch` sequences of `context` tokens in a model with these heads and widths.
 
-    window: tokens that a sliding window sees, or None where no layer has one. blocks: of 64 keys, that a query of
-    block-sparse attention sees.
+    window: tokens that a query sees through a sliding window; None where no layer has a sliding window.
+    blocks: number of blocks of 64 keys that a query of block-sparse attention sees.
     """
 
     context: int
@@ -42,16 +42,16 @@ class Shape:
     blocks: int = 96
 
     def normal(self, name: str, *size: int, scale: float = 1.0) -> Tensor:
-        """Normal draws that the seed, the name and the size decide."""
+        """A tensor of normal draws, which the seed, the name and the size alone decide."""
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name} {size}".encode()))
         return (scale * torch.randn(*size, generator=generator)).to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Another function of the same inputs, for which a form stands in; its output is not compared with anything.
+    """Another function of the same inputs, timed beside the forms for comparison; its output is not checked.
 
-    forward, backward: what its two passes take at least.
+    An example is dense attention beside block-sparse attention. forward, backward: the least work of its two passes.
     """
 
     run: Callable[..., Tensor]
@@ -63,14 +63,14 @@ class Beside:
 class Case:
     """One use of an op at one shape.
 
-    quantity: the op and its use, such as `attention prefill`. tokens: new ones that it is for. context: tokens of each
-        sequence that it looks at; one where it makes no difference how many there are.
-    inputs: what every form takes; where there is a `backward`, the floating ones get gradients.
-    forms: from the inputs to an output of one tensor.
-    reference: the same in double precision, for inputs in double precision; it can be differentiated. Where all of it
-        would take too long, it gives those of the output's rows that `rows` names.
-    forward, backward: what the two passes take at least.
-    beside: by name, what else is timed in the same rounds.
+    quantity: the op and its use, such as `attention prefill`. tokens: number of new tokens that one call processes.
+    context: tokens of each sequence that the call looks at; 1 for an op whose work does not depend on it.
+    inputs: the arguments of every form; where there is a `backward`, those of floating dtype get gradients.
+    forms: by name, functions of the inputs that return one tensor.
+    reference: the formula for inputs in double precision, differentiable. Where the whole output would take too long,
+        it gives only the rows that `rows` names.
+    forward, backward: the least work of the two passes.
+    beside: by name, other functions timed in the same rounds.
     """
 
     quantity: str
@@ -86,15 +86,15 @@ class Case:
 
     @property
     def default(self) -> str:
-        """The form that models run, the others' yardstick."""
+        """The name of the form that models run by default, with which the others are compared."""
         return "compiled" if "compiled" in self.forms else "torch"
 
     @property
     def checked(self) -> str:
-        """What of the output is compared with the reference, in words."""
+        """The part of the output that is compared with the reference, in words."""
         return "all" if self.rows is None else f"{len(self.rows)} rows, all of {WHOLE} tokens"
 
 
 def forms_here(op: Op[Any], shape: Shape) -> list[str]:
-    """Of an op's forms those that can be timed: all that take these inputs, but for the reference."""
+    """The names of the forms of an op that can be timed: those that take these inputs, without the reference."""
     return [name for name in op.forms_on(shape.device, shape.dtype, shape.head_size) if name != REFERENCE]

@@ -1,7 +1,7 @@
-"""An op and its forms: which of them runs a call, and why.
+"""An op, its forms (implementations), and the choice of the form that runs a call.
 
-A form is resolved once, when a model has been placed on its device, and never inside a loop. `reference` is the plain
-twin in high precision, which only runs where it is asked for.
+The choice is made once, when a model has been placed on its device, and never inside a loop. The form `reference` is
+the formula in high precision; it runs only where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Call:
-    """What an op is to be run on. head_size: channels of a head, or 0 where an op has none or they are not known."""
+    """The properties of a call by which its form is chosen.
+
+    head_size: channels of a head; 0 where an op has no heads, or their size is not known.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -29,15 +32,16 @@ class Call:
 
 
 def takes_all(call: Call) -> str | None:
-    """Nothing speaks against a form of plain torch."""
+    """`Form.takes` of a form in plain torch, which can run every call."""
     return None
 
 
 @dataclass(frozen=True)
 class Form(Generic[R]):
-    """One way to run an op. does: what it is, in a few words.
+    """One implementation of an op.
 
-    takes: why it cannot run a call, or None if it can. A call that it takes may hold pieces that it leaves to torch.
+    run: the function. does: a description in a few words. takes: for a call, the reason why this form cannot run it, or
+    None if it can. A form may still leave parts of a call that it takes to torch.
     """
 
     run: R
@@ -47,19 +51,19 @@ class Form(Generic[R]):
 
 @dataclass
 class Op(Generic[R]):
-    """A piece of the hot maths. forms: the preferred ones first; among them is `reference`."""
+    """An operation with several forms. forms: by name, in order of preference; one of them is `reference`."""
 
     name: str
     forms: dict[str, Form[R]] = field(default_factory=dict)
 
     def register(self, name: str, form: Form[R]) -> None:
-        """Adds a form, which is preferred to the present ones wherever it takes a call."""
+        """Adds a form, which from now on is preferred wherever it takes a call."""
         self.forms = {name: form, **self.forms}
 
     def resolve(self, call: Call, asked: str | None = None) -> tuple[str, str]:
-        """The name of the form that runs a call, and why; `asked` names one that has to.
+        """The name of the form that runs a call, and why: the first in order of preference that takes it.
 
-        UserError for a form that does not exist, or does not take the call.
+        asked: the name of the form that has to run. UserError if there is no such form, or it does not take the call.
         """
         if asked is not None:
             return self._asked(asked, call), "asked for"
@@ -73,7 +77,7 @@ class Op(Generic[R]):
         raise AssertionError(f"{self.name} has no form for {call}")
 
     def forms_on(self, device: torch.device, dtype: torch.dtype = torch.float32, head_size: int = 0) -> list[str]:
-        """The forms that take calls on a device, its reference included."""
+        """The names of all forms that take calls on a device, `reference` among them."""
         call = Call(device, dtype, head_size)
         return [name for name, form in self.forms.items() if form.takes(call) is None]
 
@@ -86,7 +90,10 @@ class Op(Generic[R]):
 
 
 def on_cpu(*dtypes: torch.dtype, multiple: int = 1, largest: int = 1 << 30) -> Callable[[Call], str | None]:
-    """When a compiled kernel takes a call: on a CPU that has a compiler, in its types and head sizes."""
+    """`Form.takes` of a compiled kernel: on a CPU with a compiler, in the given dtypes.
+
+    multiple, largest: the head sizes that the kernel knows: multiples of the one, up to the other.
+    """
 
     def takes(call: Call) -> str | None:
         if call.device.type != "cpu":

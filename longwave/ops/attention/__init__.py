@@ -1,4 +1,6 @@
-"""Softmax attention over runs: causal or sliding-window, grouped heads, with or without a remembered past.
+"""Softmax attention over the runs of a stream: causal, with a sliding window or without, and grouped heads.
+
+A run is a piece of one sequence; its queries may also see keys of the sequence's past, which a state holds.
 
 Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `N` entries of the arrays of keys, `K` head size.
 """
@@ -48,12 +50,13 @@ def attention(
     want: Wanted = (),
     form: str = "torch",
 ) -> Attended:
-    """Every query attends to the keys of its run up to itself, or to the last `pattern.window` of those.
+    """Every query attends to the keys of its run up to its own, or to the last `pattern.window` of these.
 
-    key, value: head-major. places: where the keys of each run lie, the queries of run `r` being the last of them;
-    without it they are the stream's own (N = T). want: what to tell beside the output. A run without queries is passed
-    over.
+    query: token-major. key, value: head-major, as a state holds them. places: the entries of `key` and `value` that
+    belong to each run, the run's queries standing at the last of them; by default the stream's own tokens (N = T).
+    scale: factor of the scores. want: further results beside the output (`Attended`). form: a name in ATTENTION.forms.
     """
     if not query.shape[0] and places is None:
-        return Attended(query + (key.sum() + value.sum()))  # of nothing, but every projection gets its gradient
+        # Nothing attends, but query, key and value take part in the result, so that their weights get gradients of 0.
+        return Attended(query + (key.sum() + value.sum()))
     return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)

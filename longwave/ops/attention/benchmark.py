@@ -1,4 +1,4 @@
-"""How attention is timed: whole prompts, forward and backward, and one query of each sequence after its past.
+"""Benchmark cases of attention: whole prompts, forward and backward, and one query of each sequence after its past.
 
 Legend: `B` sequences of `N` tokens, `T` = B N, `H` query heads, `G` KV heads, `K` head size.
 """
@@ -16,18 +16,18 @@ from longwave.ops.attention import ATTENTION, Pattern, attention
 from longwave.ops.benchmark import Beside, Case, Shape, forms_here
 from longwave.stream import Places, Runs
 
-_OF_ONE_QUERY = ("compiled",)  # forms that leave all else to torch's
-_FEW, _SAMPLED = 512, 24  # queries that are all checked, and how many of more
+_OF_ONE_QUERY = ("compiled",)  # forms with a kernel for single queries only, which in a prompt would time torch again
+_FEW, _SAMPLED = 512, 24  # up to so many queries all are checked; of more, a sample of so many
 
 
 def cases(shape: Shape) -> list[Case]:
-    """A prompt and a decoding step; the same with a sliding window, where the model has one."""
+    """A prompt and a decoding step; both again with a sliding window, where the model has one."""
     windows = [None] if shape.window is None else [None, shape.window]
     return [make(shape, window) for window in windows for make in (_prefill, _decode)]
 
 
 def _prefill(shape: Shape, window: int | None) -> Case:
-    """Every token of B sequences attends to its own past, in the layout of a stream."""
+    """Every token of B sequences attends to its own past; the sequences lie end to end as in a stream."""
     tokens = shape.batch * shape.context
     query = shape.normal("query", tokens, shape.heads, shape.head_size)
     key, value = (shape.normal(name, tokens, shape.kv_heads, shape.head_size) for name in ("key", "value"))
@@ -50,9 +50,9 @@ def _prefill(shape: Shape, window: int | None) -> Case:
 
 
 def dense(shape: Shape, runs: Runs, kv_heads: int | None = None) -> dict[str, Beside]:
-    """Causal softmax attention over the same queries, keys and values, as what another op is compared with.
+    """Causal softmax attention over the same queries, keys and values, for the benchmark of another op.
 
-    kv_heads: where they are not those of the shape.
+    kv_heads: number of KV heads, where it is not the shape's.
     """
     flops = 4 * shape.heads * shape.head_size * shape.batch * visible_pairs(shape.context)
     heads = shape.heads + 2 * (kv_heads or shape.kv_heads)
@@ -62,7 +62,7 @@ def dense(shape: Shape, runs: Runs, kv_heads: int | None = None) -> dict[str, Be
 
 
 def _stream(query: Tensor, key: Tensor, value: Tensor, runs: Runs, **options: Any) -> Tensor:
-    """Attention of a stream to itself, its keys and values (T, G, K) as projections give them."""
+    """Attention of a stream to itself, with keys and values (T, G, K) as a layer's projections give them."""
     return attention(query, key.transpose(0, 1), value.transpose(0, 1), runs, **options).output
 
 
@@ -93,7 +93,7 @@ def _decode(shape: Shape, window: int | None) -> Case:
 
 
 def remembered(shape: Shape) -> tuple[Runs, Places]:
-    """One new token of each of B sequences, the last of the N that are remembered of it, one sequence after another."""
+    """B runs of one new token, the last of the N keys of its sequence; the sequences' keys lie one after another."""
     ends = torch.arange(1, shape.batch + 1, device=shape.device) * shape.context
     return Runs.of([1] * shape.batch, shape.device), Places(ends - shape.context, ends)
 
@@ -103,9 +103,10 @@ def _suffix(window: int | None) -> str:
 
 
 def sample(tokens: int, shape: Shape) -> Tensor | None:
-    """Rows to check, of the later halves of their runs and the last of all; None for all of few.
+    """The rows to check, all from the later halves of their runs, with the last of the stream; None for every row.
 
-    The gradients of the first rows are differences of large numbers, which would hide those of the others.
+    Rows in the first half are left out, since their gradients are differences of large numbers, whose rounding would
+    hide the errors of the others.
     """
     if tokens <= _FEW:
         return None
@@ -118,7 +119,7 @@ def sample(tokens: int, shape: Shape) -> Tensor | None:
 def _rows_of_prefill(
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, context: int, pattern: Pattern, scale: float
 ) -> Tensor:
-    """The reference of those rows, of all by default: each is the last query of the keys before it."""
+    """The reference output of the given rows (all by default), each as the last query over the keys up to it."""
     found = []
     for row in range(len(query)) if rows is None else rows.tolist():
         begin, end = row - row % context, row + 1

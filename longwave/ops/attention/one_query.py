@@ -1,4 +1,4 @@
-"""The compiled form of attention: single queries over remembered keys (`one_query.c`), everything else through torch.
+"""The compiled form of attention: a kernel for single queries over a state's keys (`one_query.c`); torch does the rest.
 
 Legend: `S` sequences with one query each, `H` query heads, `G` KV heads, `N` keys of one sequence, `K` head size.
 """
@@ -32,7 +32,7 @@ def attention(
     scale: float,
     want: Wanted,
 ) -> Attended:
-    """Queries (T, H, K) of each run against its keys and values (G, N, K), of which they are the last."""
+    """Attention as `longwave.ops.attention.attention` defines it: queries (T, H, K), keys and values (G, N, K)."""
     if places is None or not _is_for_kernel(query, key, value) or 1 not in runs.lengths:
         return sdpa.attention(query, key, value, runs, places, pattern, scale, want)
     if runs.longest == 1:
@@ -45,7 +45,7 @@ def attention(
 def _mixed(
     query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places, window: int | None, scale: float
 ) -> Tensor:
-    """Single queries through the kernel, longer runs through torch."""
+    """The runs of one query through the kernel, longer runs through torch."""
     lengths, outputs = runs.lengths, list(query.split(runs.lengths))
     single = [run for run, length in enumerate(lengths) if length == 1]
     chosen = torch.tensor(single)
@@ -60,9 +60,9 @@ def _mixed(
 
 
 def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes single queries of these: inference on a CPU, types and head sizes that it knows.
+    """Whether the kernel takes these tensors: at inference, on a CPU, in dtypes and head sizes that it knows.
 
-    The tokens of every KV head have to lie side by side.
+    The keys and values of every KV head have to lie side by side in memory, token after token.
     """
     known = query.dtype in _DTYPES and query.shape[-1] % 32 == 0 and query.device.type == "cpu"
     if not known or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -74,13 +74,14 @@ def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _one_query(
     query: Tensor, key: Tensor, value: Tensor, places: Places, of_query: Tensor, window: int | None, scale: float
 ) -> Tensor:
-    """query (S, H, K), of the runs `of_query` (S) -> (S, H, K)."""
+    """Outputs (S, H, K) of single queries (S, H, K); of_query: the run of each, (S)."""
     begins, ends = places.begins.index_select(0, of_query), places.ends.index_select(0, of_query)
     if window is not None:
         begins = torch.maximum(begins, ends - window)
     return torch.ops.longwave.one_query_attention.default(query, key, value, begins, ends, scale)
 
 
+# A registered torch op, so that torch.compile can trace past the call into C.
 torch.library.define(
     "longwave::one_query_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor begins, Tensor ends, float scale) -> Tensor",

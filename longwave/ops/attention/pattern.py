@@ -1,4 +1,4 @@
-"""Which keys a query of softmax attention sees, and what attention can tell beside its output.
+"""Arguments and results of softmax attention: which keys a query sees, and further results beside the output.
 
 Legend: `T` tokens of the stream, `H` query heads, `K` head size, `N` entries of the arrays of keys.
 """
@@ -18,7 +18,7 @@ Wanted: TypeAlias = Collection[Extra]
 
 @dataclass(frozen=True)
 class Pattern:
-    """What of its run's past a query sees: all of it, or the last `window` keys, its own included."""
+    """The keys of its run that a query sees: all up to its own, or the last `window` of them (a sliding window)."""
 
     window: int | None = None
 
@@ -27,11 +27,12 @@ CAUSAL = Pattern()
 
 
 class Attended(NamedTuple):
-    """The outcome of attention.
+    """The result of attention; `lse` and `column_sums` only where they were asked for, in fp32 or wider.
 
-    lse: the log of the sum of exponentials of a query's scores, by which two results over different keys are merged
-        (ring attention, Liu et al. 2023). column_sums: the weight that each key gets of all queries of the call (H2O,
-        Zhang et al. 2023); 0 for entries that belong to no run. Both in fp32 or wider, and only if they were wanted.
+    lse: log-sum-exp of each query's scores, with which results over different keys can be merged (ring attention, Liu
+        et al. 2023).
+    column_sums: for each key the sum of its weights over all queries of the call (H2O, Zhang et al. 2023); 0 for
+        entries that belong to no run.
     """
 
     output: Float[Tensor, "T H K"]

@@ -1,4 +1,4 @@
-"""Runs of different lengths in one kernel on a GPU: PyTorch's variable-length flash attention, with grouped heads.
+"""Attention over runs of different lengths in one kernel on a GPU: PyTorch's variable-length flash attention.
 
 Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `K` head size, `R` runs.
 """
@@ -14,7 +14,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from longwave.stream import Runs
 
-# PyTorch 2.11 takes grouped heads as they come; later it wants to be told.
+# PyTorch 2.11 accepts grouped heads without an option; later versions need enable_gqa.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
@@ -26,7 +26,7 @@ def takes(query: Tensor) -> bool:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, runs: Runs, window: int | None, scale: float) -> Tensor:
-    """Each run attends to itself: query (T, H, K), key and value (G, T, K)."""
+    """Attention of each run to itself: query (T, H, K), key and value (G, T, K) -> (T, H, K)."""
     seen = (-1 if window is None else window - 1, 0)
     places = (runs.bounds32, runs.bounds32, runs.most, runs.most)
     rows = (query, key.transpose(0, 1), value.transpose(0, 1))

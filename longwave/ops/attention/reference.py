@@ -1,4 +1,4 @@
-"""Softmax attention as the formula says it, in double precision: the documentation of the maths."""
+"""The reference form of softmax attention: the formula in double precision, query by query."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def attention(
 ) -> Attended:
     """o_t = sum_u softmax_u(scale q_t . k_u) v_u over the visible keys u, one query at a time.
 
-    The queries (T, H, K) of run `r` are the last of its keys, which lie at `places` in key and value (G, N, K): query i
-    of L sees all but the last L - 1 - i of them, or the last `window` of those. Query head h reads KV head h // (H / G)
-    (Ainslie et al. 2023, grouped-query attention).
+    The L queries of a run (rows of `query`, (T, H, K)) stand at the last L of its keys, which lie at `places` in key
+    and value (G, N, K). Query i sees the run's keys up to its own place, or the last `window` of these. Query head h
+    reads KV head h // (H / G) (grouped-query attention, Ainslie et al. 2023).
     """
     places = places or Places(runs.bounds[:-1], runs.bounds[1:])
     wide = torch.promote_types(query.dtype, torch.float32)

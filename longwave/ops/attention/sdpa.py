@@ -1,4 +1,4 @@
-"""Softmax attention through PyTorch's scaled_dot_product_attention: the fast form without kernels of our own.
+"""The torch form of softmax attention: through PyTorch's scaled_dot_product_attention, without kernels of our own.
 
 Legend: `L` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` head size, `B` runs of one length.
 """
@@ -29,7 +29,7 @@ def attention(
     scale: float,
     want: Wanted,
 ) -> Attended:
-    """Queries (T, H, K) of each run against its keys and values (G, N, K), of which they are the last."""
+    """Attention as `longwave.ops.attention.attention` defines it: queries (T, H, K), keys and values (G, N, K)."""
     output = _output(query, key, value, runs, places, pattern.window, scale)
     return with_extras(output, query, key, runs, places, pattern, scale, want)
 
@@ -61,7 +61,11 @@ def by_run(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """The runs one after the other: queries (T, H, K), and each run's keys and values (G, n, K)."""
+    """Attention run by run.
+
+    query: (T, H, K), the runs of `lengths` end to end. pieces: for each run its keys and values (G, n, K), at the last
+    of which its queries stand.
+    """
     of_runs = zip(query.split(lengths), pieces, strict=True)
     outputs = [_run(piece, *keys, window, scale) for piece, keys in of_runs if piece.shape[0]]
     if len(outputs) == 1:
@@ -72,10 +76,10 @@ def by_run(
 def single_queries(
     query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places, window: int | None, scale: float
 ) -> Tensor | None:
-    """At most one query of each run against its keys, in one call for all; None where these are not laid out for it.
+    """Attention of at most one query of each run, in one call for all runs; None where keys are not laid out for it.
 
-    The keys of the runs have to begin at equal distances, as those of sequences do that are decoded together. What an
-    array holds behind a run's keys is read and weighed by 0, so it must be finite.
+    The keys of the runs have to begin at equal distances, as they do in the state of sequences that are decoded
+    together. Entries behind a run's keys are read as well and weighted by 0, so they must be finite.
     """
     spans, count = places.spans, runs.count
     step = spans[1][0] - spans[0][0] if count > 1 else key.shape[1] - spans[0][0] if count else 0
@@ -102,14 +106,14 @@ def single_queries(
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor, runs: int, window: int | None, scale: float) -> Tensor:
-    """Runs of one length, each attending to itself: query (T, H, K), key and value (G, T, K), T = runs * L."""
+    """Runs of one length in one call, each attending to itself: query (T, H, K), key, value (G, T, K), T = runs * L."""
     rows = (query, key.transpose(0, 1), value.transpose(0, 1))
     query, key, value = (part.unflatten(0, (runs, -1)).transpose(1, 2) for part in rows)
     return _causal(query, key, value, window, scale).transpose(1, 2).flatten(0, 1)
 
 
 def _run(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """One run: query (L, H, K) and head-major key, value (G, N, K) -> (L, H, K)."""
+    """Attention of one run: query (L, H, K) and head-major key, value (G, N, K) -> (L, H, K)."""
     if query.shape[0] == 1:
         return _one_query(query, key, value, window, scale)
     heads_first = query.transpose(0, 1).unsqueeze(0)
@@ -117,7 +121,11 @@ def _run(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: f
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """A single query sees every key: the heads of a group become rows that read their keys once."""
+    """Attention of a single query (1, H, K), which sees every key (G, N, K), or the last `window` of them.
+
+    The H / G query heads of a KV head become the rows of one product, so that its keys are read once and not H / G
+    times.
+    """
     if window is not None:
         key, value = key[:, -window:], value[:, -window:]
     grouped = query.reshape(1, key.shape[0], -1, query.shape[-1])
@@ -128,7 +136,7 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor, window: int | None, sc
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float) -> Tensor:
-    """query (B, H, L, K), key and value (B, G, N, K), the queries being the last L of the N -> (B, H, L, K)."""
+    """Causal attention: query (B, H, L, K) at the last L places of key, value (B, G, N, K) -> (B, H, L, K)."""
     length, total = query.shape[2], key.shape[2]
     if window is not None and window < total:
         return _banded(query, key, value, window, scale)
@@ -140,10 +148,11 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-    """Attention whose KV heads serve groups of query heads.
+    """scaled_dot_product_attention with fewer KV heads than query heads.
 
-    On a GPU only PyTorch's flash kernel knows groups. What stands in for the others would hold every score (7.2 GiB in
-    fp32 at 8k tokens and 12 heads), so there each query head gets keys and values of its own.
+    On a GPU only PyTorch's flash kernel supports groups. Elsewhere its fallback would hold all scores at once (7.2 GiB
+    in fp32 at 8k tokens and 12 heads), so keys and values are repeated for every query head, which other kernels
+    support.
     """
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.is_cuda and not _is_for_flash(query, options.get("attn_mask")):
@@ -153,11 +162,16 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tenso
 
 
 def _is_for_flash(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's flash kernel takes the call on a GPU: half precision, and no mask but the causal one."""
     return query.dtype in (torch.bfloat16, torch.float16) and (mask is None or isinstance(mask, CausalBias))
 
 
 def _past_and_own(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """A chunk against its past (no mask) and itself (causal), merged by log-sum-exp: no (L x N) mask is ever held."""
+    """Causal attention as the merger of two calls: over the past (no mask) and over the chunk itself (causal).
+
+    It gives the same result as one call with an (L, N) mask, which would be large and slow. Softmax over both sets of
+    keys is the mean of the two outputs, weighted by the exponentials of their log-sum-exps.
+    """
     past = key.shape[2] - query.shape[2]
     before, before_lse = _with_lse(query, key[:, :, :past], value[:, :, :past], False, scale)
     own, own_lse = _with_lse(query, key[:, :, past:], value[:, :, past:], True, scale)
@@ -166,12 +180,15 @@ def _past_and_own(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 
 def _with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp (B, H, L) of torch's CPU flash kernel, which takes grouped heads by their strides."""
+    """Output (B, H, L, K) and log-sum-exp (B, H, L) of torch's flash kernel for CPUs, which supports grouped heads."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float) -> Tensor:
-    """Sliding window: tiles of `window` queries against the at most 2 * window - 1 keys they see."""
+    """Sliding-window attention in tiles of `window` queries, each against the at most 2 * window - 1 keys it sees.
+
+    The work then grows with L * window and not with L * N.
+    """
     length, total = query.shape[2], key.shape[2]
     tiles = []
     for start in range(0, length, window):
@@ -185,7 +202,7 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float
 
 
 def _band(length: int, total: int, window: int, device: torch.device) -> Tensor:
-    """(L, N) mask of the `window` keys that end at each query, the queries being the last of the keys."""
+    """The (L, N) mask of a sliding window: query i, at place N - L + i, sees the last `window` keys up to its place."""
     query = torch.arange(total - length, total, device=device).unsqueeze(1)
     key = torch.arange(total, device=device)
     return (key <= query) & (key > query - window)

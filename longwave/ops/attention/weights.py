@@ -1,4 +1,4 @@
-"""The weights of softmax attention themselves, a chunk of queries at a time, and what they add up to.
+"""The weights of softmax attention, chunk by chunk of queries, and their log-sum-exps and column sums.
 
 Legend: `T` queries of one run, `C` queries of a chunk, `N` keys, `H` query heads, `G` KV heads, `K` head size.
 """
@@ -15,12 +15,15 @@ from torch import Tensor
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
 from longwave.stream import Places, Runs
 
-_MOST = 1 << 23  # weights that are held at once
-_SHORTEST = 64  # queries of a chunk, however short the window
+_MOST = 1 << 23  # weights held at once
+_SHORTEST = 64  # the least queries of a chunk with a short sliding window, whose chunks would be too many otherwise
 
 
 class Weights(NamedTuple):
-    """The weights of the queries from `query` on, for the keys from `key` on; zero where a query cannot see a key."""
+    """The weights of a chunk of queries. query, key: the places of the first query and of the first key of the array.
+
+    Weights are 0 where a query does not see a key; all keys before `key` are out of the chunk's sight.
+    """
 
     query: int
     key: int
@@ -35,9 +38,10 @@ def attention_weights(
     scale: float,
     most: int = _MOST,
 ) -> Iterator[Weights]:
-    """softmax_u(scale q_t . k_u) of one run that attends to itself, in fp32 or better, in the order of its queries.
+    """The weights softmax_u(scale q_t . k_u) of a run that attends to itself, in fp32 or wider, in the queries' order.
 
-    most: weights held at once, about; no (T x T) array ever exists. The maths are those of `reference.attention`.
+    window: of a sliding window, in tokens. most: about how many weights are held at once; no (T, T) array is made.
+    `reference.attention` has the formula.
     """
     for start, first, scores in _scores(query, key, window, scale, most):
         yield Weights(start, first, scores.softmax(-1))
@@ -53,7 +57,7 @@ def with_extras(
     scale: float,
     want: Wanted,
 ) -> Attended:
-    """An output with what else is wanted, worked out from queries and keys in chunks."""
+    """An output together with the further results in `want`, computed from queries and keys chunk by chunk."""
     if not want:
         return Attended(output)
     spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
@@ -72,12 +76,15 @@ def with_extras(
 def _scores(
     query: Float[Tensor, "T H K"], key: Float[Tensor, "N G K"], window: int | None, scale: float, most: int
 ) -> Iterator[tuple[int, int, Float[Tensor, "H C n"]]]:
-    """Chunks of queries, the last of the keys: their first query, their first key, and scores, -inf where not seen."""
+    """For each chunk of queries: its first query, its first key, and its scores, -inf where a key is not seen.
+
+    The queries stand at the last T of the N keys.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     tokens, heads = query.shape[:2]
     past = key.shape[0] - tokens
     grouped, key = query.to(dtype).unflatten(1, (key.shape[1], -1)), key.to(dtype)
-    longest = tokens if window is None else max(window, _SHORTEST)  # a chunk as long as a window sees two of them
+    longest = tokens if window is None else max(window, _SHORTEST)  # such a chunk sees two windows' worth of keys
     chunk = max(1, min(longest, most // max(1, heads * min(past + tokens, 2 * longest))))
     for start in range(0, tokens, chunk):
         stop = min(start + chunk, tokens)
@@ -88,6 +95,6 @@ def _scores(
 
 
 def _visible(start: int, stop: int, first: int, window: int | None, device: torch.device) -> Tensor:
-    """(C, n): which of the keys first ... stop - 1 each query at start ... stop - 1 sees."""
+    """The (C, n) mask: which keys, from `first` up to `stop`, each query from `start` up to `stop` sees."""
     query, key = torch.arange(start, stop, device=device).unsqueeze(1), torch.arange(first, stop, device=device)
     return (key <= query) & (key > query - (window or stop))

@@ -1,11 +1,12 @@
-"""Block-sparse attention (InfLLM-V2, arXiv 2509.24663): every query sees the blocks of keys that score best for it.
+"""Block-sparse attention (InfLLM-V2, arXiv 2509.24663): every query attends to the blocks of keys that score best.
 
-A block's score is the largest attention to the means of windows of keys that overlap it, summed over the heads of a
-group; the first blocks and those just before a query are always seen. Nothing is learned for it, and no gradient flows
-through the choice. Work grows with the context only in the scores, of 1 / stride as many entries as there are keys.
+Scores come from compressed keys, each the mean of a window of keys: a block's score is the largest attention weight,
+summed over the heads of a group, of the compressed keys whose windows overlap it. The first blocks and the blocks just
+before a query are always seen. The choice has no weights of its own, and no gradient flows through it. Only the scores
+take work that grows with the context, and there are `stride` times fewer compressed keys than keys.
 
 Legend: `T` tokens of the stream, `H` query heads, `G` KV heads, `N` keys of one run, `K` and `V` sizes of
-a head's keys and values, `n` windows.
+a head's keys and values, `n` compressed keys.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Denominator: TypeAlias = Literal["coarse", "exact"]
 
 @dataclass(frozen=True)
 class Compressed:
-    """The means of windows of keys, fine and coarse (G, n, K), and where those of each run lie in them."""
+    """Fine and coarse compressed keys (G, n, K) of all runs, and the spans of them that belong to each run."""
 
     fine: Float[Tensor, "G n1 K"]
     fine_spans: Spans
@@ -51,16 +52,19 @@ class Compressed:
     coarse_spans: Spans
 
     def of(self, run: int) -> tuple[Tensor, Tensor]:
-        """Those of one run."""
+        """The fine and the coarse compressed keys of one run."""
         fine, coarse = slice(*self.fine_spans[run]), slice(*self.coarse_spans[run])
         return self.fine[:, fine], self.coarse[:, coarse]
 
 
-_SPAN = 1 << 14  # queries whose lists of blocks are held at once, where no gradient needs them later
+_SPAN = 1 << 14  # queries whose lists of blocks are held at once at inference; a backward pass needs all of them
 
 
 class Passes(NamedTuple):
-    """How blocks are chosen, and how queries attend to them, of one run: `select` and `attend` say with what."""
+    """The two steps of a form, for one run: choosing blocks, and attending to them.
+
+    The functions `select` and `attend` below document the arguments.
+    """
 
     select: Callable[[Tensor, Tensor, Tensor, int, Geometry, float, bool, int], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
@@ -94,13 +98,14 @@ def select(
     budget: int | None = None,
     form: str = "torch",
 ) -> Int32[Tensor, "G T topk"]:
-    """The blocks that each query sees, ascending, -1 behind the last; query i stands at place first + i of its run.
+    """The numbers of the blocks that each query sees, ascending, filled up with -1; of equal scores the earlier block.
 
-    fine, coarse: `compress` of its keys. denominator: of the softmax whose weights score windows, "exact" over the fine
-    windows themselves. Of blocks that score alike the one before is taken. budget: bytes of scores held at once, about.
+    first: the place of the first query in its run. fine, coarse: the run's compressed keys (`compress`).
+    denominator: of the softmax whose weights are the scores: over the coarse compressed keys, or "exact" over the fine.
+    budget: about how many bytes of scores are held at once.
     """
     for table, size in ((fine, geometry.fine), (coarse, geometry.coarse)):
-        assert table.shape[1] >= compressed_count(first + query.shape[0], *size), "windows of the last keys are missing"
+        assert table.shape[1] >= compressed_count(first + query.shape[0], *size), "compressed keys are missing"
     most = tiles.budget_of(query.device) if budget is None else budget
     return BLOCK_SPARSE.forms[form].run.select(
         query, fine, coarse, first, geometry, scale, denominator == "exact", most
@@ -118,7 +123,7 @@ def attend(
     scale: float,
     form: str = "torch",
 ) -> Float[Tensor, "T H V"]:
-    """Every query attends to the keys of its group's blocks up to itself; query i stands at place first + i."""
+    """Every query attends to the keys of its blocks, up to its own place; query i stands at place first + i."""
     assert first + query.shape[0] <= keys.shape[1], "keys of the last queries are missing"
     return BLOCK_SPARSE.forms[form].run.attend(query, keys, values, blocks, first, block_size, scale)
 
@@ -138,17 +143,21 @@ def block_sparse_attention(
     form: str = "torch",
     dense_form: str = "torch",
 ) -> Float[Tensor, "T H K"]:
-    """Every query attends to the best blocks of its run up to itself.
+    """Every query attends to the best blocks of its run, up to its own place.
 
-    key, value: head-major. places: where the keys of each run lie, the queries of run `r` being the last of them;
-    without it they are the stream's own (N = T). compressed: the fine and the coarse windows of the keys, made here by
-    default. dense_below: a query sees everything while its context, itself included, is shorter than this (or this of
-    its run), and in any case while that is at most `topk` blocks; `dense_form` of attention does it.
+    query: token-major. key, value: head-major. places: the entries of `key` and `value` that belong to each run, the
+    run's queries standing at the last of them; by default the stream's own tokens (N = T).
+    compressed: the compressed keys of all runs; made here by default.
+    dense_below: a query attends to all of its context while that is shorter than this many tokens, its own included
+    (one number, or one for each run), and in any case while it is at most `topk` blocks. form: of block-sparse
+    attention;
+    dense_form: of the dense attention of those queries.
     """
     below = (dense_below,) * runs.count if isinstance(dense_below, int) else dense_below
     bounds = [geometry.dense(one) for one in below]
     spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
     firsts = [end - begin - length for (begin, end), length in zip(spans, runs.lengths, strict=True)]
+    # The queries of a run are in order of their context, so the dense ones come first: `early` counts them.
     early = tuple(min(max(end - first, 0), n) for end, first, n in zip(bounds, firsts, runs.lengths, strict=True))
     options = {"scale": scale, "form": dense_form}
     if early == runs.lengths:
@@ -172,7 +181,7 @@ def block_sparse_attention(
 
 
 def _early_runs(lengths: tuple[int, ...], spans: Spans, device: torch.device) -> tuple[Runs, Places]:
-    """The first queries of every run as runs of their own, and the keys that these see."""
+    """The dense queries of every run as runs of their own, and the places of the keys that they see."""
     begins, ends = torch.tensor(spans, device=device).T
     return Runs.of(lengths, device), Places(begins, ends, spans)
 
@@ -187,15 +196,15 @@ def _late(
     denominator: Denominator,
     form: str,
 ) -> Tensor:
-    """The last queries of one run, which see the best blocks."""
+    """Block-sparse attention of the last queries of one run, in spans that bound the lists of blocks held at once."""
     if not query.shape[0]:
         return query
-    windows_of = compressed or (compress(keys, *geometry.fine), compress(keys, *geometry.coarse))
+    tables = compressed or (compress(keys, *geometry.fine), compress(keys, *geometry.coarse))
     span = query.shape[0] if torch.is_grad_enabled() else _SPAN
     first, found = keys.shape[1] - query.shape[0], []
     for piece in query.split(span):
         options = {"scale": scale, "form": form}
-        blocks = select(piece, *windows_of, first, geometry, denominator=denominator, **options)
+        blocks = select(piece, *tables, first, geometry, denominator=denominator, **options)
         found.append(attend(piece, keys, values, blocks, first, geometry.block_size, **options))
         first += piece.shape[0]
     return found[0] if len(found) == 1 else torch.cat(found)

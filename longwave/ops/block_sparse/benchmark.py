@@ -1,4 +1,4 @@
-"""How block-sparse attention is timed: whole prompts, forward and backward, and one query of each sequence.
+"""Benchmark cases of block-sparse attention: whole prompts, forward and backward, and one query of each sequence.
 
 Legend: `B` sequences of `N` tokens, `T` = B N, `H` query heads, `G` KV heads, `K` head size.
 """
@@ -24,7 +24,7 @@ _SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_bl
 
 
 def cases(shape: Shape) -> list[Case]:
-    """A prompt and a decoding step: at the sizes of MiniCPM-SALA where the context is longer than what they see."""
+    """A prompt and a decoding step: at MiniCPM-SALA's sizes if a query then sees less than the context, else small."""
     published = replace(_PUBLISHED, topk=shape.blocks)
     geometry = published if shape.context > published.dense(0) else _SMALL
     return [_prefill(shape, geometry), _decode(shape, geometry)]
@@ -35,7 +35,7 @@ def _name(use: str, geometry: Geometry) -> str:
 
 
 def _prefill(shape: Shape, geometry: Geometry) -> Case:
-    """Every token of B sequences chooses among the blocks of its past and attends, in the layout of a stream."""
+    """Every token of B sequences, laid end to end as in a stream, chooses among the blocks of its past and attends."""
     tokens, size = shape.batch * shape.context, shape.head_size
     query = shape.normal("query", tokens, shape.heads, size)
     key, value = (shape.normal(name, tokens, shape.kv_heads, size) for name in ("key", "value"))
@@ -59,16 +59,16 @@ def _prefill(shape: Shape, geometry: Geometry) -> Case:
 
 
 def _stream(query: Tensor, key: Tensor, value: Tensor, runs: Runs, geometry: Geometry, **options: Any) -> Tensor:
-    """The op on keys and values (T, G, K) as projections give them."""
+    """Block-sparse attention of a stream to itself, with keys and values (T, G, K) as projections give them."""
     return block_sparse_attention(query, key.transpose(0, 1), value.transpose(0, 1), runs, None, geometry, **options)
 
 
 def _rows_of_prefill(
     query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, shape: Shape, geometry: Geometry
 ) -> Tensor:
-    """The reference of those rows, of all by default, each the last query of the keys before it.
+    """The reference output of the given rows (all by default), each as the last query over the keys up to it.
 
-    Windows are rounded to the type of the keys that are timed, so that the same blocks are chosen.
+    Compressed keys are rounded to the dtype that is timed, so that the reference chooses the same blocks.
     """
     found = []
     for row in range(len(query)) if rows is None else rows.tolist():
@@ -84,7 +84,7 @@ def _rows_of_prefill(
 
 
 def _decode(shape: Shape, geometry: Geometry) -> Case:
-    """One query of each of B sequences attends to N remembered keys, whose windows are remembered as well."""
+    """One query of each of B sequences attends to N remembered keys, whose compressed keys are remembered as well."""
     past = (shape.kv_heads, shape.batch * shape.context, shape.head_size)
     query = shape.normal("query", shape.batch, shape.heads, shape.head_size)
     keys, values = shape.normal("keys", *past), shape.normal("values", *past)
@@ -126,6 +126,6 @@ def _decode_of(
 
 
 def _even(entries: Tensor, sequences: int) -> Spans:
-    """Where the entries (G, n, K) of each of several sequences lie, as many of each."""
+    """The spans of the entries (G, n, K) of each sequence, all sequences having equally many, end to end."""
     count = entries.shape[1] // sequences
     return [(index * count, (index + 1) * count) for index in range(sequences)]

@@ -1,4 +1,4 @@
-"""Attention to given blocks with its gradient, over a pair of passes that some form brings.
+"""Attention to given blocks as a torch function with a gradient, around the forward and backward pass of a form.
 
 Legend: `T` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` head size.
 """
@@ -17,7 +17,12 @@ from longwave.ops.block_sparse import tiles
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward: query, keys, values, blocks, first, block size and scale -> output and log-sum-exp; and its backward."""
+    """The forward and backward pass of a form.
+
+    forward: (query, keys, values, blocks, first, block_size, scale) -> output and log-sum-exp. backward: (gradient of
+    the output, query, keys, values, blocks, output, log-sum-exp, first, block_size, scale) -> gradients of query, keys
+    and values.
+    """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -36,7 +41,7 @@ def attend(
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """query (T, H, K), keys and values (G, N, K), blocks (G, T, topk) -> (T, H, K)."""
+    """Attention of query (T, H, K) to the blocks (G, T, topk) of keys and values (G, N, K) -> (T, H, K)."""
     wanted = torch.is_grad_enabled() and any(one.requires_grad for one in (query, keys, values))
     if not wanted:
         return passes.forward(query, keys, values, blocks, first, block_size, scale)[0]
@@ -44,7 +49,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps the output and its log-sum-exp; the backward pass makes the weights again."""
+    """Keeps the output and the log-sum-exps, from which the backward pass computes the attention weights again."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,8 @@
-"""The sizes of block-sparse attention, and the compressed keys that blocks are scored by.
+"""The sizes of block-sparse attention, and the compressed keys by which blocks are scored.
 
-Legend: `N` keys of one run, `G` KV heads, `K` head size, `n` windows.
+A compressed key is the mean of a window of `width` keys, and a window begins every `stride` keys.
+
+Legend: `N` keys of one run, `G` KV heads, `K` head size, `n` compressed keys.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from longwave.errors import require
 
 @dataclass(frozen=True)
 class Geometry:
-    """Which keys a query sees: `topk` blocks of `block_size` keys, forced ones included (InfLLM-V2, arXiv 2509.24663).
+    """The sizes that decide which keys a query sees (InfLLM-V2, arXiv 2509.24663).
 
-    kernel_size, stride: keys of a fine window, and between the starts of two. init_blocks: blocks at the start that
-    every query sees. local_blocks: blocks before its own that it sees (the window in keys / block_size).
+    kernel_size, stride: width and distance, in keys, of the windows of fine compressed keys.
+    block_size: keys of a block. topk: number of blocks that a query sees, forced ones included.
+    init_blocks: number of blocks at the start of a run that every query sees. local_blocks: number of blocks just
+    before its own that a query always sees (its sliding window).
     """
 
     kernel_size: int
@@ -30,7 +34,7 @@ class Geometry:
     local_blocks: int
     topk: int
 
-    coarser: ClassVar[int] = 4  # times as wide and as far apart as the fine windows are the coarse ones
+    coarser: ClassVar[int] = 4  # coarse windows are so many times as wide and as far apart as fine ones
 
     def __post_init__(self) -> None:
         least = {"kernel_size": 1, "stride": 1, "block_size": 1, "init_blocks": 0, "local_blocks": 0, "topk": 1}
@@ -43,70 +47,75 @@ class Geometry:
 
     @property
     def forced(self) -> int:
-        """Blocks that are always seen: the first ones, the query's own, and those before it."""
+        """The number of blocks that are always seen: the first ones, the query's own, and the ones just before it."""
         return self.init_blocks + self.local_blocks + 1
 
     def dense(self, below: int) -> int:
-        """The place from which on a query chooses, where those whose context is shorter than `below` see everything."""
+        """The first place at which a query chooses blocks; all queries before it see all of their context.
+
+        below: the least number of tokens of context, the query's own included, at which to choose.
+        """
         return max(self.topk * self.block_size, below - 1)
 
     @property
     def strides(self) -> int:
-        """Strides of a block; windows r b - 1 ... r b + r - 1 overlap block b, r being these."""
+        """r, the number of strides in a block: the fine windows r b - 1 ... r b + r - 1 overlap block b."""
         return self.block_size // self.stride
 
     @property
     def fine(self) -> tuple[int, int]:
-        """Width and stride of the windows that score blocks."""
+        """Width and stride of the fine windows, by which blocks are scored."""
         return self.kernel_size, self.stride
 
     @property
     def coarse(self) -> tuple[int, int]:
-        """Width and stride of the windows that make the softmax's denominator."""
+        """Width and stride of the coarse windows, which give the softmax's denominator."""
         return self.coarser * self.kernel_size, self.coarser * self.stride
 
 
 def compressed_count(tokens: int, width: int, stride: int) -> int:
-    """How many complete windows so many tokens hold; those that a query at place t sees are of t + 1 tokens."""
+    """The number of compressed keys (complete windows) of so many tokens; a query at place t sees those of t + 1."""
     return max(0, (tokens - width) // stride + 1)
 
 
 def attended_pairs(tokens: int, geometry: Geometry, dense_below: int = 0) -> int:
-    """Pairs of a query and a key that it attends to, in a run of so many tokens."""
+    """The number of pairs of a query and a key that it attends to, in a run of so many tokens."""
     dense, size = min(tokens, geometry.dense(dense_below)), geometry.block_size
     late = (tokens - dense) * ((geometry.topk - 1) * size + 1) + _places(tokens, size) - _places(dense, size)
     return dense * (dense + 1) // 2 + late
 
 
 def scored_pairs(tokens: int, geometry: Geometry, dense_below: int = 0, exact: bool = False) -> int:
-    """Pairs of a query and a window, fine or (but for an exact denominator) coarse, that it is compared with."""
+    """The number of pairs of a query and a compressed key that it is compared with; coarse ones only unless `exact`."""
     dense = min(tokens, geometry.dense(dense_below))
     sizes = (geometry.fine,) if exact else (geometry.fine, geometry.coarse)
     return sum(_summed_counts(tokens, *size) - _summed_counts(dense, *size) for size in sizes)
 
 
 def _places(tokens: int, size: int) -> int:
-    """How far each of the first tokens stands into its block, added up."""
+    """The sum over the first `tokens` tokens of their places within their blocks."""
     whole, rest = divmod(tokens, size)
     return whole * (size * (size - 1) // 2) + rest * (rest - 1) // 2
 
 
 def _summed_counts(tokens: int, width: int, stride: int) -> int:
-    """The complete windows of 1, 2, ... tokens, added up."""
+    """The sum of `compressed_count` over 1, 2, ..., `tokens` tokens."""
     whole, rest = divmod(max(0, tokens - width + 1), stride)
     return stride * whole * (whole + 1) // 2 + rest * (whole + 1)
 
 
 @torch.no_grad()
 def compress(keys: Float[Tensor, "G N K"], width: int, stride: int) -> Float[Tensor, "G n K"]:
-    """The means of all complete windows of `width` keys, a multiple of `stride`, one each `stride`.
+    """The compressed keys: means of all complete windows of `width` keys (a multiple of `stride`), one every `stride`.
 
-    Summed in fp32 or better, always in one order: an entry is the same to the bit whatever follows its window, and from
-    whichever place of the run, a multiple of the stride, the keys begin.
+    Sums are in fp32 or wider and always in the same order, so that a compressed key is the same to the bit whatever
+    keys
+    follow its window, and at whichever multiple of the stride the given keys begin: appending to a state changes none.
     """
     count, strides = compressed_count(keys.shape[1], width, stride), width // stride
     if not count:
         return keys[:, :0]
+    # Windows overlap: sums of single strides first, and then each window from the sums of its strides.
     pieces = keys[:, : (count - 1 + strides) * stride].unflatten(1, (-1, stride))
     sums = pieces[:, :, 0].to(torch.promote_types(keys.dtype, torch.float32), copy=True)
     for i in range(1, stride):

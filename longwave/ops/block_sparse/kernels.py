@@ -1,6 +1,6 @@
-"""The compiled form of block-sparse attention: `select.c`, `attend.c` and `attend_keys.c`; else through torch.
+"""The compiled form of block-sparse attention: the kernels of `select.c`, `attend.c` and `attend_keys.c` as torch ops.
 
-Legend: `T` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` head size, `n` windows.
+Legend: `T` queries and `N` keys of one run, `H` query heads, `G` KV heads, `K` head size, `n` compressed keys.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from longwave.ops.block_sparse import differentiable, tiles
 from longwave.ops.block_sparse.geometry import Geometry
 
 _DTYPES = (torch.bfloat16, torch.float32)
-_WIDEST = 256  # entries of a head that the kernels take
+_WIDEST = 256  # the largest head size that the kernels take
 
 
 def select(
     query: Tensor, fine: Tensor, coarse: Tensor, first: int, geometry: Geometry, scale: float, exact: bool, budget: int
 ) -> Tensor:
-    """The blocks (G, T, topk) that queries (T, H, K) see, ascending, then -1; a tile's work is a few hundred KiB."""
+    """The blocks (G, T, topk) that queries (T, H, K) see, ascending, filled up with -1; see `tiles.select`.
+
+    The kernel needs no budget: its tiles work in a few hundred KiB.
+    """
     if not _known(query, fine, coarse):
         return tiles.select(query, fine, coarse, first, geometry, scale, exact, budget)
     sizes = [geometry.kernel_size, geometry.stride, geometry.coarser, geometry.block_size]
@@ -37,13 +40,13 @@ def select(
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, first: int, block_size: int, scale: float
 ) -> Tensor:
-    """query (T, H, K), keys and values (G, N, K), blocks (G, T, topk) -> (T, H, K), differentiable."""
+    """Attention of query (T, H, K) to the blocks (G, T, topk) of keys and values (G, N, K), with gradient."""
     passes = _PASSES if _known(query, keys, values) else differentiable.TILES
     return differentiable.attend(passes, query, keys, values, blocks, first, block_size, scale)
 
 
 def _known(query: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take these: some queries on a CPU, all of one type and head size, which they know."""
+    """Whether the kernels take these tensors: at least one query, on a CPU, of a dtype and head size they know."""
     size = query.shape[-1]
     alike = all(one.dtype == query.dtype and one.shape[-1] == size for one in others)
     known = query.dtype in _DTYPES and query.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -51,7 +54,7 @@ def _known(query: Tensor, *others: Tensor) -> bool:
 
 
 class _Selection(ctypes.Structure):
-    """The `selection` of `select.c`."""
+    """The struct `selection` of `select.c`."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("query", "fine", "coarse", "blocks")),
@@ -91,7 +94,7 @@ def _shape_of_lists(
 
 
 class _Task(ctypes.Structure):
-    """The `task` of `attend.h`."""
+    """The struct `task` of `attend.h`."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("query", "keys", "values", "blocks", "output", "sums", "slope", "dots")),
@@ -161,7 +164,7 @@ def _shapes_of_gradients(
 
 
 def _task(given: tuple[Tensor, ...], made: tuple[Tensor, ...], first: int, block_size: int, scale: float) -> _Task:
-    """What the kernels read and fill; the caller holds the tensors while they run."""
+    """The struct that the kernels read; it holds addresses only, so the caller keeps the tensors while they run."""
     query, keys, values, blocks = given
     pointers = [one.data_ptr() for one in (*given, *made)]
     pointers += [None] * (11 - len(pointers))
@@ -177,12 +180,12 @@ _PASSES = differentiable.Passes(
 
 
 def _tokens(entries: Tensor) -> Tensor:
-    """Entries (G, N, K) whose numbers lie side by side in each token."""
+    """The entries (G, N, K), copied unless the K numbers of each token lie side by side in memory."""
     return entries if entries.stride(2) == 1 else entries.contiguous()
 
 
 def _rows(entries: Tensor) -> Tensor:
-    """Entries (G, n, K) whose windows lie side by side in each group."""
+    """The entries (G, n, K), copied unless the n rows of each group lie side by side in memory."""
     return entries if entries.stride()[1:] == (entries.shape[2], 1) else entries.contiguous()
 
 

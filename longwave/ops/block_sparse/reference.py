@@ -1,4 +1,4 @@
-"""Block-sparse attention as its formulas say it, in double precision: the documentation of the maths.
+"""The reference form of block-sparse attention: the formulas in double precision, query by query.
 
 Legend: `T` queries and `N` keys of one run, `H` query heads, `G` KV heads, `R` = H / G, `K` head size.
 """
@@ -17,7 +17,7 @@ from longwave.ops.block_sparse.geometry import Geometry, compressed_count
 def select(
     query: Tensor, fine: Tensor, coarse: Tensor, first: int, geometry: Geometry, scale: float, exact: bool, budget: int
 ) -> Tensor:
-    """The blocks (G, T, topk) that each query sees, ascending, -1 behind the last (InfLLM-V2, arXiv 2509.24663)."""
+    """The blocks (G, T, topk) that each query sees, ascending, filled up with -1 (InfLLM-V2, arXiv 2509.24663)."""
     grouped = query.double().unflatten(1, (fine.shape[0], -1)).transpose(0, 1)
     lists = [
         [_blocks(q, f.double(), c.double(), first + i, geometry, scale, exact) for i, q in enumerate(of_group)]
@@ -30,7 +30,10 @@ def select(
 def _blocks(
     query: Tensor, fine: Tensor, coarse: Tensor, place: int, geometry: Geometry, scale: float, exact: bool
 ) -> list[int]:
-    """The blocks that a query (R, K) at `place` sees: the forced ones, then by score, of equals the one before."""
+    """The blocks that the heads (R, K) of one query at `place` see: first the forced ones, then the others by score.
+
+    Of equal scores the earlier block comes first.
+    """
     own = place // geometry.block_size
     scores = _block_scores(_window_scores(query, fine, coarse, place, geometry, scale, exact), own, geometry)
 
@@ -47,8 +50,8 @@ def _window_scores(
 ) -> list[float]:
     """P_j = sum_i exp(a_ij - log sum_c exp b_ic) over the heads i of a group, for the windows j that end by `place`.
 
-    a_ij = scale q_i . fine_j and b_ic = scale q_i . coarse_c over complete windows; b = a where `exact`. Before the
-    first coarse window is complete there is no denominator, and every score is 0; so is one that is no number.
+    a_ij = scale q_i . fine_j and b_ic = scale q_i . coarse_c over complete windows; b = a where `exact`. While no
+    coarse window is complete there is no denominator, and every score is 0. A score that is NaN counts as 0.
     """
     a = scale * query @ fine[: compressed_count(place + 1, *geometry.fine)].T
     b = a if exact else scale * query @ coarse[: compressed_count(place + 1, *geometry.coarse)].T
@@ -59,7 +62,7 @@ def _window_scores(
 
 
 def _block_scores(scores: list[float], own: int, geometry: Geometry) -> list[float]:
-    """The largest score of the visible windows that overlap each block up to the query's own; -inf without any."""
+    """For each block up to the query's own, the largest score of the visible windows that overlap it; -inf if none."""
     r = geometry.strides
     return [max(scores[max(0, r * block - 1) : r * block + r], default=-math.inf) for block in range(own + 1)]
 
@@ -67,7 +70,7 @@ def _block_scores(scores: list[float], own: int, geometry: Geometry) -> list[flo
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, first: int, block_size: int, scale: float
 ) -> Tensor:
-    """o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t of its group's blocks; query (T, H, K)."""
+    """o_t = sum_u softmax_u(scale q_t . k_u) v_u over the keys u <= t in the query's blocks."""
     grouped = query.double().unflatten(1, (keys.shape[0], -1)).transpose(0, 1)
     sides = zip(grouped, keys.double(), values.double(), blocks.tolist(), strict=True)
     outputs = [
@@ -80,7 +83,7 @@ def attend(
 def _attend_one(
     query: Tensor, key: Tensor, value: Tensor, blocks: list[int], place: int, block_size: int, scale: float
 ) -> Tensor:
-    """query (R, K), key and value (N, K) of one group -> (R, K)."""
+    """Attention of one query: its heads (R, K) of one group, the group's key and value (N, K) -> (R, K)."""
     starts = [block * block_size for block in blocks if block >= 0]
     seen = [u for start in starts for u in range(start, min(start + block_size, place + 1))]
     return torch.softmax(scale * query @ key[seen].T, dim=-1) @ value[seen]

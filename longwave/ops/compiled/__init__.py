@@ -1,8 +1,8 @@
 """C kernels for the CPU, built once per machine by its own C compiler and called through ctypes.
 
-They are the fast form of what decoding does: little arithmetic on much memory, for which torch's CPU kernels reach a
-third to a half of the bandwidth, and of block-sparse attention, for which torch has none (docs/log.md). Where there is
-no compiler, or with LONGWAVE_COMPILED=0, the ops run their torch forms, and `longwave doctor` says so.
+They are there for two uses (docs/log.md): decoding, which does little arithmetic on much memory, and in which torch's
+CPU kernels reach a third to a half of the bandwidth; and block-sparse attention, for which torch has no kernel. Without
+a compiler, or with LONGWAVE_COMPILED=0, the ops run their torch forms, and `longwave doctor` says so.
 
 - Built at first use (a few seconds) into the user's cache folder, under a name that hashes sources, flags, compiler
   and processor; a build appears whole or not at all.
@@ -27,17 +27,17 @@ _SWITCH = "LONGWAVE_COMPILED"
 
 
 class Unavailable(RuntimeError):
-    """Why there are no compiled kernels here."""
+    """The compiled kernels cannot be used; the message says why."""
 
 
 def is_available() -> bool:
-    """Whether the kernels are there; builds them if they have never been built on this machine."""
+    """Whether the kernels can be used; builds them if they have never been built on this machine."""
     return why_not() is None
 
 
 @cache
 def why_not() -> str | None:
-    """Why the kernels cannot be used, or None."""
+    """The reason why the kernels cannot be used, or None; builds them like `is_available`."""
     try:
         library()
     except Unavailable as error:
@@ -47,7 +47,7 @@ def why_not() -> str | None:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The loaded kernels; Unavailable where they cannot be built."""
+    """The loaded kernels. Raises Unavailable where they cannot be built or loaded."""
     if os.environ.get(_SWITCH) == "0":
         raise Unavailable(f"{_SWITCH}=0")
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL:
 
 
 def _build(compiler: str, sources: list[Path], target: Path) -> None:
-    """Compiles into a temporary sibling that is renamed, so that processes building at once do not meet."""
+    """Compiles into a temporary folder and renames the result, so that processes that build at once do not collide."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -85,7 +85,7 @@ def _cache_folder() -> Path:
 
 
 def _fingerprint(compiler: str, sources: list[Path]) -> str:
-    """What a build depends on: the sources and their headers, the flags, the compiler and the processor's features."""
+    """A hash of all that a build depends on: sources, headers, flags, compiler and the processor's features."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     parts = [" ".join(_FLAGS).encode(), version, platform.machine().encode(), _processor()]
     parts += [path.read_bytes() for path in [*sources, *sorted(_OPS.glob("*/*.h"))]]
@@ -96,6 +96,7 @@ def _fingerprint(compiler: str, sources: list[Path]) -> str:
 
 
 def _processor() -> bytes:
+    """The processor's model and features, since `-march=native` makes a build of its own for each."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

@@ -19,7 +19,7 @@ _CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Sum over rows of -log softmax(scale * W h)[target], in double precision; rows with target -100 do not count."""
+    """The sum over rows of -log softmax(scale * W h)[target], in double precision; rows of target -100 do not count."""
     logits = scale * hidden.double() @ weight.double().T
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
@@ -31,10 +31,10 @@ def cross_entropy(
     scale: float = 1.0,
     rows: Int64[Tensor, " L"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum of the losses of all rows, in fp32; rows with target -100 do not count.
+    """The summed cross-entropy of all rows in nats, in fp32; rows of target -100 do not count.
 
-    rows: the others, where they are known: to find them the host waits for the device. Gradients are made chunk by
-    chunk in the forward pass, while a chunk's logits are at hand (as in Liger kernels).
+    rows: the rows that do count, where they are known; finding them makes the host wait for the device.
+    Gradients are made in the forward pass, while the logits of a chunk are at hand (as Liger kernels do).
     """
     if rows is None:
         rows = (targets != -100).nonzero().flatten()
@@ -56,6 +56,8 @@ CROSS_ENTROPY: Op[Callable[..., Tensor]] = Op(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The loss. Its forward pass makes the gradients too; backward only multiplies them by the gradient of the loss."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float, wanted: bool) -> Tensor:
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -81,7 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _chunk(hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss of one chunk, and the gradient with respect to its unscaled logits in the dtype of `hidden`."""
+    """The loss of one chunk, and (if `wanted`) its gradient by the unscaled logits, in the dtype of `hidden`."""
     logits = (hidden @ matrix.T).to(torch.promote_types(hidden.dtype, torch.float32))
     if scale != 1:
         logits *= scale
@@ -90,6 +92,6 @@ def _chunk(hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted
     loss = -logs.gather(1, index).sum()
     if not wanted:
         return loss, None
-    slope = logs.exp_()
+    slope = logs.exp_()  # the gradient of cross-entropy by the logits is softmax minus the one-hot target
     slope.scatter_add_(1, index, torch.full_like(index, -1, dtype=slope.dtype))
     return loss, (slope if scale == 1 else slope.mul_(scale)).to(hidden.dtype)

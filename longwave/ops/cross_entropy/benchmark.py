@@ -1,4 +1,4 @@
-"""How the cross-entropy of a head is timed: all rows of a batch of training windows."""
+"""Benchmark case of the cross-entropy of a head: all rows of a batch of training windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK_ELEMENTS = 1 << 22  # logits of the reference held at a time: 32 MiB
 
 
 def cases(shape: Shape) -> list[Case]:
-    """Every row of B windows of N tokens against the whole vocabulary."""
+    """Every row of B training windows of N tokens against the whole vocabulary."""
     rows, vocabulary, width = shape.batch * shape.context, shape.vocab_size, shape.hidden_size
     hidden, weight = shape.normal("hidden", rows, width), shape.normal("weight", vocabulary, width, scale=width**-0.5)
     generator = torch.Generator().manual_seed(shape.seed)
@@ -35,7 +35,7 @@ def cases(shape: Shape) -> list[Case]:
 
 
 def _by_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The reference, never holding all logits in double precision."""
+    """The reference chunk by chunk, so that not all logits are held in double precision at once."""
     step = max(1, _CHUNK_ELEMENTS // len(weight))
     pieces = [slice(start, start + step) for start in range(0, len(hidden), step)]
     losses = [checkpoint(reference, hidden[one], weight, targets[one], 1.0, use_reentrant=False) for one in pieces]

@@ -1,7 +1,7 @@
-"""Linear attention whose memory decays: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t, over runs.
+"""Linear attention with decay over the runs of a stream: S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = scale q_t S_t.
 
-One op for every layer of this kind: a log-decay per head (Lightning Attention, arXiv 2401.04658; RetNet) or per token
-and head (gated retention, Mamba-2, distances between kept tokens).
+The op serves every layer of this kind, with a log-decay g per head (Lightning Attention, arXiv 2401.04658; RetNet) or
+per token and head (gated retention, Mamba-2, distances between kept tokens).
 
 Legend: `T` tokens of the stream, `R` runs, `H` heads, `K` key size, `V` value size, `E` 1 or T.
 """
@@ -43,15 +43,16 @@ def decay_linear_attention(
     states: Float[Tensor, "R H K V"] | None = None,
     form: str = "torch",
 ) -> tuple[Float[Tensor, "T H V"], Float[Tensor, "R H K V"]]:
-    """The outputs, in the type of the values, and the memory of every run after its last token, in fp32 or wider.
+    """The outputs, in the dtype of the values, and the memory S of every run after its last token, in fp32 or wider.
 
-    log_decay: at most 0; what the memory decays by before a token is added, for all tokens or for each. states: the
-    memory before the first token of every run, nothing by default. ValueError for a memory of low precision, whose
-    rounding would merge the slowest heads.
+    log_decay: at most 0, by which the memory decays before each token is added; one row for all tokens, or one for
+    each.
+    states: the memory of every run before its first token; zeros by default.
+    Raises ValueError for states narrower than fp32: rounding would make the slowest decays alike.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     if states is None:
         states = query.new_zeros(runs.count, *query.shape[1:], value.shape[-1], dtype=wide)
     if states.dtype.itemsize < wide.itemsize:
-        raise ValueError(f"states are {states.dtype}; a recurrent state is kept in {wide} or wider")
+        raise ValueError(f"states.dtype = {states.dtype}: {wide} or wider")
     return DECAY_LINEAR.forms[form].run(query, key, value, log_decay.to(wide), runs, scale, states)

@@ -1,4 +1,4 @@
-"""How decay linear attention is timed: whole prompts beside softmax attention, and one token of each sequence.
+"""Benchmark cases of decay linear attention: whole prompts beside softmax attention, and one token of each sequence.
 
 Legend: `B` sequences of `N` tokens, `T` = B N, `H` heads, `K` head size.
 """
@@ -18,7 +18,7 @@ from longwave.stream import Runs
 
 
 def cases(shape: Shape) -> list[Case]:
-    """A prompt and a decoding step, with the slopes of Lightning Attention; every head has keys of its own."""
+    """A prompt and a decoding step, with Lightning Attention's decays and as many KV heads as heads."""
     slopes = 2.0 ** (-8 * torch.arange(1, shape.heads + 1, dtype=torch.float32) / shape.heads)
     return [
         _prefill(shape, -slopes.unsqueeze(0).to(shape.device)),
@@ -27,7 +27,7 @@ def cases(shape: Shape) -> list[Case]:
 
 
 def _prefill(shape: Shape, log_decay: Tensor) -> Case:
-    """B sequences in the layout of a stream."""
+    """B sequences, laid end to end as in a stream."""
     tokens, runs = shape.batch * shape.context, Runs.of([shape.context] * shape.batch, shape.device)
     inputs = tuple(shape.normal(name, tokens, shape.heads, shape.head_size) for name in ("query", "key", "value"))
     rows, scale = sample(tokens, shape), shape.head_size**-0.5
@@ -54,7 +54,7 @@ def _prefill(shape: Shape, log_decay: Tensor) -> Case:
 def _rows_of_prefill(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, rows: Tensor | None, context: int, scale: float
 ) -> Tensor:
-    """Those rows, all by default, of o_t = scale sum_{s <= t} exp((t - s) g) (q_t . k_s) v_s."""
+    """The given rows (all by default) of o_t = scale sum_{s <= t} exp((t - s) g) (q_t . k_s) v_s."""
     found = []
     for row in range(len(query)) if rows is None else rows.tolist():
         seen = slice(row - row % context, row + 1)
@@ -65,7 +65,7 @@ def _rows_of_prefill(
 
 
 def _decode(shape: Shape, log_decay: Tensor) -> Case:
-    """One token of each of B sequences, after its memory."""
+    """One new token of each of B sequences, whose memory is given."""
     one = (shape.batch, shape.heads, shape.head_size)
     inputs = tuple(shape.normal(name, *one) for name in ("query", "key", "value"))
     states, runs = shape.normal("states", *one, shape.head_size).float(), Runs.of([1] * shape.batch, shape.device)

@@ -1,7 +1,12 @@
-"""Decay linear attention in chunks: matrix products within a chunk, a recurrent state between chunks.
+"""The torch form of decay linear attention: matrix products within chunks, a recurrent memory between them.
 
-The tiling of Lightning Attention (arXiv 2401.04658, section 3) and of chunked simple GLA, for decays that may differ
-from token to token. Every exponent is at most 0: a decay is never split into a growing and a shrinking factor.
+This is the tiling of Lightning Attention (arXiv 2401.04658, section 3) and of chunked simple GLA, for decays that may
+differ from token to token. With D(s, t) the decay from after token s to token t, token t of a chunk gets
+
+    o_t = scale (D(start, t) q_t S + sum_{s <= t} D(s, t) (q_t . k_s) v_s),    S the memory before the chunk.
+
+Every decay is the exponential of a number that is at most 0. The usual split D(s, t) = (1 / D(0, s)) D(0, t) would be
+cheaper, but its first factor overflows.
 
 Legend: `T` tokens, `N` chunks, `C` tokens of a chunk, `R` runs, `H` heads, `K` key size, `V` value size.
 """
@@ -19,7 +24,7 @@ from longwave.ops.decay_linear.chunks import Chunks, Decays
 from longwave.stream import Runs
 
 CHUNK = 64
-SPAN = 2048  # tokens worked on at a time: what a call needs beside its inputs and outputs does not grow with them
+SPAN = 2048  # tokens processed at a time, so that the memory for intermediate results does not grow with the stream
 
 
 def decay_linear_attention(
@@ -31,30 +36,31 @@ def decay_linear_attention(
     scale: float,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Spans of the stream in turn, each through the memory that the former one left."""
+    """Decay linear attention, one span of the stream after the other, the memory handed on from each to the next."""
     if not runs.tokens:
-        return value + (query.sum() + key.sum()), states  # of nothing, but every projection gets its gradient
+        # Nothing attends, but query, key and value take part in the result, so that their weights get gradients of 0.
+        return value + (query.sum() + key.sum()), states
     if runs.longest == 1 and not torch.is_grad_enabled():
         return _one_token(query, key, value, log_decay, runs, scale, states)
-    spans = runs.once("decay_linear spans", lambda: _spans(runs))
+    spans = runs.once("decay_linear spans", lambda: _spans(runs))  # made by the first layer of a step, used by all
     sizes = [span.chunks.tokens for span in spans]
     decays = [log_decay] * len(spans) if log_decay.shape[0] == 1 else log_decay.split(sizes)
     outputs, finals, carried = list[Tensor](), list[Tensor](), None
     parts = zip(query.split(sizes), key.split(sizes), value.split(sizes), decays, strict=True)
     for span, (q, k, v, decay) in zip(spans, parts, strict=True):
         before = states[span.first : span.last + 1]
-        if carried is not None:  # the span goes on with the run that the former one has ended in
+        if carried is not None:  # the span continues the run in which the one before it ended
             before = torch.cat([carried, before[1:]])
         output, after = _Chunked.apply(q, k, v, decay, before, span.chunks, scale)
         outputs.append(output)
-        carried = after[-1:]
+        carried = after[-1:]  # the run continues in the next span, if there is one, which gives its final memory
         finals.append(after if span is spans[-1] else after[:-1])
     return (outputs[0], finals[0]) if len(spans) == 1 else (torch.cat(outputs), torch.cat(finals))
 
 
 @dataclass(frozen=True)
 class _Stretch:
-    """At most SPAN tokens of the stream: a piece of each of the runs from `first` to `last`, in chunks."""
+    """A span of at most SPAN tokens of the stream: a piece of each of the runs from `first` to `last`, in chunks."""
 
     first: int
     last: int
@@ -62,7 +68,7 @@ class _Stretch:
 
 
 def _spans(runs: Runs) -> list[_Stretch]:
-    """The stream in stretches that follow each other; a run is cut at whole chunks only."""
+    """The stream cut into stretches. Cuts fall between chunks, so a run's chunks do not depend on the other runs."""
     found, start = list[_Stretch](), 0
     for first, pieces in _pieces(runs.lengths):
         stop = start + sum(pieces)
@@ -73,7 +79,7 @@ def _spans(runs: Runs) -> list[_Stretch]:
 
 
 def _pieces(lengths: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The first run of each stretch, and how many tokens of it and of the following runs; some have none."""
+    """For each stretch its first run, and the number of tokens (perhaps 0) of this run and of each following one."""
     first, pieces = 0, list[int]()
     for run, length in enumerate(lengths):
         while True:
@@ -90,7 +96,7 @@ def _pieces(lengths: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
 def _one_token(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, runs: Runs, scale: float, states: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: one step of the recurrence for every run that has a token."""
+    """Decoding: one step of the recurrence for every run that has a token; the other runs keep their memory."""
     whole, wide = runs.tokens == runs.count, states.dtype
     before = states if whole else states.index_select(0, runs.of_token)
     decay = log_decay.exp().to(wide)[:, :, None, None]
@@ -100,7 +106,7 @@ def _one_token(
 
 
 class _Chunked(torch.autograd.Function):
-    """One span; it keeps its inputs only, and works everything else out again in the backward pass."""
+    """One span with its gradient. Only its inputs are kept: the backward pass computes everything else again."""
 
     @staticmethod
     def forward(
@@ -122,12 +128,12 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, states = ctx.saved_tensors
         span = _Span(query, key, value, log_decay, states, ctx.chunks, ctx.scale)
-        learned = ctx.needs_input_grad[3]
+        learned = ctx.needs_input_grad[3]  # whether the log-decay needs a gradient
         return *span.backward(gradients[0], gradients[1], learned), None, None
 
 
 class _Span:
-    """Queries, keys and values by chunk and head (N, H, C, K), and the memory before every chunk (N, H, K, V)."""
+    """A span in chunks: queries, keys and values (N, H, C, K), and the memory before every chunk (N, H, K, V)."""
 
     def __init__(
         self,
@@ -142,6 +148,7 @@ class _Span:
         self.chunks = chunks
         self.constant = log_decay.shape[0] == 1
         decays = Decays.of(log_decay, self.chunks, self.constant)
+        # Products run in the inputs' dtype; the memory, and the decay that multiplies it, keep the dtype of the states.
         self.whole, low = decays.whole.to(states.dtype), query.dtype
         self.within, self.since = (decays.within * scale).to(low), (decays.since * scale).to(low)
         self.until = decays.until.to(low)
@@ -153,11 +160,13 @@ class _Span:
         return self.chunks.cut(tokens).transpose(1, 2).contiguous()
 
     def _scan(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The memory before every chunk, and that of every run after its last one."""
+        """The memory before every chunk, and the memory of every run after its last chunk."""
+        # What each chunk adds to the memory does not depend on the memory, so all chunks compute it at once.
         added = torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(states.dtype)
         before = torch.empty_like(added)
         order = self.chunks.order
         current = states.index_select(0, order)
+        # Step i takes chunk i of every run that has one; runs lie in `order`, so these are the first `count` of them.
         for begin, count in self.chunks.bounds:
             here = slice(begin, begin + count)
             before[here] = current[:count]
@@ -165,21 +174,24 @@ class _Span:
         return before, torch.empty_like(current).index_copy_(0, order, current)
 
     def _weights(self) -> Tensor:
-        """What each token takes of every token of its chunk, (N, H, C, C)."""
+        """The attention weights within chunks, scale D(s, t) (q_t . k_s) for s <= t: (N, H, C, C)."""
         return torch.matmul(self.query, self.key.transpose(2, 3)).mul_(self.since)
 
     def output(self) -> Tensor:
-        """(N, H, C, V)."""
+        """The outputs (N, H, C, V): the part that each token reads from the memory, plus the part from its chunk."""
         remembered = torch.matmul(self.query * self.within, self.before.to(self.query.dtype))
         return remembered.add_(torch.matmul(self._weights(), self.value))
 
     def backward(self, output: Tensor, finals: Tensor, learned: bool) -> tuple[Tensor | None, ...]:
-        """Gradients of query, key, value, log-decay (if `learned`) and states, from those of output and finals."""
+        """Gradients of query, key, value, log-decay (if `learned`) and states.
+
+        output, finals: the gradients of the outputs and of every run's final memory.
+        """
         low = self.query.dtype
         gradient = self._by_head(output.to(low))
-        faded = gradient * self.within
+        faded = gradient * self.within  # the gradient of the part of the outputs that was read from the memory
         before, (after, states) = self.before.to(low), self._scan_back(faded, finals)
-        pairs = torch.matmul(gradient, self.value.transpose(2, 3)).mul_(self.since)
+        pairs = torch.matmul(gradient, self.value.transpose(2, 3)).mul_(self.since)  # the gradient of q_t . k_s
         query = torch.matmul(pairs, self.key).add_(torch.matmul(faded, before.transpose(2, 3)))
         later = after.to(low)
         key = torch.matmul(pairs.transpose(2, 3), self.query)
@@ -190,7 +202,7 @@ class _Span:
         return self._joined(query), self._joined(key), self._joined(value), decay, states
 
     def _scan_back(self, faded: Tensor, finals: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of the memory after every chunk, and of that before the first one of every run."""
+        """The gradients of the memory after every chunk, and of the memory before every run: `_scan` backwards."""
         added = torch.matmul(self.query.transpose(2, 3), faded).to(finals.dtype)
         after = torch.empty_like(added)
         order = self.chunks.order
@@ -202,10 +214,12 @@ class _Span:
         return after, torch.empty_like(current).index_copy_(0, order, current)
 
     def _decay_gradient(self, query: Tensor, key: Tensor, after: Tensor) -> Tensor:
-        """Every token fades all that its output takes and frees what later ones take of it (T, H), or summed (1, H).
+        """The gradient of the log-decays, (T, H), or (1, H) for one decay of all tokens; from those of query and key.
 
-        The gradient of a sum of log-decays up to token t is q_t . dq_t - k_t . dk_t, and at the end of a chunk that of
-        all that is handed on.
+        Outputs and memory depend on log-decays only by their sum b_t from the start of the chunk up to token t: q_t is
+        always multiplied by exp(b_t) and k_t by exp(-b_t), so the gradient of b_t is q_t . dq_t - k_t . dk_t. The last
+        b_t of a chunk also multiplies all of the memory that is handed on. A log-decay is in every b_t from its token
+        on.
         """
         wide = after.dtype
         of_total = (self.query.to(wide) * query.to(wide)).sum(3) - (self.key.to(wide) * key.to(wide)).sum(3)

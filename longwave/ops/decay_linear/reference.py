@@ -1,4 +1,4 @@
-"""Decay linear attention as its recurrence: the plain twin, one token after the other."""
+"""The reference form of decay linear attention: the recurrence in double precision, token by token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def decay_linear_attention(
     scale: float,
     states: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """S = exp(g) S + k v^T, then o = scale q S, for each run, in double precision."""
+    """For each token of a run: S = exp(g) S + k v^T, then o = scale q S."""
     pieces = (tensor.double().split(runs.lengths) for tensor in (query, key, value))
     decays = log_decay.double().exp().expand(query.shape[0], -1).split(runs.lengths)
     outputs, finals = [value.double()[:0]], []

@@ -1,4 +1,4 @@
-"""y = x W^T + b, reading the weights as fast as the machine allows, however few rows there are.
+"""The product y = x W^T + b of a linear layer, fast for few rows on a CPU, where reading the weights takes the time.
 
 Legend: `T` rows, `D` inputs, `E` outputs.
 """
@@ -19,18 +19,18 @@ from longwave.ops.linear import few_rows
 
 Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-_MOST = 32  # rows up to which the forms for few rows are asked
-_TRANSPOSED = {torch.bfloat16: range(1, 33), torch.float32: range(8, 33)}  # rows for which W x^T is the faster product
+_MOST = 32  # rows; products of more rows go to torch at once
+_TRANSPOSED = {torch.bfloat16: range(1, 33), torch.float32: range(8, 33)}  # numbers of rows for which W x^T is faster
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The product in double precision."""
+    """The product, computed in double precision."""
     product = hidden.double() @ weight.double().T
     return (product if bias is None else product + bias.double()).to(hidden.dtype)
 
 
 def transposed_product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(W x^T)^T, which streams the weights 1.2 to 2.5 times as fast as x W^T (torch 2.13, Xeon with AMX)."""
+    """(W x^T)^T, which reads the weights 1.2 to 2.5 times as fast as x W^T (torch 2.13, Xeon with AMX)."""
     if hidden.shape[0] not in _TRANSPOSED.get(hidden.dtype, ()):
         return F.linear(hidden, weight, bias)
     if hidden.shape[0] == 1:
@@ -58,7 +58,7 @@ LINEAR: Op[Run] = Op(
 
 @cache
 def _form_of(dtype: torch.dtype) -> Run:
-    """The form that products of few rows run on a CPU."""
+    """The form that runs products of few rows on a CPU."""
     name, _ = LINEAR.resolve(Call(torch.device("cpu"), dtype))
     return LINEAR.forms[name].run
 
@@ -66,7 +66,7 @@ def _form_of(dtype: torch.dtype) -> Run:
 def linear(
     hidden: Float[Tensor, "T D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None
 ) -> Float[Tensor, "T E"]:
-    """hidden W^T + bias; few rows on a CPU, as in decoding, go to the op's form."""
+    """hidden W^T + bias. Few rows at inference on a CPU, as in decoding, run the op's form; all else runs torch."""
     few = hidden.shape[0] <= _MOST and hidden.device.type == "cpu" and hidden.dtype == weight.dtype
     if not few or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(hidden, weight, bias)

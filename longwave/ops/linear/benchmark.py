@@ -1,4 +1,4 @@
-"""How a product of few rows is timed: one token of each sequence, as in decoding, through two layers of a model."""
+"""Benchmark cases of a product of few rows: one token of each sequence, as in decoding, through two linear layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longwave.ops.linear import LINEAR, Run, reference
 
 
 def cases(shape: Shape) -> list[Case]:
-    """A projection of the hidden state, and the head; the context makes no difference."""
+    """A projection of the hidden state, and the head. The work does not depend on the context."""
     return [_product(shape, outputs) for outputs in (shape.hidden_size, shape.vocab_size)]
 
 

@@ -1,4 +1,4 @@
-"""The compiled form of a product of few rows (`few_rows.c`).
+"""The kernel for products of few rows (`few_rows.c`), as a torch op.
 
 Legend: `T` rows, `D` inputs, `E` outputs.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longwave.ops import compiled
 
-_MOST = 8  # rows that the kernel holds in registers; for more, torch's products are as fast
+_MOST = 8  # rows, which fit into registers; for more, torch's products are as fast
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -25,7 +25,7 @@ def applies(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden (T, D) times weight (E, D) transposed plus bias (E), summed in fp32: (T, E)."""
+    """hidden (T, D) times the transpose of weight (E, D), plus bias (E), summed in fp32 -> (T, E)."""
     return torch.ops.longwave.linear_few_rows.default(hidden, weight, bias)
 
 
