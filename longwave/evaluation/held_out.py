@@ -1,4 +1,4 @@
-"""Loss on held-out text, in the mode in which the model will run."""
+"""Loss on held-out text, with tokens selected as at inference (or, for comparison, as in training)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from longwave.resamplers import Kept
 
 @dataclass(frozen=True)
 class HeldOut:
-    """loss: nats per predicted token. retention: share of the tokens entering each level that it kept."""
+    """The result of an evaluation.
+
+    loss: mean nats per predicted token. tokens: number of predicted tokens. retention: for each level of resampling the
+    share of the tokens entering it that it kept.
+    """
 
     loss: float
     tokens: int
@@ -31,10 +35,11 @@ class HeldOut:
 def held_out_loss(
     model: Decoder, data: PackedTokens, *, windows: int = 0, batch_windows: int = 8, selection: str = "threshold"
 ) -> HeldOut:
-    """Mean loss over the first `windows` windows (0 for all).
+    """The mean loss over the first `windows` windows of the data (0 for all), `batch_windows` at a time.
 
-    selection: "threshold", as the model runs, or "training", with the choice that training makes (it may see later
-    tokens, so its loss is no quality figure; the gap between the two is worth watching).
+    selection: how a SUBLLM selects tokens: "threshold" as at inference, or "training". The latter may look at later
+    tokens, so its loss says nothing about quality; the gap between the two shows whether training prepares for
+    inference.
     """
     count = len(data) if windows == 0 else min(windows, len(data))
     device = model.embed.weight.device
@@ -51,7 +56,8 @@ def held_out_loss(
 def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
     """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data.
 
-    Of conversations only what is learned counts: the answers, unless the data was prepared with the loss on all.
+    In conversations only learned tokens count: the answers, unless the data was prepared with the loss on all.
+    window: tokens of an evaluation window; the model's context window by default.
     """
     folder = find(model)
     decoder = load(folder, device=device_of(device))
@@ -72,13 +78,13 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
 
 
 def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
-    """Loss in bits per byte of what is learned, which other tokenizers' losses can be compared with."""
+    """The loss in bits per byte of learned text, which can be compared between models with different tokenizers."""
     return result.loss / math.log(2) * info.held_out.targets / max(info.held_out.bytes, 1)
 
 
 @contextmanager
 def _mode(model: Decoder, training: bool) -> Iterator[None]:
-    """Puts the model into a mode, and back."""
+    """Puts the model into training or evaluation mode for a while, and then back."""
     before = model.training
     model.train(training)
     try:

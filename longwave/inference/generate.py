@@ -1,4 +1,4 @@
-"""Generation: several prompts as one ragged stream, prefilled in bounded chunks, then one token each per step."""
+"""Generation of tokens: prompts of any lengths together, prefilled in chunks, then one token of each per step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from longwave.inference.sampling import Sampling, choose_token
 from longwave.model import Decoder
 from longwave.states import State
 
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = 2048  # tokens of a prompt that run at once, which bounds the memory for activations
 
 
 class Emitted(NamedTuple):
-    """One new token of one prompt, by the prompt's index."""
+    """A new token. prompt: the index of the prompt that it continues."""
 
     prompt: int
     token: int
@@ -26,7 +26,11 @@ class Emitted(NamedTuple):
 
 @dataclass
 class _Sequence:
-    """A prompt under way: the tokens not yet run, how many may still come, and where the next one stands."""
+    """A sequence in progress.
+
+    pending: tokens that the model has not run yet. left: how many new tokens may still come. place: of the next new
+    token in the sequence, which keys its random draw.
+    """
 
     pending: list[int]
     left: int
@@ -37,10 +41,10 @@ class _Sequence:
 
 
 class Generation:
-    """The continuation of several prompts; iterating gives every new token as it comes.
+    """The continuation of several prompts; iterating yields every new token as it is chosen.
 
-    stop_tokens: tokens that end a sequence once emitted. A sequence also ends after `max_new_tokens`, at the model's
-    context window, or when the caller says `stop(prompt)`.
+    stop_tokens: tokens that end a sequence; they are emitted too. A sequence also ends after `max_new_tokens`, at the
+    model's context window, and when the caller says `stop(prompt)`.
     Raises UserError for an empty prompt, a token outside the vocabulary, and a prompt longer than the context window.
     """
 
@@ -61,7 +65,7 @@ class Generation:
         self.state = model.state(len(prompts))
 
     def stop(self, prompt: int) -> None:
-        """Ends one sequence."""
+        """Ends the sequence of one prompt."""
         self._live.pop(prompt, None)
 
     def __iter__(self) -> Iterator[Emitted]:
@@ -75,7 +79,7 @@ class Generation:
                 yield Emitted(prompt, token)
 
     def _next_logits(self) -> Tensor:
-        """Runs what is pending, long prompts in chunks; logits (live, V) after the last token of each."""
+        """Runs all pending tokens, long prompts in chunks; logits (live sequences, V) after each one's last token."""
         for slot, sequence in self._live.items():
             while len(sequence.pending) > PREFILL_CHUNK:
                 chunk, sequence.pending = sequence.pending[:PREFILL_CHUNK], sequence.pending[PREFILL_CHUNK:]
@@ -85,7 +89,7 @@ class Generation:
 
 @torch.no_grad()
 def run(model: Decoder, state: State, pieces: Sequence[Sequence[int]], slots: Sequence[int]) -> Tensor:
-    """Runs a piece of each slot's sequence; logits (pieces, V) after the last token of each."""
+    """Runs a piece of tokens of each slot's sequence; logits (pieces, V) after each piece's last token."""
     tokens = torch.tensor([token for piece in pieces for token in piece], device=state.device)
     stream = state.stream([len(piece) for piece in pieces], slots).last_rows()
     return model(tokens, stream, state)

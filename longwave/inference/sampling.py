@@ -1,4 +1,7 @@
-"""Choosing the next token, with draws keyed by seed, place and sequence, so that company changes nothing."""
+"""Choosing the next token from logits.
+
+Draws are keyed by seed, sequence and place, so that the other sequences of a batch change nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from longwave.errors import require
 class Sampling(Strict):
     """How tokens are drawn.
 
-    temperature: 0 takes the most likely token. top_k: only the k most likely, or all with None. top_p: the fewest most
-    likely tokens that hold this much probability (Holtzman et al. 2020). seed: the same seed, the same text.
+    temperature: divides the logits; 0 takes the most likely token. top_k: only the k most likely tokens; None for all.
+    top_p: only the fewest most likely tokens whose probabilities add up to this (Holtzman et al. 2020). seed: the same
+    seed gives the same text.
     """
 
     temperature: float = 0.0
@@ -35,7 +39,7 @@ class Sampling(Strict):
 
 
 def choose_token(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int, place: int) -> int:
-    """The token that sequence number `sequence` puts at `place`."""
+    """The next token of a sequence. sequence, place: its index, and the token's place in it; they key the draw."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     ranked, tokens = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)

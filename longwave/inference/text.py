@@ -1,4 +1,4 @@
-"""Text in, text out: prompts are encoded, tokens decoded as they come, stop strings cut."""
+"""Generation of text: prompts are encoded, new tokens are decoded as they come, and stop strings are cut off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longwave.model import Decoder
 
 
 class Piece(NamedTuple):
-    """Some new text of one prompt, by the prompt's index."""
+    """A piece of new text. prompt: the index of the prompt that it continues."""
 
     prompt: int
     text: str
@@ -23,7 +23,10 @@ class Piece(NamedTuple):
 
 @dataclass
 class _Writer:
-    """Decodes one sequence and holds back what may be the beginning of a stop string."""
+    """Decodes the tokens of one sequence, and holds back text that may be the beginning of a stop string.
+
+    held: the text held back. stopped: whether a stop string has been found.
+    """
 
     decoder: StreamDecoder
     stops: Sequence[str]
@@ -61,13 +64,13 @@ def generate_text(
     stop: Sequence[str] = (),
     chat: bool = False,
 ) -> Iterator[Piece]:
-    """Yields the continuation of every prompt in pieces of text; a stop string and what follows it are left out.
+    """Yields the continuation of every prompt in pieces of text, each up to the first of the strings in `stop`.
 
-    Prompts begin with the tokenizer's bos token where it has one; a text ends at the tokenizer's eos token, or at any
-    that the model's folder names.
+    Prompts begin with the tokenizer's bos token where it has one. A text ends at the tokenizer's eos token, or at an
+    end token that the model's folder names.
 
-    chat: whether each prompt is what a user says, and its continuation the assistant's answer.
-    Raises UserError like `Generation`, and for a tokenizer without a chat template that can be used.
+    chat: whether each prompt is a user's message, to be continued by the assistant's answer.
+    Raises UserError like `Generation`, and with `chat` for a tokenizer without a usable chat template.
     """
     require(all(stop), "stop: a stop string is empty; leave it out")
     encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, prompts)
@@ -86,12 +89,12 @@ def generate_text(
 
 
 def _beginnings(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:
-    """The ids of texts to be continued; nothing ends them but what ends any text."""
+    """The ids of texts to be continued, and the tokens that end them besides the model's end tokens: none."""
     return [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts], frozenset()
 
 
 def _questions(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:
-    """The ids of conversations in which the assistant is to speak next, and those that end what it says."""
+    """The ids of conversations of one user's message up to the assistant's answer, and the ids that end an answer."""
     from longwave.data.chat import Chat
 
     chat = Chat(tokenizer)
@@ -109,7 +112,7 @@ def complete(
     stop: Sequence[str] = (),
     chat: bool = False,
 ) -> list[str]:
-    """The whole continuation of every prompt."""
+    """The whole continuation of every prompt; the arguments are those of `generate_text`."""
     texts = [""] * len(prompts)
     for prompt, text in generate_text(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, chat=chat

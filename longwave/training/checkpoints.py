@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders named by their step, such as `step-00000100`. Standard library only."""
+"""Checkpoints of a run: folders named by their step, such as `step-00000100`. Imports no torch."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from longwave.errors import UserError
 
 
 class Checkpoint(NamedTuple):
-    """A complete step folder."""
+    """A complete checkpoint: its step, and its folder."""
 
     step: int
     path: Path
@@ -22,7 +22,7 @@ def step_folder(parent: str | os.PathLike[str], step: int) -> Path:
 
 
 def complete(parent: str | os.PathLike[str]) -> list[Checkpoint]:
-    """The complete step folders in `parent` (manifest present, sizes right, content not compared), newest last."""
+    """The complete checkpoints in `parent`, newest last: manifest present, sizes right, checksums not compared."""
     where = Path(parent).resolve()
     with files.reading(where):
         matches = (re.fullmatch(r"step-(\d{8,})", name) for name in files.folder_names(where))
@@ -38,15 +38,15 @@ def _is_complete(path: Path) -> bool:
 
 
 def newest(parent: str | os.PathLike[str]) -> Checkpoint | None:
-    """The complete step folder with the highest step, or None; `files.verify` compares its checksums."""
+    """The complete checkpoint with the highest step, or None; its checksums are not compared (`files.verify` does)."""
     return next(reversed(complete(parent)), None)
 
 
 def newest_undamaged(parent: Path) -> Checkpoint | None:
-    """The newest checkpoint, checksums compared. Damage to it, or to a folder beyond it, is a UserError.
+    """The newest checkpoint, or None, after comparing its checksums.
 
-    An interrupted save leaves no folder of this name, so a damaged one was changed later: going on from an older
-    checkpoint without a word would lose steps.
+    Raises UserError if the newest step folder is damaged. An interrupted save leaves no folder of this name, so it must
+    have been damaged later, and continuing from an older checkpoint without a word would lose steps.
     """
     found = newest(parent)
     beyond = [path for path in parent.glob("step-*") if found is None or path.name > found.path.name]
@@ -60,13 +60,14 @@ def newest_undamaged(parent: Path) -> Checkpoint | None:
 
 
 def prune(parent: str | os.PathLike[str], keep: int) -> list[Checkpoint]:
-    """Delete all but the `keep` newest complete step folders, oldest first, and return what was deleted.
+    """Deletes all but the `keep` newest complete checkpoints, oldest first, and returns the deleted ones.
 
-    Call it after a save: the newest is safe by then. Each folder is hidden before its content goes, so that a crash
-    leaves it whole or out of sight. Raises UserError if `keep` is below 1, MachineError if the machine fails.
+    To be called after a save, when the newest checkpoint is safe. Each folder is renamed out of sight before its
+    content is deleted, so that a crash leaves it whole or invisible. Raises UserError if `keep` is below 1,
+    MachineError if the machine fails.
     """
     if keep < 1:
-        raise UserError(f"keep = {keep}: would delete every checkpoint; the least is 1")
+        raise UserError(f"keep = {keep}: 1 or more; fewer would delete every checkpoint")
     doomed = complete(parent)[:-keep]
     with files.faults(f"pruning {parent}", "every newer checkpoint is untouched"):
         for checkpoint in doomed:

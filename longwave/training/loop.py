@@ -1,7 +1,8 @@
-"""The training loop: one run from a recipe, resumable to the bit.
+"""The training loop: runs a recipe, and continues an interrupted run so that the result is the same to the bit.
 
-- The position in the data is an integer, draws are keyed, schedules are functions of the step: a checkpoint is the
-  weights, the optimizer's tensors and three integers, and there is no generator to save.
+- A checkpoint is the weights, the optimizer's tensors and two integers, step and tokens. There is no random generator
+to
+  save: the position in the data and the learning rate follow from the integers, and random draws are keyed by the step.
 - Every checkpoint is also a model folder that `longwave.load` takes.
 """
 
@@ -37,18 +38,19 @@ from longwave.training import checkpoints
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
 from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
 
+# Settings of [training] that may differ when a run continues, since they do not change what is learned.
 _FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop; a checkpoint of `step` was written, and the same command goes on from there."""
+    """The run was stopped by a signal, after a checkpoint of `step`; the same command continues from there."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}; the same command continues from there")
 
 
 class _LevelFigures:
-    """Figures of every level's last selection in a step."""
+    """A watcher of the resamplers that keeps each level's figures of its last selection in a step."""
 
     def __init__(self) -> None:
         self._found: dict[int, Mapping[str, torch.Tensor]] = {}
@@ -57,7 +59,7 @@ class _LevelFigures:
         self._found[level.index] = level.metrics(selection)
 
     def by_name(self) -> dict[str, list[float]]:
-        """One list for each figure, outer levels first."""
+        """For each figure the list of its values, outer levels first."""
         levels = [self._found[index] for index in sorted(self._found)]
         return {
             name: [float(level[name]) for level in levels if name in level] for name in (levels[0] if levels else ())
@@ -65,7 +67,11 @@ class _LevelFigures:
 
 
 class Trainer:
-    """One run in one folder: `checkpoints/`, `metrics.jsonl`, and at the end `model/`."""
+    """A training run in an output folder: `checkpoints/`, `metrics.jsonl`, and at the end `model/`.
+
+    A folder with checkpoints of the same recipe is continued. Raises UserError for data that does not fit the model,
+    and for checkpoints that are damaged or of another run.
+    """
 
     def __init__(self, recipe: Recipe, output: str | Path) -> None:
         self.recipe, self.output = recipe, Path(output)
@@ -86,16 +92,19 @@ class Trainer:
         self._observers: list[Observer] = []
 
     def watch(self, observer: Observer) -> None:
-        """Adds an observer."""
+        """Adds an observer, which is given the entry of every step."""
         self._observers.append(observer)
 
     @property
     def finished(self) -> bool:
-        """Whether every step has been run."""
+        """Whether all steps have been run."""
         return self.step >= self.recipe.training.steps
 
     def run(self) -> Decoder:
-        """Trains to the last step and writes `model/`; Interrupted after a signal, once a checkpoint is safe."""
+        """Trains to the last step, writes `model/` and returns the model.
+
+        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+        """
         run = self.recipe.training
         self._observers += self._own_observers()
         self._compile()
@@ -134,9 +143,10 @@ class Trainer:
             self._checkpoint()
 
     def _update(self) -> tuple[float, Any, float]:
-        """One optimizer step; returns the loss per target, the optimizer's report and the schedule's factor."""
+        """One optimizer step: returns the mean loss per target, the optimizer's report and the schedule's factor."""
         run = self.recipe.training
         batches = self._batches()
+        # The loss is a mean over the targets of the whole step, so that its cut into micro-batches changes nothing.
         targets = sum(batch.predicted for batch in batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
@@ -205,12 +215,12 @@ class Trainer:
         progress = json.loads((newest.path / "trainer.json").read_text())
         _check_same_run(progress, self.recipe, self.tokenizer, newest.path)
         self.step = int(progress["step"])
-        run = self.recipe.training  # checkpoints from before conversations hold no count, since windows were alike
+        run = self.recipe.training  # older checkpoints hold no token count; all their training windows were full
         self.tokens = int(progress.get("tokens", self.step * run.batch_windows * run.window))
         return load(newest.path, device=self.device)
 
     def _first_model(self) -> Decoder:
-        """The model before the first step: random, or with the weights to start from in full precision."""
+        """The model before the first step: with random weights, or with those of `start_from` in fp32."""
         run, config = self.recipe.training, self.recipe.model
         if run.start_from is None:
             return Decoder(config, run.seed).to(self.device)
@@ -237,7 +247,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:
-    """A checkpoint continues only the run that wrote it."""
+    """Raises UserError unless a checkpoint was written by a run of this recipe and tokenizer."""
     theirs, ours = flat(progress["recipe"]), flat(json.loads(json.dumps(recipe.to_dict())))
     free = {f"training.{name}" for name in _FREE_TO_CHANGE}
     for name in sorted({*theirs, *ours} - free):
@@ -250,7 +260,7 @@ def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokeniz
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of dying of them, so that a step is never cut; a second one kills."""
+    """Collects SIGINT and SIGTERM in a list, so that a step is never cut short; the second of a kind ends at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -269,13 +279,14 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
-    """Kernels that add in one order, so that the same step has the same bits every time; a CPU's all do."""
+    """Makes a GPU use kernels that add in a fixed order, so that a step always has the same bits; a CPU's all do."""
     if not on:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS is refused
     mode, memory = torch.get_deterministic_debug_mode(), cast(Any, torch.utils.deterministic)
-    filling, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False  # which would take its time
+    # Without this, PyTorch would also fill all new memory in this mode, which costs time and guards nothing here.
+    filling, memory.fill_uninitialized_memory = memory.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -285,6 +296,6 @@ def _deterministic(on: bool) -> Iterator[None]:
 
 
 def with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    """The recipe with other values in its `training` table."""
+    """A copy of the recipe with other values in its `training` table."""
     training: TrainingConfig = dataclasses.replace(recipe.training, **changes)
     return dataclasses.replace(recipe, training=training)

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object per line, appended as a run goes, cut back to the checkpoint when it resumes."""
+"""Metrics of a run: `metrics.jsonl`, one JSON object per line, and TensorBoard.
+
+When a run resumes, entries beyond its checkpoint are dropped.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,23 @@ from longwave.errors import UserError
 
 @runtime_checkable
 class Observer(Protocol):
-    """Whoever watches a run: the metrics file, a progress bar, TensorBoard."""
+    """A receiver of a run's metrics, such as the metrics file, a progress bar or TensorBoard."""
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Takes one entry, which has a `step`."""
+        """Takes the entry of one step: a `step`, and figures by name."""
         ...
 
     def close(self) -> None:
-        """The run is over."""
+        """Called when the run is over."""
         ...
 
 
 class MetricsFile:
-    """Appends every `every`-th entry and every evaluation to a file; entries beyond `resumed_at` are dropped first."""
+    """Appends every `every`-th entry and every evaluation to a file.
+
+    resumed_at: the step of the checkpoint from which the run continues (0: none); entries after it are dropped first,
+    since the run repeats their steps.
+    """
 
     def __init__(self, path: Path, resumed_at: int, every: int = 1) -> None:
         self._every = every
@@ -34,7 +41,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf8")
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Writes one line at once."""
+        """Writes the entry as a line, and flushes it, if its step is due."""
         if entry["step"] % self._every and entry["step"] != 1 and "held_out_loss" not in entry:
             return
         self._file.write(json.dumps(entry) + "\n")
@@ -46,7 +53,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete entry of a metrics file; none if there is no file. A line cut by a crash is left out."""
+    """The entries of a metrics file; [] if there is no file. A line cut off by a crash is left out."""
     if not path.exists():
         return []
     entries = []
@@ -59,22 +66,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_metrics(path: Path, entries: Iterable[dict[str, Any]]) -> None:
-    """Writes a whole metrics file in one step."""
+    """Writes a whole metrics file; a reader sees the old one or the new one, never a part."""
     files.write_file(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
 
 class TensorBoard:
-    """The numbers of every entry as TensorBoard scalars; what was shown beyond `resumed_at` is taken back."""
+    """Writes the numbers of every entry as TensorBoard scalars; scalars of steps after `resumed_at` are hidden."""
 
     def __init__(self, folder: Path, resumed_at: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("training.tensorboard = true needs tensorboard: pip install 'longwave[track]'") from None
+            raise UserError("training.tensorboard = true: needs a package; pip install 'longwave[track]'") from None
         self._writer = SummaryWriter(str(folder), purge_step=resumed_at + 1)
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Writes every number, lists by index."""
+        """Writes every number of the entry; a list gives a scalar for each index."""
         for name, value in entry.items():
             values = value if isinstance(value, list) else [value]
             for index, one in enumerate(values):
@@ -82,5 +89,5 @@ class TensorBoard:
                     self._writer.add_scalar(f"{name}/{index}" if value is values else name, one, entry["step"])
 
     def close(self) -> None:
-        """Flushes the event file."""
+        """Flushes and closes the event file."""
         self._writer.close()

@@ -1,4 +1,4 @@
-"""ScaledAdam and AdamW behind one small interface.
+"""The optimizers ScaledAdam and AdamW, behind one interface.
 
 - `ScaledAdamConfig` and `AdamWConfig` are what a recipe writes; `build(model)` gives an `Optimizer`.
 - The complete state is a flat dict of tensors keyed by parameter names: no pickle, and resuming is bit-identical.
@@ -10,7 +10,7 @@ Build the optimizer once the model holds its initial weights and stands on its d
 Shape letter: `W` trainable parameters (called weights here), in the order of the module tree.
 """
 
-# torch's multi-tensor functions carry an underscore, and have no public twin.
+# torch's multi-tensor functions (`torch._foreach_*`) have no public names.
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from longwave.errors import UserError, require
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one update did.
+    """Figures of one update.
 
-    `grad_norm` is the model's gradient norm before clipping (ScaledAdam weighs each tensor by its rms), `clip` the
-    factor in [0, 1] that gradients were multiplied by, `skipped` whether that norm was not finite, so that nothing was
-    changed (`clip` is 0 then).
+    grad_norm: the model's gradient norm before clipping (ScaledAdam weights each tensor's norm by its rms). clip: the
+    factor in [0, 1] by which gradients were multiplied. skipped: whether the norm was not finite, so that nothing was
+    changed; `clip` is 0 then.
     """
 
     grad_norm: float
@@ -42,7 +42,7 @@ class StepReport:
 
 
 class Optimizer(Protocol):
-    """What the training loop asks of an optimizer."""
+    """The interface of an optimizer."""
 
     def step(self, lr_scale: float) -> StepReport:
         """Update the parameters from their gradients, at `lr_scale` times the configured learning rate."""
@@ -53,11 +53,11 @@ class Optimizer(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the complete state by name. The large tensors are live: write or copy them before the next step."""
+        """Give the complete state by name. Large tensors are not copied: write or copy them before the next step."""
         ...
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
+        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not as expected."""
         ...
 
 
@@ -65,9 +65,10 @@ class Optimizer(Protocol):
 class ScaledAdamConfig:
     """ScaledAdam (Zipformer, arXiv 2310.11230, with the defaults of its authors' recipes).
 
-    `rms_limits` bound the learned size (rms) of each tensor, `scalar_max` the magnitude of one-element parameters,
-    which learn at `scalar_lr_scale` times the rate, as do the sizes. Gradients are clipped to `clipping_scale` (inf:
-    never) times the median model norm over `clipping_window` updates.
+    rms_limits: bounds of the learned size (rms) of each tensor. scalar_max: bound of the magnitude of one-element
+    parameters. scalar_lr_scale: factor of the learning rate for one-element parameters and for sizes.
+    size_update_period: updates between two changes of the sizes. clipping_scale: gradients are clipped to this factor
+    (inf: never) times the median norm of the model's gradient over the last `clipping_window` updates.
     """
 
     kind: Literal["scaled_adam"] = "scaled_adam"
@@ -103,7 +104,8 @@ class ScaledAdamConfig:
 class AdamWConfig:
     """AdamW (arXiv 1711.05101), with the betas, decay and clipping that Llama was trained with (arXiv 2302.13971).
 
-    Only parameters of two or more dimensions decay. `clip_norm` bounds the global gradient norm; inf: no clipping.
+    weight_decay: applied to parameters of two or more dimensions only. clip_norm: bound of the norm of the whole
+    gradient; inf for no clipping.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -130,7 +132,11 @@ OptimizerConfig = Annotated[ScaledAdamConfig | AdamWConfig, Field(discriminator=
 
 @dataclass(frozen=True)
 class Weight:
-    """One trainable parameter: its first name, the fp32 or wider tensor to update, and its factor of the lr."""
+    """A trainable parameter.
+
+    name: of a tied parameter, its first name. master: the tensor that is updated, in fp32 or wider: a copy of a
+    narrower parameter, or the parameter itself. lr_scale: its factor of the learning rate.
+    """
 
     name: str
     parameter: nn.Parameter
@@ -146,16 +152,16 @@ class Weight:
         return self.master is not self.parameter
 
     def gradient(self) -> Tensor | None:
-        """Give the gradient in the master's dtype, None if the parameter took no part in the loss."""
+        """Give the gradient in the master's dtype; None if the parameter took no part in the loss."""
         grad = self.parameter.grad
         return None if grad is None else grad.to(self.master.dtype)
 
 
 def trainable_weights(model: nn.Module) -> list[Weight]:
-    """List every parameter that requires a gradient, once each, in the order of the module tree.
+    """List the parameters that require a gradient, each once, in the order of the module tree.
 
-    Raises UserError if there is none, if an `lr_scale` is not a number of at least 0, or if a tied parameter is given
-    two rates.
+    Raises UserError if there are none, for an `lr_scale` that is not a number of at least 0, and for a tied parameter
+    with two different ones.
     """
     found: dict[nn.Parameter, Weight] = {}
     for name, parameter, lr_scale in _scaled_parameters(model, "", 1.0):
@@ -184,16 +190,17 @@ def _master(parameter: nn.Parameter) -> Tensor:
 
 
 class ScaledAdam:
-    """Adam whose step is relative to each tensor's rms, and which learns that rms separately (see `ScaledAdamConfig`).
+    """Adam whose steps are proportional to each tensor's rms, and which learns that rms too (see `ScaledAdamConfig`).
 
-    Per tensor p with gradient g, at update t = 0, 1, ...:
+    For each tensor p with gradient g, at update t = 0, 1, ...:
 
         v     <- b2 v + (1 - b2) g^2, divided by 1 - b2^(t+1) while that is below 0.99
         delta  = -lr rms(p) g / (sqrt(v) + eps) + k p
         D     <- b1 D + (1 - b1) delta;   p <- p + D
 
-    k is 0 but on every 4th update, see `_size_step`. One-element parameters take 0.1 for their rms and no k.
-    Each tensor has its own arithmetic; `batch_elements` only says how many elements one multi-tensor call may cover.
+    The growth k is 0 except on every 4th update (`_size_step`). One-element parameters use 0.1 in place of their rms,
+    and have no k.
+    batch_elements: about how many elements one multi-tensor call covers; it changes speed, not results.
     """
 
     def __init__(self, config: ScaledAdamConfig, model: nn.Module, batch_elements: int | None = None) -> None:
@@ -205,7 +212,7 @@ class ScaledAdam:
         self.lr_scales = torch.tensor([weight.lr_scale for weight in self.weights], dtype=torch.float64)
         self.second_moments = [_zeros(master) for master in self.masters]
         self.deltas = [_zeros(master) for master in self.masters]
-        # Whatever is one number per tensor lives on the host, in fp64: one transfer per update, nothing else to launch.
+        # State of one number per tensor lives on the host in fp64: a transfer per update is cheaper than many launches.
         self.rms = torch.zeros(len(self.weights), dtype=torch.float64)
         self.size_squares = torch.zeros_like(self.rms)
         self.size_gradients = self.rms.new_zeros(config.size_update_period, len(self.weights))
@@ -218,6 +225,7 @@ class ScaledAdam:
         step, grads = int(self.steps), self._gradients()
         rms = self._measured_rms() if step == 0 else self.rms
         norms, products = self._reductions(grads)
+        # A step is proportional to a tensor's rms, so a tensor's share in the norm is as well.
         norm = torch.linalg.vector_norm(norms * self._sizes(rms)).item()
         if not math.isfinite(norm):
             return StepReport(norm, 0.0, True)
@@ -233,7 +241,7 @@ class ScaledAdam:
         _forget_gradients(self.weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the complete state by name; the large tensors are live."""
+        """Give the complete state by name; the large tensors are not copied."""
         return self._large_tensors() | {name: tensor.clone() for name, tensor in self._small_tensors().items()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -264,7 +272,7 @@ class ScaledAdam:
         return [_zeros(weight.master) if grad is None else grad for weight, grad in grads]
 
     def _reductions(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Give ||g|| (W,) and sum(p * g) (W,) on the host."""
+        """Give each tensor's ||g|| (W,) and sum(p * g) (W,), on the host."""
         norms = torch._foreach_norm(grads)
         products = [torch.dot(p.flatten(), g.flatten()) for p, g in zip(self.masters, grads, strict=True)]
         on_host = _host([*norms, *products])
@@ -275,18 +283,21 @@ class ScaledAdam:
         return _host(list(torch._foreach_norm(self.masters))) / counts.sqrt()
 
     def _sizes(self, rms: Tensor) -> Tensor:
-        """Give what a gradient (W,) is measured in: the tensor's rms, a constant for scalars."""
+        """Give the sizes (W,) by which steps and norms are scaled: a tensor's rms, or a constant for scalars."""
         return rms.masked_fill(self.is_scalar, self.config.scalar_lr_scale)
 
     def _update(self, step: int, grads: list[Tensor], products: Tensor, rms: Tensor, lr: Tensor) -> None:
-        """Apply finite, clipped gradients; `products` sum(p * g), `rms` and `lr` are (W,)."""
+        """Apply finite, clipped gradients; `products` (sum(p * g)), `rms` and `lr` are (W,)."""
         period = self.config.size_update_period
         resize = step % period == period - 1
+        # Between two size updates the rms hardly moves, and measuring it would read every weight once more.
         self.rms.copy_(self._measured_rms() if resize else rms)
+        # sum(p * g) is the gradient by the log of a tensor's size.
         self.size_gradients[step % period] = products.masked_fill(self.is_scalar, 0.0)
         growth = self._size_step((step + 1) // period, lr).tolist() if resize else None
         correction = self._bias_correction(step)
         sizes = self._sizes(self.rms.clamp(min=self.config.rms_limits[0]))
+        # The bias correction of sqrt(v) is folded into rates and eps, which saves a pass over the large tensors.
         rates = (-(1 - self.config.betas[0]) * lr * sizes * correction).tolist()
         eps = (self.config.eps * correction).tolist()
         for batch in self.batches:
@@ -295,27 +306,32 @@ class ScaledAdam:
         _write_copies(self.weights)
 
     def _bias_correction(self, step: int) -> Tensor:
-        """Give the factor (W,) for sqrt(v): tensors cease to be corrected once it hardly matters, scalars do not."""
+        """Give the correction (W,) of sqrt(v) for its start at zero: sqrt(1 - b2^(t+1)).
+
+        As in the authors' code, it becomes 1 for tensors once it hardly differs from 1, but never for scalars.
+        """
         correction = 1 - self.config.betas[1] ** (step + 1)
         of_tensors = math.sqrt(correction) if correction < 0.99 else 1.0
         return torch.full_like(self.rms, of_tensors).masked_fill(self.is_scalar, math.sqrt(correction))
 
     def _size_step(self, count: int, lr: Tensor) -> Tensor:
-        """Give the relative growth k (W,) of each tensor at the `count`-th size update: Adam on its log size."""
+        """Give the relative growth k (W,) of each tensor at size update number `count`: Adam on the log of its rms."""
         config, (low, high) = self.config, self.config.rms_limits
         decay = config.betas[1] ** config.size_update_period
         self.size_squares.mul_(decay).add_(self.size_gradients.square().mean(0), alpha=1 - decay)
         direction = self.size_gradients.sum(0) / (self.size_squares.sqrt() + config.eps)
         growth = -lr * config.scalar_lr_scale * math.sqrt(1 - decay**count) * direction
+        # At most a tenth up or down at once, not beyond the upper limit, and no shrinking or growing of tiny tensors.
         growth = growth.clamp(-0.1, 0.1).masked_fill(self.rms < low, 0.0)
         return growth.minimum((high - self.rms) / self.rms).masked_fill(self.is_scalar, 0.0)
 
     def _update_batch(
         self, batch: slice, grads: list[Tensor], rates: list[float], eps: list[float], growth: list[float] | None
     ) -> None:
-        """Advance v, D and p of one run of weights.
+        """Advance v, D and p of the weights of one batch.
 
-        `rates` is lr rms(p) with its sign, 1 - b1 and the bias correction folded in; `eps` carries that correction too.
+        rates: -lr rms(p) times 1 - b1 and the bias correction. eps: times the bias correction. growth: k, on a size
+        update.
         """
         beta1, beta2 = self.config.betas
         masters, squares, deltas = self.masters[batch], self.second_moments[batch], self.deltas[batch]
@@ -337,10 +353,10 @@ class ScaledAdam:
 
 
 class MedianClipper:
-    """Bounds a norm by `scale` times its median over the last `window` updates.
+    """Clips a norm to `scale` times its median over the last `window` updates.
 
-    The bound is set at updates 10, 20 and 40, doubled because norms still change fast, and then every `window` updates.
-    The very first norm never counts. There is no bound before update 10, nor while the median is zero.
+    The bound is set at updates 10, 20 and 40 (doubled, since norms still change fast), and then every `window` updates.
+    The first norm of all never counts. There is no bound before update 10, nor while the median is zero.
     """
 
     def __init__(self, scale: float, window: int) -> None:
@@ -349,7 +365,7 @@ class MedianClipper:
         self.threshold = torch.tensor(math.inf, dtype=torch.float64)
 
     def clip(self, step: int, norm: float) -> float:
-        """Record the finite `norm` of update `step`, and give the factor in (0, 1] that brings it within the bound."""
+        """Record the finite `norm` of update `step`, and give the factor in (0, 1] that keeps it within the bound."""
         window = len(self.norms)
         self.norms[step % window] = norm
         if step in (10, 20, 40) and step < window:
@@ -364,7 +380,7 @@ class MedianClipper:
 
 
 class AdamW:
-    """`torch.optim.AdamW`, fused (on a CPU 3 times as fast as foreach), behind `Optimizer` (see `AdamWConfig`)."""
+    """`torch.optim.AdamW` as an `Optimizer` (see `AdamWConfig`), fused: on a CPU 3 times as fast as foreach."""
 
     def __init__(self, config: AdamWConfig, model: nn.Module) -> None:
         self.config = config
@@ -372,7 +388,7 @@ class AdamW:
         self.optimizer = torch.optim.AdamW(
             self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
         )
-        # Made here and not at the first step, so that the state has the same names at every step.
+        # Torch would make the state at the first step; made here, it has the same names before that step as after it.
         for weight in self.weights:
             count = torch.zeros((), dtype=torch.float32, device=weight.master.device)
             moments = {"exp_avg": _zeros(weight.master), "exp_avg_sq": _zeros(weight.master)}
@@ -380,7 +396,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> StepReport:
-        """Update the parameters from their gradients; a parameter without gradient is left alone."""
+        """Update the parameters from their gradients; a parameter without a gradient is left as it is."""
         for weight in self.weights:
             weight.master.grad = weight.gradient()
         grads = [weight.master.grad for weight in self.weights if weight.master.grad is not None]
@@ -402,7 +418,7 @@ class AdamW:
         _forget_gradients(self.weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the complete state by name; the moments are live."""
+        """Give the complete state by name; the moments are not copied."""
         live = self._live_tensors()
         return {name: tensor.long() if name.startswith("steps.") else tensor for name, tensor in live.items()}
 
@@ -417,7 +433,7 @@ class AdamW:
         return live | _copied_masters(self.weights)
 
     def _groups(self) -> list[dict[str, object]]:
-        """Group masters by lr factor and by whether they decay."""
+        """Group the tensors to update by learning-rate factor and by whether they decay."""
         members: dict[tuple[float, bool], list[Tensor]] = {}
         for weight in self.weights:
             members.setdefault((weight.lr_scale, weight.master.dim() >= 2), []).append(weight.master)
@@ -429,9 +445,10 @@ class AdamW:
 
 
 def _batches(tensors: list[Tensor], limit: int | None) -> list[slice]:
-    """Cut a list of tensors into runs of at most `limit` elements each; a larger tensor is a run of its own."""
+    """Cut a list of tensors into batches of at most `limit` elements each; a larger tensor is a batch by itself."""
     if limit is None:
-        # A CPU wants a run to stay in the cache over all its passes (measured); a GPU few launches in bounded memory.
+        # On a CPU a batch should stay in the cache over all its passes (measured); on a GPU launches should be few, and
+        # the temporary memory bounded.
         limit = 2**16 if tensors[0].device.type == "cpu" else 2**26
     starts, elements = [0], 0
     for i, tensor in enumerate(tensors):
@@ -468,7 +485,7 @@ def _write_copies(weights: list[Weight]) -> None:
 
 @torch.no_grad()
 def _load(live: Mapping[str, Tensor], given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Copy `given` into `live`, once every name, shape and dtype has been found to be the `expected` one."""
+    """Copy `given` into the tensors of `live`, once every name, shape and dtype is found as in `expected`."""
     for name in sorted(expected.keys() ^ given.keys()):
         legal = "a state of this model and optimizer"
         raise UserError(

@@ -1,6 +1,6 @@
 """A recipe: everything one training run needs, in one TOML file.
 
-Precedence: defaults < recipe file < `key.path=value` on the command line. A key that nothing knows is an error.
+Precedence: defaults < recipe file < `key.path=value` on the command line. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -29,16 +29,21 @@ class DataConfig(Strict):
 
 @dataclass(frozen=True)
 class TrainingConfig(Strict):
-    """One run.
+    """Settings of a run.
 
-    start_from: a model folder to start from, whose shape `[model]` then need not repeat; random weights by default.
-    steps: optimizer steps. window: tokens of a training window. batch_windows: windows of one step, run in pieces of
-    `micro_windows` (all at once by default). precision: `bf16` computes in bf16 over fp32 weights.
-    deterministic: a GPU's kernels add in one order, so that a resumed run is the same to the bit (a CPU's always is),
-    at a third to half more time in long windows.
-    recompute: blocks keep only their inputs for the backward pass. compile: the feed-forwards go through torch.compile.
-    *_every: in steps; 0 means only at the end. evaluate_windows: held-out windows of one evaluation, 0 for all.
-    keep: newest checkpoints kept.
+    steps: number of optimizer steps. window: tokens of a training window. batch_windows: training windows of one step,
+        processed `micro_windows` at a time (all at once by default).
+    start_from: a model folder whose weights to start from, and whose shape `[model]` then need not repeat; random
+        weights by default.
+    precision: `bf16` computes in bf16 with weights in fp32. device: `auto`, or a device of torch.
+    deterministic: a GPU's kernels add in a fixed order, so that a resumed run is the same to the bit (a CPU's always
+        is), for a third to half more time with long training windows.
+    recompute: blocks keep only their inputs and run again in the backward pass. compile: whether feed-forwards go
+    through
+        torch.compile.
+    log_every, evaluate_every, checkpoint_every: in steps; 0 means only at the end. evaluate_windows: held-out windows
+    of
+        one evaluation; 0 for all. keep: number of newest checkpoints kept.
     """
 
     steps: int
@@ -66,12 +71,12 @@ class TrainingConfig(Strict):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
         micro = self.micro_windows
         fits = micro is None or (micro > 0 and self.batch_windows % micro == 0)
-        require(fits, f"training.micro_windows = {micro} does not divide training.batch_windows = {self.batch_windows}")
+        require(fits, f"training.micro_windows = {micro}: a divisor of training.batch_windows = {self.batch_windows}")
 
 
 @dataclass(frozen=True)
 class Recipe(Strict):
-    """Model, data, optimizer, schedule and run."""
+    """Everything about a training run: model, data, training, optimizer and learning-rate schedule."""
 
     model: ModelConfig
     data: DataConfig
@@ -82,11 +87,11 @@ class Recipe(Strict):
     def __post_init__(self) -> None:
         fits = self.training.window <= self.model.context_window
         window = f"training.window = {self.training.window}"
-        require(fits, f"{window} is longer than model.context_window = {self.model.context_window}")
+        require(fits, f"{window}: at most model.context_window = {self.model.context_window}")
         self.schedule.scale(0, 0, self.training.steps)  # refuses a warm-up that does not fit the run
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that `build` makes the same recipe from."""
+        """The recipe as plain values, from which `build` makes an equal one."""
         return dataclasses.asdict(self)
 
 
@@ -96,7 +101,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain values of a TOML file with overrides applied, `[model]` completed by the folder it starts from."""
+    """The plain values of a TOML file with overrides applied.
+
+    `[model]` is completed from the folder that `training.start_from` names. UserError for a file that is not TOML.
+    """
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf8"))
     except OSError as error:
@@ -109,12 +117,12 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def recipe_path(name: str) -> Path:
-    """A recipe that comes with the package."""
+    """The path of a recipe that comes with the package."""
     return Path(str(files("longwave"))) / "recipes" / f"{name}.toml"
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by dotted keys."""
+    """Nested tables as one table with dotted keys."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
@@ -122,7 +130,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_start(model: ModelConfig, start: ModelConfig, folder: str) -> None:
-    """Raises UserError where a model is not the one that it is to start from; how its parts are trained may differ."""
+    """Raises UserError where a model's shape differs from the model it starts from; settings of training may differ."""
     ours, theirs = (flat(one.completed(model.tables).to_dict()) for one in (model, start))
     free = {f"{name}.{entry}" for name, table in model.tables.items() for entry in table.only_training}
     for name in sorted(ours.keys() - free):
@@ -132,7 +140,7 @@ def require_start(model: ModelConfig, start: ModelConfig, folder: str) -> None:
 
 
 def _with_start(values: dict[str, Any]) -> dict[str, Any]:
-    """The values with a complete [model] table where they name a folder to start from."""
+    """The values, with the [model] table completed from the folder that `training.start_from` names, if it does."""
     training = values.get("training", {})
     folder = training.get("start_from") if isinstance(training, dict) else None
     if not isinstance(folder, str):
@@ -141,6 +149,7 @@ def _with_start(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged(base: Any, over: Any) -> Any:
+    """Nested tables with the values of `over` in place of those of `base`."""
     if not (isinstance(base, dict) and isinstance(over, dict)):
         return over
     return base | {name: _merged(base.get(name), value) for name, value in over.items()}
@@ -159,7 +168,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """A TOML value, or the text itself where it is none (so that strings need no quotes)."""
+    """The text as a TOML value; as a string where it is not one, so that strings need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,10 +1,10 @@
-"""Learning-rate schedules: pure functions of integers, so that there is nothing to save.
+"""Learning-rate schedules: pure functions of the step and the tokens, so that a checkpoint need not save them.
 
-Each is a frozen config with `scale(step, tokens, total_steps)`: the multiplier of the optimizer's base learning rate
-for update `step` (0-based), `tokens` tokens having been trained on before it, in a run of `total_steps` updates.
+Each is a frozen config with a method `scale(step, tokens, total_steps)`: the factor of the optimizer's base learning
+rate at update `step` (from 0), before which the run has trained on `tokens` tokens, in a run of `total_steps` updates.
 
-Warm-up of Cosine, WSD and Constant is `(step + 1) / (warmup_steps + 1)`: no update is wasted on a rate of 0, and update
-`warmup_steps` is the first at the full rate.
+The warm-up of Cosine, WSD and Constant is `(step + 1) / (warmup_steps + 1)`: no update is wasted on a rate of 0, and
+update `warmup_steps` is the first at the full rate.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from longwave.errors import require
 
 
 class Schedule(Protocol):
-    """What the training loop asks of a schedule."""
+    """The interface of a schedule."""
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate for update `step`."""
+        """Give the factor of the base learning rate for update `step`."""
         ...
 
 
@@ -31,7 +31,7 @@ class Eden:
     """Eden (Zipformer, arXiv 2310.11230): ((t/T)^2 + 1)^-1/4 ((e/E)^2 + 1)^-1/4, warmed up from `warmup_start`.
 
     t counts updates and T is `lr_steps`; e counts tokens and E is `lr_tokens`, in place of the paper's epochs (as in
-    Povey's language model recipe). `lr_tokens` None, or inf where a file cannot say None, turns the second factor off.
+    Povey's language model recipe). `lr_tokens` None turns the second factor off; a TOML file writes inf instead.
     """
 
     kind: Literal["eden"] = "eden"
@@ -50,7 +50,7 @@ class Eden:
         require(0 <= self.warmup_start <= 1, f"warmup_start = {self.warmup_start}: a number in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; `total_steps` plays no part."""
+        """Give the factor of the base learning rate; `total_steps` plays no part."""
         by_tokens = 1.0 if self.lr_tokens is None else _inverse_root(tokens / self.lr_tokens)
         warmed = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         warmup = self.warmup_start + (1 - self.warmup_start) * warmed
@@ -59,7 +59,7 @@ class Eden:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983; a tenth is Llama's)."""
+    """Warm-up, then half a cosine from 1 to `final` over the rest of the run (arXiv 1608.03983; Llama ends at 0.1)."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: int = 100
@@ -72,7 +72,7 @@ class Cosine:
         require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; raises UserError if the warm-up does not fit the run."""
+        """Give the factor of the base learning rate; raises UserError if the warm-up does not fit the run."""
         _check_fit(self.warmup_steps, total_steps, total_steps)
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
@@ -84,8 +84,8 @@ class Cosine:
 class WSD:
     """Warm-up, a stable rate, and a decay to `final` over the last `decay_fraction` of the run.
 
-    WSD is of MiniCPM (arXiv 2404.06395); the `sqrt` shape, 1 - sqrt(x) at part x of the decay, and its length are what
-    arXiv 2405.18392 found best.
+    WSD comes from MiniCPM (arXiv 2404.06395). The `sqrt` shape, 1 - sqrt(x) after the share x of the decay, and its
+    length are the best ones of arXiv 2405.18392.
     """
 
     kind: Literal["wsd"] = "wsd"
@@ -102,7 +102,7 @@ class WSD:
         require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
+        """Give the factor of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
         decay_steps = max(1, round(self.decay_fraction * total_steps))
         stable_until = total_steps - decay_steps
         _check_fit(self.warmup_steps, stable_until + 1, total_steps)
@@ -125,7 +125,7 @@ class Constant:
         _check_warmup(self.warmup_steps)
 
     def scale(self, step: int, tokens: int, total_steps: int) -> float:
-        """Give the multiplier of the base learning rate; `tokens` and `total_steps` play no part."""
+        """Give the factor of the base learning rate; `tokens` and `total_steps` play no part."""
         return _warmup(step, self.warmup_steps)
 
 
