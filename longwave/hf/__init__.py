@@ -1,14 +1,14 @@
-"""longwave folders inside Hugging Face's `transformers`: the only package that touches its model classes.
+"""longwave models as Hugging Face `transformers` models; no other package here uses the model classes of transformers.
 
 After `import longwave.hf`, `AutoModelForCausalLM.from_pretrained(DIR)` loads what `longwave.checkpoints.save` wrote,
 with `generate`, a cache, a loss, and what `Trainer`, PEFT, TRL and lm-eval need. Without the import,
 `trust_remote_code=True` finds it through a small module that every longwave folder carries.
 
-- `model.py`: the model with the face of a `transformers` model; `padding.py` makes streams of padded batches.
+- `model.py`: the model class; `padding.py` turns padded batches into streams and back.
 - `cache.py`: longwave's state as a `transformers` cache.
 - `folder.py`: loading and saving, always through `longwave.checkpoints`.
-- `config.py`: the content of `config.json`. `training.py`: the callback that tells schedules the step.
-- `yardstick.py`: `transformers`' own model over a decoder's weights, run as its `generate` runs it; benchmarks time it.
+- `config.py`: the content of `config.json`. `training.py`: the callback that tells a model the optimizer step.
+- `yardstick.py`: `transformers`' own model with a decoder's weights, with which benchmarks compare.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -23,7 +23,7 @@ from longwave.hf.yardstick import Yardstick, transformers_from
 
 AutoConfig.register(native.MODEL_TYPE, LongwaveConfig)
 AutoModelForCausalLM.register(LongwaveConfig, LongwaveForCausalLM)
-# Trainer shifts labels for label smoothing only where this table names the class; registering does not enter it.
+# Trainer's label smoothing shifts the labels only for classes in this table, which registering does not add to.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[native.MODEL_TYPE] = LongwaveForCausalLM.__name__
 
 __all__ = ["LongwaveCache", "LongwaveConfig", "LongwaveForCausalLM", "StepCallback", "Yardstick", "transformers_from"]

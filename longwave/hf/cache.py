@@ -1,4 +1,4 @@
-"""A longwave `State` as `transformers` wants a cache: one slot per row of the batch.
+"""A longwave `State` behind the interface of a `transformers` cache: one slot of the state per row of the batch.
 
 Legend: `B` sequences, `D` hidden size.
 """
@@ -17,15 +17,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longwave.errors import UserError
 from longwave.model import Decoder
 
-NAMES = ("cache", "past_key_values")  # what transformers calls a cache, since 5.24 and before
+NAMES = ("cache", "past_key_values")  # names of the cache argument in transformers: since 5.24, and before
 NAME = next(name for name in NAMES if name in CausalLMOutputWithPast.__dataclass_fields__)
 
 
 class LongwaveCache(Cache):
-    """What a model remembers of a batch.
+    """The state of a model for a batch of sequences.
 
-    columns: of the batch seen so far, pads included; attention masks are that wide. last: hidden (B, D) of the newest
-    token of each row, which pads after it repeat.
+    columns: number of columns of the batch seen so far, pads included: the width of attention masks. last: the hidden
+    states (B, D) of the newest token of each row, which the outputs at pads after it repeat.
     """
 
     def __init__(self, decoder: Decoder, rows: int) -> None:
@@ -36,7 +36,7 @@ class LongwaveCache(Cache):
         self._recording = False
 
     def advance(self, columns: int, last: Float[Tensor, "B D"]) -> None:
-        """Counts columns that the model has run; `last` is the hidden state at the newest of them."""
+        """Notes that the model has run so many more columns; `last` holds the hidden states at the newest one."""
         self.columns += columns
         self.last = last.clone()
 
@@ -52,16 +52,16 @@ class LongwaveCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """One entry that is not: `generate` may cut what the cache holds from the front of its input."""
+        """[False]: `generate` may then cut the tokens that the cache holds from the front of its input."""
         return [False]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can forget a token or two: what a recurrence has taken in stays."""
+        """Whether `crop` can take tokens back: not in layers with a recurrent state, which cannot forget a token."""
         return not any(spec.per_sequence for spec in self.state.specs.values())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Row i takes the place of the former row `beam_idx[i]`, as beam search asks."""
         self.state.reorder(beam_idx.tolist())
         self.last = self.last.index_select(0, beam_idx.to(self.last.device))
 
@@ -72,9 +72,9 @@ class LongwaveCache(Cache):
         self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
-        """From now on `crop` can return to any place that comes after the last crop, in layers with a window too.
+        """From now on `crop` can take back all tokens since the last crop, in layers with a sliding window as well.
 
-        UserError for a model with recurrent layers.
+        Raises UserError for a model with recurrent layers.
         """
         if not self.is_croppable:
             raise UserError(
@@ -85,13 +85,14 @@ class LongwaveCache(Cache):
         self._hold()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forgets the newest `-tokens_to_remove` columns at every level; they must hold no pads.
+        """Takes back the newest `-tokens_to_remove` columns at every level; they must hold no pads.
 
-        ValueError, with nothing changed, where a window or a recurrence has forgotten what would be seen again.
+        Raises ValueError, with nothing changed, where a sliding window has dropped a key that would be seen again, or a
+        recurrent state has taken in the tokens.
         """
         tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
-            raise UserError(f"crop: tokens_to_remove = {tokens_to_remove}; give minus the number of tokens to forget")
+            raise UserError(f"tokens_to_remove = {tokens_to_remove}: minus the number of tokens to take back")
         for slot, seen in enumerate(self.state.seen):
             self.state.truncate(slot, seen + tokens_to_remove)
         if tokens_to_remove:
@@ -112,7 +113,7 @@ class LongwaveCache(Cache):
 
 
 def given(named: Mapping[str, Any]) -> LongwaveCache | None:
-    """The one cache among arguments by any of its names; UserError for two, or for a cache of another kind."""
+    """The cache among the arguments, under either of its names; UserError for two caches, or one of another class."""
     found = [named[name] for name in NAMES if named.get(name) is not None]
     if len(found) > 1:
         raise UserError(f"{NAMES[0]} and {NAMES[1]} are names of one argument; give one")

@@ -11,9 +11,10 @@ from longwave.config import ModelConfig
 
 
 class LongwaveConfig(PretrainedConfig):
-    """`model` describes the decoder; what else `transformers` asks for is derived from it.
+    """The config of a longwave model in `transformers`.
 
-    use_cache: whether a forward outside training makes a cache unless told otherwise.
+    model: the decoder's config as plain values, from which the other attributes that `transformers` asks for are
+    derived. use_cache: whether a forward outside training makes a cache, unless told otherwise.
     """
 
     model_type = native.MODEL_TYPE
@@ -34,15 +35,18 @@ class LongwaveConfig(PretrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: `trust_remote_code` would have this file copied beside every config that is saved."""
+        """Does nothing: transformers would copy this file beside every saved config that was loaded by remote code."""
 
     def decoder_config(self) -> ModelConfig:
-        """The config of the decoder; UserError for a format or a key that this longwave does not know."""
+        """The config of the decoder. Raises UserError for a format or a key that this version does not know."""
         values = {"longwave_format": self.longwave_format, "model": self.model}
         return native.config_from(values, self.name_or_path or type(self).__name__)
 
     def _described(self) -> ModelConfig:
-        """As an attribute asks: the empty config, which `transformers` compares others with, has none."""
+        """The decoder's config, for properties.
+
+        Raises AttributeError for an empty config, which `transformers` makes to compare others with its defaults.
+        """
         if not self.model:
             raise AttributeError("an empty LongwaveConfig describes no model")
         return self.decoder_config()
@@ -73,5 +77,5 @@ class LongwaveConfig(PretrainedConfig):
 
     @property
     def logit_scale(self) -> float:
-        """What the head's product is multiplied by; TRL multiplies by the head itself and asks for this."""
+        """The factor of the logits. TRL multiplies by the head's weights itself, and takes the factor from here."""
         return self._described().scales.logits

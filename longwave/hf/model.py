@@ -1,7 +1,7 @@
-"""A `longwave.model.Decoder` with the face of a `transformers` causal language model.
+"""A `longwave.model.Decoder` behind the interface of a `transformers` causal language model.
 
-A padded batch becomes a ragged stream on entry, so no pad ever enters the model; hidden states leave as a padded
-batch, as `transformers` and what is built on it expect.
+A padded batch becomes a stream without pads on entry, so that no pad ever enters the model; hidden states leave as a
+padded batch, as `transformers` and the libraries on top of it expect.
 
 Legend: `B` sequences, `N` columns of the batch (pads included), `T` tokens, `D` hidden size, `V` vocabulary.
 """
@@ -35,7 +35,7 @@ from longwave.ops.cross_entropy import cross_entropy
 from longwave.resamplers import Clock
 
 _IGNORE = -100
-_SAYS_AS_MUCH = {  # arguments of other models' forward that repeat what ours knows from its input
+_SAYS_AS_MUCH = {  # arguments of other models' forward that only repeat what the other arguments say
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids", "return_dict"),
 }
 
@@ -47,7 +47,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.decoder = decoder
         self._clock: Clock | None = None
-        self._windows = 0  # run in training at the present step: further micro-batches have draws of their own
+        self._windows = 0  # training windows run in this optimizer step, so that micro-batches get different draws
 
     def forward(
         self,
@@ -57,12 +57,12 @@ class Backbone(nn.Module):
         use_cache: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Normalised hidden states (B, N, D); at a pad those of the last token before it, zeros if there is none.
+        """The hidden states (B, N, D) after the final norm; at a pad, the last token's before it, or zeros.
 
-        attention_mask: (B, N), or (B, past + N) with a cache; 0 marks a pad, on whichever side.
-        position_ids: need not be given. Without a cache a row may hold several documents, each counted from 0, which
-            attention then keeps apart.
-        cache: or `past_key_values`, a `LongwaveCache` that is continued.
+        attention_mask: (B, N), or (B, past + N) with a cache; 0 marks a pad, on either side.
+        position_ids: optional. Without a cache a row may hold several documents, each with positions from 0; attention
+            then keeps them apart.
+        cache (or past_key_values): a `LongwaveCache` to continue.
         """
         cache = caches.given(kwargs)
         _check_arguments(input_ids, kwargs)
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
     def _hidden(
         self, columns: Columns, input_ids: Tensor, position_ids: Tensor | None, cache: LongwaveCache | None
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "B D"]]:
-        """Hidden states of the new tokens, row after row, and of the last token of each row before them."""
+        """The hidden states of the new tokens, row after row, and of each row's last token before them."""
         device = self.decoder.embed.weight.device
         stream = columns.stream(position_ids, cache, self._samples(len(input_ids)), device)
         hidden = self.decoder.hidden(
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
         return hidden, hidden.new_zeros(len(input_ids), hidden.shape[1]) if cache is None else cache.last
 
     def _samples(self, rows: int) -> tuple[int, ...]:
-        """The index of each row among those of the present optimizer step."""
+        """The index of each row among the training windows of the present optimizer step, which keys its draws."""
         clock = self.decoder.clock
         if clock is not self._clock:
             self._clock, self._windows = clock, 0
@@ -113,14 +113,14 @@ class Backbone(nn.Module):
 class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     """A longwave model in `transformers`.
 
-    In training mode every row is one training window, and a SUBLLM needs to be told the optimizer step: by
-    `longwave.hf.StepCallback` in a `Trainer`, by `model.decoder.set_step(step, seed)` in a loop of one's own.
+    In training mode every row is a training window, and a SUBLLM has to be told the optimizer step: by
+    `longwave.hf.StepCallback` in a `Trainer`, otherwise by `model.decoder.set_step(step, seed)`.
     """
 
     config_class = LongwaveConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # Trainer then says how many labels all micro-batches of a step have
+    accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch, the labels of all micro-batches of a step
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     config: LongwaveConfig
@@ -128,7 +128,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LongwaveConfig, decoder: Decoder | None = None) -> None:
         super().__init__(config)
         if config._attn_implementation not in (None, "sdpa"):
-            raise UserError(f"attn_implementation = {config._attn_implementation!r}; longwave runs 'sdpa'")
+            raise UserError(f"attn_implementation = {config._attn_implementation!r}: longwave runs 'sdpa'")
         self.model = Backbone(Decoder(config.decoder_config()) if decoder is None else decoder)
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(folder.accept_saved_names)
@@ -152,9 +152,9 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LongwaveForCausalLM:
         """Loads a model folder of any family that longwave reads.
 
-        dtype: of the weights; as they were saved by default. device_map: one device. kwargs: values of the config, and
-        for a hub id how it is fetched, such as `revision`. UserError for anything else that would change what is
-        loaded, and for every tensor that does not fit.
+        dtype: of the weights; by default as they were saved. device_map: one device. kwargs: values of the config, and
+        for a hub id options of fetching it, such as `revision`. Raises UserError for other options that ask for
+        anything, and for a tensor that does not fit.
         """
         source = pretrained_model_name_or_path
         fetching = {name: kwargs.pop(name) for name in FETCHING if name in kwargs}
@@ -174,11 +174,11 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves a longwave folder. A new or empty one appears whole or not at all; in any other, other files stay.
+        """Saves a longwave folder. A new one appears whole or not at all; in an existing one other files stay.
 
-        state_dict: the weights to write, under the names of `self.state_dict()`. max_shard_size: one file by default,
-        whatever its size. UserError for any other option that is not at its default, such as `push_to_hub=True`
-        (`model.push_to_hub(...)` does that).
+        state_dict: the weights to write, under the names of `self.state_dict()`. max_shard_size: of one file; one file
+        for all weights by default. Raises UserError for any other option that is not at its default, such as
+        `push_to_hub=True` (use `model.push_to_hub(...)`).
         """
         folder.check_options("save_pretrained", kwargs, folder.SAVE_DEFAULTS)
         if is_main_process:
@@ -197,13 +197,14 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (B, N, V) and the loss of `labels`. kwargs: what else `Backbone.forward` takes.
+        """Logits (B, N, V), and with `labels` the loss. kwargs: further arguments of `Backbone.forward`.
 
-        labels: shifted here; each token is judged by the label of the row's next token, -100 does not count.
-        num_items_in_batch: what the sum of the losses is divided by; the labels that count by default.
-        use_cache: by default where the config says so, outside training, without labels and position_ids.
-        logits_to_keep: the last so many columns (0: all), or their indices; all by default, but none while training
-            with labels.
+        labels: (B, N), not shifted: a token's target is the label of the row's next token; -100 does not count.
+        num_items_in_batch: the divisor of the summed loss; by default the number of labels that count.
+        use_cache: whether to make a cache; by default as the config says, but not in training, nor with labels or
+            position_ids.
+        logits_to_keep: the number of last columns whose logits to return (0: all), or the columns' indices; by default
+            all, but none in training with labels.
         """
         named = {"cache": cache, "past_key_values": past_key_values, **kwargs}
         use_cache = self._wants_cache(labels, kwargs) if use_cache is None else use_cache
@@ -225,7 +226,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(
         self, hidden: Float[Tensor, "B N D"], labels: Tensor, columns: Columns, count: Tensor | int | None
     ) -> Float[Tensor, ""]:
-        """Made in chunks of rows, so that the logits are never all held."""
+        """The mean loss per label, computed in chunks of rows, so that not all logits are held at once."""
         targets = columns.following(labels, _IGNORE).to(hidden.device)
         rows, scale = columns.unpad(hidden), self.decoder.config.scales.logits
         if self._has_plain_head():
@@ -245,21 +246,21 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         return logits * self.decoder.config.scales.logits
 
     def _has_plain_head(self) -> bool:
-        """Whether the head is its weight; an adapter around it has to be called."""
+        """Whether the head is a plain matrix; if PEFT has wrapped it in an adapter, its forward has to be called."""
         return isinstance(self.decoder.head, nn.Linear | TiedHead)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the decoder has drawn or loaded its own."""
+        """Does nothing: the decoder has already drawn or loaded its weights."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` brings no cache of its own."""
+        """False: `generate` is not to make a cache of its own class."""
         return False
 
     def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """A cache from the start, since assisted generation asks for one before the first forward."""
+        """Makes the cache before the first forward, since assisted generation needs it by then."""
         for option in ("cache_implementation", "assistant_early_exit"):
             if (value := getattr(generation_config, option, None)) is not None:
                 raise UserError(f"{option} = {value!r} is not supported by longwave models; leave it out")
@@ -274,7 +275,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
-        """Blocks keep only their inputs and run again in the backward pass; UserError for options of another way."""
+        """Makes blocks keep only their inputs and run again in the backward pass; UserError for any other option."""
         options = gradient_checkpointing_func.keywords if isinstance(gradient_checkpointing_func, partial) else {}
         plain = getattr(gradient_checkpointing_func, "func", checkpoint) is checkpoint
         if enable and (every_n_layers != 1 or not plain or any(options.values())):
@@ -284,7 +285,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.checkpoint_blocks(enable)
 
     def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Embedding:
-        """Gives embedding and head another number of tokens; new rows are drawn around the mean of the old ones."""
+        """Changes the vocabulary size of embedding and head; new rows are drawn around the mean of the old ones."""
         if not mean_resizing:
             raise UserError("mean_resizing = False is not supported by longwave models; leave it out")
         embed = super().resize_token_embeddings(*args, **kwargs)
@@ -300,10 +301,10 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
             self.decoder.head = TiedHead(self.decoder.embed)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head, or the embedding that serves as one."""
+        """The head; with tied embeddings, the embedding."""
         if not self.decoder.config.tie_embeddings:
             return self.decoder.head
-        self.decoder.embed.__dict__["bias"] = None  # as of a linear head: TRL reads weight and bias of whatever it gets
+        self.decoder.embed.__dict__["bias"] = None  # TRL reads the bias of the module, as a linear head has it
         return self.decoder.embed
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -312,7 +313,7 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _check_arguments(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """UserError for an argument that longwave would have to heed and cannot."""
+    """Raises UserError for an argument that asks for something longwave cannot do."""
     if kwargs.get("inputs_embeds") is not None or input_ids is None:
         raise UserError("inputs_embeds is not supported by longwave models; give input_ids")
     unknown = [name for name, value in kwargs.items() if _asks(value) and name not in {*caches.NAMES, *_SAYS_AS_MUCH}]
@@ -321,5 +322,5 @@ def _check_arguments(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
 
 
 def _asks(value: Any) -> bool:
-    """Whether an argument asks for anything: whatever is not None or False."""
+    """Whether an argument asks for anything: whether it is neither None nor False."""
     return value is not None and value is not False

@@ -1,4 +1,4 @@
-"""Padding: a padded batch becomes a stream without pads, and hidden states become a padded batch again.
+"""From padded batches to streams without pads, and from hidden states of a stream back to a padded batch.
 
 Legend: `B` sequences, `N` columns of the batch (pads included), `T` tokens, `D` hidden size.
 """
@@ -19,13 +19,16 @@ from longwave.stream import Stream, Windows
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a batch hold tokens, on whichever side the pads are."""
+    """The tokens and pads of a padded batch. real: True where a column of a row holds a token; pads may be anywhere."""
 
     real: Bool[Tensor, "B N"]
 
     @classmethod
     def of(cls, input_ids: Int64[Tensor, "B N"], attention_mask: Tensor | None) -> Columns:
-        """attention_mask: (B, N), or wider by what a cache has seen; 0 marks a pad. UserError for another shape."""
+        """The columns that an attention mask describes; without a mask, all hold tokens.
+
+        attention_mask: (B, N), or with a cache (B, past + N); 0 marks a pad. Raises UserError for another shape.
+        """
         if attention_mask is None:
             return cls(torch.ones_like(input_ids, dtype=torch.bool))
         rows, columns = input_ids.shape
@@ -36,7 +39,7 @@ class Columns:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """The number of tokens of each row."""
         return self.real.sum(1).tolist()
 
     @cached_property
@@ -44,23 +47,27 @@ class Columns:
         return sum(self.lengths) == self.real.numel()
 
     def unpad(self, values: Tensor) -> Tensor:
-        """(B, N, ...) -> (T, ...), row after row."""
+        """Drops the pads: (B, N, ...) -> (T, ...), row after row."""
         return values.flatten(0, 1) if self.all_real else values[self.real.to(values.device)]
 
     def pad(self, hidden: Float[Tensor, "T D"], before: Float[Tensor, "B D"]) -> Float[Tensor, "B N D"]:
-        """At every column the hidden state of the row's last token up to there: `before` where there is none yet."""
+        """The hidden states as a padded batch: at a pad, the state of the row's last token before it.
+
+        before: the states of each row's last token before this batch, used at pads in front of its first token.
+        """
         if self.all_real:
             return hidden.unflatten(0, self.real.shape)
         return torch.cat([before.to(hidden), hidden])[self._places().to(hidden.device)]
 
     def _places(self) -> Int64[Tensor, "B N"]:
+        """For each column its row in `before` (B rows) and `hidden` (T rows) end to end."""
         lengths, seen = self.real.sum(1), self.real.cumsum(1)
         begins = len(self.real) + lengths.cumsum(0) - lengths
         before = torch.arange(len(self.real), device=self.real.device).unsqueeze(1)
         return torch.where(seen > 0, begins.unsqueeze(1) + seen - 1, before)
 
     def following(self, labels: Int64[Tensor, "B N"], ignored: int) -> Int64[Tensor, " T"]:
-        """The label of the next token of each token's row; `ignored` for the last of a row."""
+        """The target of each token: the label of the next token in its row, and `ignored` for the last of a row."""
         labels = self.unpad(labels).roll(-1)
         ends = torch.tensor(self.lengths).cumsum(0) - 1
         labels[ends[ends >= 0].to(labels.device)] = ignored
@@ -69,11 +76,11 @@ class Columns:
     def stream(
         self, position_ids: Tensor | None, cache: LongwaveCache | None, samples: tuple[int, ...], device: torch.device
     ) -> Stream:
-        """The stream of the batch: every row is a run and a training window.
+        """The stream of the batch, in which every row is a training window.
 
-        position_ids: (B, N); without a cache a row may hold several documents, each counted from 0, which attention
-        then keeps apart. samples: the index of each row in the step, which keys its draws. UserError for positions
-        that do not count the tokens of a document.
+        position_ids: (B, N); without a cache a row may hold several documents, each with positions from 0, which become
+        runs of their own. samples: the index of each row in the optimizer step, which keys its draws.
+        Raises UserError for positions that do not count the tokens of a document.
         """
         if cache is not None:
             stream = cache.state.stream(self.lengths)
@@ -88,7 +95,7 @@ class Columns:
         return self.unpad(position_ids.expand_as(self.real))
 
     def _documents(self, positions: Int64[Tensor, " T"]) -> list[int]:
-        """Tokens of each document, a row beginning one whatever its position."""
+        """The number of tokens of each document; one begins at every position 0, and at the start of every row."""
         begins = positions == 0
         starts = torch.tensor([0, *self.lengths[:-1]]).cumsum(0)
         begins[starts[torch.tensor(self.lengths) > 0].to(begins.device)] = True

@@ -1,4 +1,4 @@
-"""What `transformers.Trainer` needs to know of longwave: the optimizer step, which schedules and draws follow."""
+"""A callback of `transformers.Trainer` that tells a longwave model the optimizer step, on which its draws depend."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from longwave.model import Decoder
 
 
 class StepCallback(TrainerCallback):
-    """Tells a longwave model the optimizer step about to run: `Trainer(..., callbacks=[StepCallback()])`.
+    """Tells a longwave model which optimizer step runs next: `Trainer(..., callbacks=[StepCallback()])`.
 
-    The draws of process p are keyed by the arguments' `seed` + p. Resuming from a checkpoint of Trainer goes on at its
-    step. The model may stand inside wrappers such as PEFT's.
+    Process p keys its draws by the training arguments' `seed` + p. A run that resumes from a Trainer checkpoint
+    continues at the checkpoint's step. The model may be wrapped, as by PEFT.
     """
 
     def on_train_begin(
@@ -26,7 +26,7 @@ class StepCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
-        """Before anything is saved or evaluated: what causal thresholds saw in the step is folded in here."""
+        """Runs before Trainer saves or evaluates: causal thresholds take in the scores of the finished step here."""
         self._tell(args, state, model)
 
     def _tell(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""`transformers`' own model over the weights of a longwave decoder, run as its own `generate` runs it.
+"""`transformers`' own model with the weights of a longwave decoder, for comparison in benchmarks.
 
 Legend: `B` sequences of `N` tokens each, `S` steps of decoding, `V` vocabulary.
 """
@@ -25,14 +25,14 @@ from longwave.model import Decoder
 
 
 def transformers_from(decoder: Decoder) -> PreTrainedModel:
-    """`transformers`' own model (SDPA attention) over the very weights of a decoder, which it shares.
+    """`transformers`' own model (SDPA attention) that shares the weights of a decoder.
 
-    UserError for a decoder that is of no family that `transformers` has.
+    Raises UserError for a decoder of which `transformers` has no model.
     """
     family = family_of(decoder.config)
     if family is None or not family.in_transformers:
         known = ", ".join(one.model_type for one in FAMILIES if one.in_transformers)
-        raise UserError(f"layout = {decoder.config.layout!r}: this model is none that transformers has ({known})")
+        raise UserError(f"layout = {decoder.config.layout!r}: not a model that transformers has ({known})")
     values = huggingface.config_json(family, decoder, {})
     config = AutoConfig.for_model(**values, attn_implementation="sdpa")
     with no_init_weights():
@@ -47,9 +47,9 @@ def transformers_from(decoder: Decoder) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class FilledCache:
-    """A cache that holds a context of the same tokens for every sequence.
+    """A cache filled with the same context for every sequence of a batch.
 
-    context: tokens of each sequence. forget: takes the cache back to the context after tokens were decoded.
+    context: number of tokens of each sequence. forget: takes the cache back to the context after decoding.
     """
 
     cache: Cache
@@ -57,7 +57,7 @@ class FilledCache:
     forget: Callable[[], None]
 
     def used_bytes(self) -> int:
-        """Bytes of the keys and values of the context (of the tokens in its window, where a window slides)."""
+        """Bytes of the keys and values of the context, or of its last tokens in layers with a sliding window."""
         return sum(one.nbytes * min(self.context, one.shape[-2]) // one.shape[-2] for one in self._arrays())
 
     def reserved_bytes(self) -> int:
@@ -69,15 +69,15 @@ class FilledCache:
 
 
 class Yardstick:
-    """`transformers`' model with the weights of a decoder, and what its `generate` and `Trainer` do with it.
+    """`transformers`' model with the weights of a decoder, run as its `generate` and `Trainer` run it.
 
-    UserError for a decoder that is of no family that `transformers` has.
+    Raises UserError for a decoder of which `transformers` has no model.
     """
 
     def __init__(self, decoder: Decoder) -> None:
         self.model = transformers_from(decoder)
         takes_cache = "cache" in signature(self.model.forward).parameters
-        self._cache_name = "cache" if takes_cache else "past_key_values"  # as it was called before transformers 5.24
+        self._cache_name = "cache" if takes_cache else "past_key_values"  # the name before transformers 5.24
 
     def loss(self, tokens: Int64[Tensor, "B N"]) -> Tensor:
         """The mean next-token loss in nats."""
@@ -91,7 +91,7 @@ class Yardstick:
 
     @torch.inference_mode()
     def decode(self, following: Int64[Tensor, "B S"], filled: FilledCache) -> Float[Tensor, "B S V"]:
-        """The logits after each token, read one by one after the context; the context alone is remembered."""
+        """The logits after each of the tokens, decoded one by one after the context; then the cache forgets them."""
         batch, steps = following.shape
         places = torch.arange(filled.context, filled.context + steps, device=following.device).expand(batch, -1)
         pieces = [slice(step, step + 1) for step in range(steps)]
@@ -100,9 +100,9 @@ class Yardstick:
         return torch.stack(logits, dim=1)
 
     def caches(self, filled: DynamicCache, context: int, batch: int, steps: int) -> dict[str, FilledCache]:
-        """Copies of the cache of one sequence for a batch that decodes so many steps, by the kind of cache.
+        """The cache of one sequence copied for a batch that decodes `steps` tokens, by kind: "dynamic" and "static".
 
-        No static cache where a window slides, since it cannot forget the steps again.
+        There is no static cache for models with a sliding window, since it could not forget the decoded tokens.
         """
         caches = {"dynamic": _dynamic(filled, context, batch)}
         if not any(cast(Any, layer).is_sliding for layer in filled.layers):
@@ -138,7 +138,7 @@ def _dynamic(filled: DynamicCache, context: int, batch: int) -> FilledCache:
 
     def forget() -> None:
         for layer, attributes in zip(cache.layers, before, strict=True):
-            vars(layer).update(attributes)  # a step makes new tensors and leaves the old ones as they are
+            vars(layer).update(attributes)  # decoding makes new tensors, so the old ones still hold the context
 
     return FilledCache(cache, context, forget)
 

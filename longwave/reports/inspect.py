@@ -1,6 +1,6 @@
-"""The page of one text as a model reads it: what is kept, where attention goes, what it costs.
+"""The page about one text as a model reads it: tokens kept, attention, and cost.
 
-Plain values in, one self-contained page out. The wording of the headline and the notes is written here.
+From plain values it makes one self-contained HTML page. The wording of the headline and the notes stands here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PAGE = Kind("inspect", ("passage", "heatmap"))
 
 
 def write_inspection(found: Inspection, path: Path, machine: dict[str, str], command: str) -> None:
-    """Writes the page to `path`, in one step."""
+    """Writes the page to `path`; a reader sees the old page or the whole new one."""
     title = f"{Path(found.source).name or found.source} as {found.model} reads it"
     files.write_file(path, _PAGE.render(title, _payload(found, title, machine, command)).encode())
 
@@ -83,7 +83,7 @@ def _block(found: Inspection, block: BlockAttention) -> dict[str, Any]:
 
 
 def _packed(cells: Tensor) -> str:
-    """The lower triangle, row by row, as base64 of little-endian fp32: above it no query sees a key."""
+    """The lower triangle of a map, row by row, as base64 of little-endian fp32; above it no query sees a key."""
     rows = cells.numpy().astype("<f4")
     return base64.b64encode(rows[np.tril_indices(rows.shape[0])].tobytes()).decode()
 
@@ -93,7 +93,7 @@ def _short(values: Tensor) -> list[Any]:
 
 
 def _digits(value: float | None) -> float | int | None:
-    """Five significant digits, which the page does not show all of."""
+    """The value rounded to five significant digits, more than the page shows, to keep the page small."""
     if value is None:
         return None
     rounded = float(f"{value:.5g}")
@@ -131,7 +131,7 @@ def _cost_headline(found: Inspection) -> Headline:
 
 
 def _sink_headline(found: Inspection) -> list[Headline]:
-    """Where no level is compared with attention: what the first token gets of it."""
+    """The share of attention that the first token gets; only for models without levels to compare attention with."""
     if found.levels or not found.blocks:
         return []
     most = max(found.blocks.values(), key=lambda block: block.first_share)

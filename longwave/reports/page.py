@@ -1,9 +1,9 @@
-"""What every page is made of: one template, one style, and data that no text can break out of.
+"""Self-contained HTML pages: a common template and style, and data that cannot break out of their place.
 
-- The data travel in one JSON block, escaped so that no text in them can end it or start markup; the page's script makes
-  text nodes of them, so that what a corpus or a model says is never read as HTML.
-- A content security policy in the page forbids every network access and every script but the one hashed here.
-- Styles and scripts are files beside this one: `page` and `chart` for all, others for the pages that name them.
+- The data stand in one JSON block, escaped so that no text in them can end the block or start markup. The page's script
+  turns them into text nodes, so that the words of a corpus or a model are never read as HTML.
+- A content security policy in the page forbids all network access, and every script but the page's own, by its hash.
+- Styles and scripts are files beside this one: `page` and `chart` for all pages, the others for pages that name them.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any, Literal, NamedTuple
 
 
 class Fact(NamedTuple):
-    """A line of the machine's or the run's description."""
+    """A line of the description of the machine or the run."""
 
     label: str
     value: str
 
 
 class Headline(NamedTuple):
-    """A figure at the head of a page, and what it means in words."""
+    """A figure at the head of a page, with a sentence that says what it means."""
 
     label: str
     value: str
@@ -37,9 +37,10 @@ class Headline(NamedTuple):
 
 
 class PassageToken(NamedTuple):
-    """A token's text, the levels that kept it, and its score at each level, None at one that it did not reach.
+    """A token of a passage.
 
-    label: what stands for a token that shows no text.
+    kept: the levels that kept it. scores: its score at each level; None at a level that it did not reach. label: shown
+    in place of a token without visible text.
     """
 
     text: str
@@ -50,9 +51,9 @@ class PassageToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of page: `name`.html holds its sections, `name`.css and `name`.js what only it needs.
+    """A kind of page. name: of its files: sections in `name`.html, its own style in `name`.css and script in `name`.js.
 
-    parts: scripts that it shares with others.
+    parts: the names of further scripts, shared with other kinds.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Kind:
         return "\n".join(self._text(f"{part}.js") for part in ("chart", "page", *self.parts, self.name))
 
     def render(self, title: str, payload: dict[str, Any]) -> str:
-        """The page as text; what its script finds in `data` is the payload."""
+        """The page as HTML, whose script finds the payload in the element `data`."""
         script = self.script
         values = {
             "title": html.escape(title).encode("ascii", "xmlcharrefreplace").decode(),
@@ -80,12 +81,12 @@ class Kind:
             "data": _embed(payload),
             "script": script,
         }
-        # One pass, so that a placeholder inside the data stays text.
+        # All placeholders are replaced in one pass, so that a placeholder's name inside the data stays as it is.
         return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], self._text("page.html"))
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: a loss that diverged becomes null, which the charts draw as a gap."""
+    """Plain values with None in place of NaN and infinity, which JSON lacks; charts draw a diverged loss as a gap."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -94,6 +95,6 @@ def finite(value: Any) -> Any:
 
 
 def _embed(payload: dict[str, Any]) -> str:
-    """JSON that is safe inside a script element: ASCII only, and no character that HTML gives a meaning to."""
+    """JSON that is safe inside a script element: ASCII only, without the characters that have a meaning in HTML."""
     text = json.dumps(payload, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,7 +1,7 @@
-"""The report of a comparison of trained models: typed data in, one self-contained `report.html` out.
+"""The report about a comparison of trained models: from typed data to one self-contained `report.html`.
 
-A report holds any number of models, of which one is the baseline that the others are compared with. The wording of the
-headline is written here, beside the arithmetic it rests on, and says "slower" when it is slower.
+A report holds any number of models; the others are compared with one of them, the baseline. The wording of the headline
+stands here beside its arithmetic, and says "slower" when a model is slower.
 """
 
 # ruff: noqa: RUF001 (× is the sign people read)
@@ -20,7 +20,7 @@ _PAGE = Kind("report", ("passage",))
 
 
 class LossPoint(NamedTuple):
-    """A loss in nats per token after `step` optimizer steps; `mode` is how a SUBLLM's tokens were chosen meanwhile."""
+    """A loss in nats per token after `step` optimizer steps. mode: how a SUBLLM selected tokens for it."""
 
     step: int
     loss: float
@@ -28,18 +28,19 @@ class LossPoint(NamedTuple):
 
 
 class Generation(NamedTuple):
+    """A sample of a model's text."""
+
     prompt: str
     continuation: str
 
 
 @dataclass(frozen=True)
 class ModelRun:
-    """One trained model: its curves, its final figures on held-out text and samples of what it writes.
+    """A trained model: its loss curves, its final figures on held-out text, and samples of its text.
 
-    key: tells the model apart from the others of a report, here and in speed rows. name: the name that is shown.
-
-    Losses are nats per token. `train` holds the loss in the mode the model trains in (top-k for a SUBLLM), which is no
-    measure of quality; `held_out` and the final figures are.
+    key: identifies the model within a report and in speed rows. name: the name that is shown.
+    train, held_out: losses in nats per token. `train` is with tokens selected as in training (top-k for a SUBLLM),
+    which says nothing about quality; `held_out` and the final figures do.
     """
 
     key: str
@@ -56,11 +57,12 @@ class ModelRun:
 
 @dataclass(frozen=True)
 class RetentionLevel:
-    """What one level of subsampling did in training; every share, in [0, 1], is of the tokens that enter that level.
+    """The selection of one level of subsampling during training. Shares are of the tokens entering it, in [0, 1].
 
-    `kept` score above the threshold, so inference would keep them; `live` have a score in (0, 1), the only ones that
-    learn; `falsely_kept` were kept by top-k although inference would drop them; `falsely_dropped` the reverse. `final`
-    is the share kept in threshold mode on held-out text.
+    target: nominal share of tokens kept. steps: the optimizer steps of the following shares, one each.
+    kept: tokens with a score above the threshold, which inference would keep. live: tokens with a score in (0, 1); only
+    these learn. falsely_kept: tokens kept by top-k that inference would drop; falsely_dropped: the reverse.
+    final: the share kept on held-out text, selected as at inference.
     """
 
     name: str
@@ -82,9 +84,10 @@ class RetentionLevel:
 
 @dataclass(frozen=True)
 class Retention:
-    """The levels, outermost first, and the final held-out loss under training's choice of tokens and inference's.
+    """The levels of subsampling, outermost first, and the final held-out loss with tokens selected in two ways.
 
-    selection: whether training chooses by top-k or, like inference, by a threshold.
+    top_k_loss: with tokens selected as in training. threshold_loss: as at inference. selection: how training selects:
+    by top-k or, like inference, by a threshold.
     """
 
     levels: Sequence[RetentionLevel] = ()
@@ -95,10 +98,10 @@ class Retention:
 
 @dataclass(frozen=True)
 class Bound:
-    """The best a figure could be by arithmetic, and `basis`, what was counted to say so.
+    """The best possible value of a figure, by arithmetic.
 
-    A `gain` is the largest ratio to the baseline of the same row (1.4: 1.4 times faster or smaller); a `floor` is the
-    smallest value of the figure itself, in its unit.
+    basis: the quantities that were counted for it, in words. kind: a `gain` is the largest possible ratio to the
+    baseline of the same row (1.4: 1.4 times faster or smaller), a `floor` the smallest possible figure, in its unit.
     """
 
     value: float
@@ -108,7 +111,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured quantity: the median of its repeats, the smallest and the largest. Less is better in every row."""
+    """A measured quantity: the median, the smallest and the largest of its repeats. Less is always better."""
 
     median: float
     low: float
@@ -118,14 +121,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Missing:
-    """A figure that was not measured, and why."""
+    """A figure that was not measured. reason: why, in words."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """One quantity at `tokens` tokens: its figures by model, in milliseconds, or bytes for `memory`."""
+    """A quantity at a context of `tokens` tokens. figures: by model key, in milliseconds, or in bytes for `memory`."""
 
     kind: Literal["prefill", "decode", "training", "memory"]
     label: str
@@ -135,10 +138,10 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed and memory of models. columns: the title of every model's column by the model's key, in order.
+    """Speed and memory of models. columns: the titles of the models' columns by key, in order.
 
-    Models that were timed but not trained, such as another library's, have a column too. Every row has a figure for
-    every column.
+    Models that were timed but not trained here, such as another library's, have a column too. Every row needs a figure
+    for every column (ValueError).
     """
 
     columns: Mapping[str, str]
@@ -154,7 +157,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Passage:
-    """A run of held-out text as the model read it; `code` sets it in a monospaced face."""
+    """A passage of held-out text as a model read it. code: whether it is shown in a monospaced face."""
 
     source: str = ""
     tokens: Sequence[PassageToken] = ()
@@ -163,7 +166,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything the page shows. baseline: the key of the model, one of `models`, that others are compared with."""
+    """The content of a report. baseline: the key of the model among `models` with which the others are compared."""
 
     title: str
     created: str
@@ -185,7 +188,7 @@ class Report:
 
 
 def write_report(data: Report, path: Path) -> None:
-    """Write the page of `data` to `path` in one step: whoever opens it sees the old page or the whole new one."""
+    """Writes the page of `data` to `path`; a reader sees the old page or the whole new one."""
     files.write_file(path, _PAGE.render(data.title, _payload(data)).encode())
 
 
@@ -195,7 +198,7 @@ _SPEED_HEADLINES = {"prefill": "Reading a prompt", "decode": "Writing a token", 
 
 
 def headline(data: Report) -> tuple[Headline, ...]:
-    """Four figures for every model beside the baseline; each says in words what was measured and against what."""
+    """Four figures for every model but the baseline, each with a sentence that says what was compared with what."""
     baseline, others = baseline_of(data), [model for model in data.models if model.key != data.baseline]
     if not others:
         return (Headline("Held-out loss", "—", "No second model to compare with.", "unknown"),)
@@ -210,12 +213,12 @@ def headline(data: Report) -> tuple[Headline, ...]:
 
 
 def baseline_of(data: Report) -> ModelRun:
-    """The model that the others are compared with."""
+    """The model with which the others are compared."""
     return next(model for model in data.models if model.key == data.baseline)
 
 
 def relative_gap(model: ModelRun, baseline: ModelRun) -> float | None:
-    """How much higher `model`'s final held-out loss is, as a share of the baseline's; None where either diverged."""
+    """The difference of the final held-out losses as a share of the baseline's; None where either run diverged."""
     gap = model.final_loss / baseline.final_loss - 1 if baseline.final_loss else math.nan
     return gap if math.isfinite(gap) else None
 
@@ -242,7 +245,7 @@ class _Column(NamedTuple):
 
 
 def _speed_headline(label: str, kind: str, speed: Speed, baseline: str, model: str) -> Headline:
-    """The row of this kind at the most tokens where both figures exist; otherwise the reason why there is none."""
+    """The comparison at the most tokens for which both models have a figure of this kind; else why there is none."""
     reasons: list[str] = []
     for row in sorted((row for row in speed.rows if row.kind == kind), key=lambda row: -row.tokens):
         figures = {key: row.figures[key] for key in (baseline, model) if key in row.figures}
@@ -304,7 +307,7 @@ def _cell(figure: Figure | Missing, reference: Figure | Missing | None, kind: st
 
 
 def _share_of_bound(figure: Figure, baseline: Figure | None) -> float | None:
-    """Measured over bound, so that 1 is the bound itself, whichever kind of bound it is."""
+    """The share of the bound that the figure reaches, for either kind of bound; 1 is the bound itself."""
     if figure.bound is None:
         return None
     if figure.bound.kind == "floor":

@@ -321,7 +321,7 @@ class ScaledAdam:
         self.size_squares.mul_(decay).add_(self.size_gradients.square().mean(0), alpha=1 - decay)
         direction = self.size_gradients.sum(0) / (self.size_squares.sqrt() + config.eps)
         growth = -lr * config.scalar_lr_scale * math.sqrt(1 - decay**count) * direction
-        # At most a tenth up or down at once, not beyond the upper limit, and no shrinking or growing of tiny tensors.
+        # At most a tenth up or down at once, and not beyond the upper limit; below the lower one a size stays as it is.
         growth = growth.clamp(-0.1, 0.1).masked_fill(self.rms < low, 0.0)
         return growth.minimum((high - self.rms) / self.rms).masked_fill(self.is_scalar, 0.0)
 
