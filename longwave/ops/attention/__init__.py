@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longwave.ops.attention import one_query, reference, sdpa
 from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
+from longwave.ops.attention.weights import with_extras
 from longwave.ops.forms import Form, Op, on_cpu
 from longwave.stream import Places, Runs
 
@@ -55,5 +56,6 @@ def attention(
     over.
     """
     if not query.shape[0] and places is None:
-        return Attended(query + (key.sum() + value.sum()))  # of nothing, but every projection gets its gradient
+        nothing = query + (key.sum() + value.sum())  # but every projection gets its gradient
+        return with_extras(nothing, query, key, runs, places, pattern, scale, want)
     return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)
