@@ -170,6 +170,9 @@ def test_attention_of_nothing_is_nothing_and_keeps_the_graph():
     output = attention(query, *of_stream(key, value, (0, 0)), scale=SCALE).output
     assert output.shape == (0, 4, 8)
     assert all(g is not None for g in torch.autograd.grad(output.sum(), (query, key, value)))
+    past = [random(2, 9, 8, seed=1)]
+    for form in FORMS:
+        assert attention(query, *of_runs(past, past, (0,)), scale=SCALE, form=form).output.requires_grad
 
 
 # --- what attention tells beside its output ---------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def attention(
     without it they are the stream's own (N = T). want: what to tell beside the output. A run without queries is passed
     over.
     """
-    if not query.shape[0] and places is None:
-        nothing = query + (key.sum() + value.sum())  # but every projection gets its gradient
+    if not query.shape[0]:
+        nothing = query + (key.sum() + value.sum()) if places is None else query  # every projection gets its gradient
         return with_extras(nothing, query, key, runs, places, pattern, scale, want)
     return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)
