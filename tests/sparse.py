@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -12,20 +13,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longwave.ops import compiled
-from longwave.ops.block_sparse import (
-    FORMS,
-    Geometry,
-    compress,
-    select,
-)
+from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, Geometry, compress, select
+from longwave.ops.forms import REFERENCE
+from longwave.stream import Spans
 
 PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 TINY = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
 SCALE = 0.3
-HERE = [form for form in FORMS if form != "compiled" or compiled.is_available()]
+HERE = BLOCK_SPARSE.forms_on(torch.device("cpu"), torch.float32, head_size=32)
 forms = pytest.mark.parametrize("form", HERE)
-fast_forms = pytest.mark.parametrize("form", [form for form in HERE if form != "reference"])
+fast_forms = pytest.mark.parametrize("form", [form for form in HERE if form != REFERENCE])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ERROR = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2}  # of the largest entry, or of one
 gqa = pytest.mark.parametrize(("heads", "groups"), [(4, 2), (16, 1), (3, 3), (12, 2)], ids=str)
@@ -52,6 +49,19 @@ def close(found: Tensor, right: Tensor) -> None:
 
 def compressed(keys: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     return compress(keys, *geometry.fine), compress(keys, *geometry.coarse)
+
+
+def all_compressed(keys: Sequence[Tensor], geometry: Geometry) -> Compressed:
+    """The windows of the keys of several runs, one run after the other."""
+    (fine, fine_spans), (coarse, coarse_spans) = (
+        _joined([compress(key, *size) for key in keys]) for size in (geometry.fine, geometry.coarse)
+    )
+    return Compressed(fine, fine_spans, coarse, coarse_spans)
+
+
+def _joined(pieces: Sequence[Tensor]) -> tuple[Tensor, Spans]:
+    ends = list(accumulate(piece.shape[1] for piece in pieces))
+    return torch.cat(list(pieces), dim=1), list(zip([0, *ends], ends, strict=False))
 
 
 def chosen(query: Tensor, keys: Tensor, geometry: Geometry, form: str = "torch", **options) -> Tensor:

@@ -6,23 +6,27 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_inputs import of_runs, of_stream
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longwave.config import RotaryConfig
-from longwave.errors import UserError
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import angles, rotate
 from longwave.ops import cross_entropy as cross_entropy_op
-from longwave.ops.attention import FORMS, attention, choose
+from longwave.ops.attention import ATTENTION, Attended, Pattern, attention
 from longwave.ops.cross_entropy import cross_entropy, reference
+from longwave.ops.forms import REFERENCE
+from longwave.stream import Places, Runs
 
 SCALE = 0.4
 GQA = [(4, 4), (6, 2), (4, 1)]  # query heads and KV heads: ratios 1, 3 and all
-fast_forms = pytest.mark.parametrize("form", [form for form in FORMS if form != "reference"])
+FORMS = ATTENTION.forms_on(torch.device("cpu"), torch.float32, head_size=32)
+every_form = pytest.mark.parametrize("form", FORMS)
+fast_forms = pytest.mark.parametrize("form", [form for form in FORMS if form != REFERENCE])
 gqa = pytest.mark.parametrize(("heads", "groups"), GQA, ids=["ratio 1", "ratio 3", "one KV head"])
 
 
@@ -53,7 +57,8 @@ def test_reference_is_softmax_over_the_visible_keys():
     query = random(7, 4, 8)
     keys = [random(2, p + n, 8, seed=1) for p, n in zip(past, lengths, strict=True)]
     values = [random(2, p + n, 8, seed=2) for p, n in zip(past, lengths, strict=True)]
-    got = attention(query, keys, values, lengths, window=window, scale=SCALE, form="reference").split(lengths)
+    laid, pattern = of_runs(keys, values, lengths), Pattern(window)
+    got = attention(query, *laid, pattern=pattern, scale=SCALE, form="reference").output.split(lengths)
     for run, (length, before) in enumerate(zip(lengths, past, strict=True)):
         if length == 0:
             continue
@@ -75,7 +80,8 @@ def test_parity_with_reference_forward_and_backward(form, heads, groups, window,
     """Runs of the stream itself: lengths below, at and above the window, one of 0 and 1 among them."""
     query, key, value = stream_of(lengths, heads, groups)
     slope = random(sum(lengths), heads, 8, seed=9)
-    outputs = [attention(query, key, value, lengths, window=window, scale=SCALE, form=f) for f in (form, "reference")]
+    laid, options = of_stream(key, value, lengths), {"pattern": Pattern(window), "scale": SCALE}
+    outputs = [attention(query, *laid, **options, form=f).output for f in (form, "reference")]
     close(*outputs)
     fast, plain = (torch.autograd.grad(output, (query, key, value), slope) for output in outputs)
     for one, other in zip(fast, plain, strict=True):
@@ -92,9 +98,8 @@ def test_parity_with_reference_of_a_chunk_after_its_past(form, heads, groups, wi
     query = random(length, heads, 8).requires_grad_(grad)
     key, value = (random(groups, past + length, 8, seed=seed).requires_grad_(grad) for seed in (1, 2))
     with torch.set_grad_enabled(grad):  # without gradients the CPU merges past and chunk by their log-sum-exp
-        outputs = [
-            attention(query, [key], [value], (length,), window=window, scale=SCALE, form=f) for f in (form, "reference")
-        ]
+        laid, options = of_runs([key], [value], (length,)), {"pattern": Pattern(window), "scale": SCALE}
+        outputs = [attention(query, *laid, **options, form=f).output for f in (form, "reference")]
     close(*outputs)
     if grad:
         slope = random(length, heads, 8, seed=9)
@@ -116,7 +121,8 @@ def test_parity_with_reference_on_ragged_runs_with_pasts(form, runs, grad, windo
     query = random(sum(lengths), heads, 8)
     keys, values = ([random(groups, sum(run), 8, seed=seed) for run in runs] for seed in (1, 2))
     with torch.set_grad_enabled(grad):
-        got = [attention(query, keys, values, lengths, window=window, scale=SCALE, form=f) for f in (form, "reference")]
+        laid, options = of_runs(keys, values, lengths), {"pattern": Pattern(window), "scale": SCALE}
+        got = [attention(query, *laid, **options, form=f).output for f in (form, "reference")]
     close(*got)
 
 
@@ -125,32 +131,35 @@ def test_long_runs_cross_the_kernels_own_tiles(form):
     """A chunk and a past that are longer than any block of torch's CPU kernel."""
     query, key, value = random(530, 2, 16), random(1, 1300, 16, seed=1), random(1, 1300, 16, seed=2)
     with torch.no_grad():
-        got = [attention(query, [key], [value], (530,), scale=SCALE, form=f) for f in (form, "reference")]
+        laid = of_runs([key], [value], (530,))
+        got = [attention(query, *laid, scale=SCALE, form=f).output for f in (form, "reference")]
     close(*got)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 @gqa
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("lengths", [(3,), (2, 2), (1, 4)], ids=str)
 def test_gradcheck(form, heads, groups, window, lengths):
     inputs = stream_of(lengths, heads, groups, size=4)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attention(q, k, v, lengths, window=window, scale=SCALE, form=form), inputs
-    )
+
+    def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, *of_stream(k, v, lengths), pattern=Pattern(window), scale=SCALE, form=form).output
+
+    assert torch.autograd.gradcheck(op, inputs)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("past", [0, 30])
 def test_bfloat16_is_close_to_the_fp64_reference(form, window, past):
-    lengths = (20,)
+    options = {"pattern": Pattern(window), "scale": SCALE}
     query, key, value = random(20, 6, 16), random(2, 20 + past, 16, seed=1), random(2, 20 + past, 16, seed=2)
     half = [part.bfloat16() for part in (query, key, value)]
     with torch.no_grad():
-        got = attention(half[0], [half[1]], [half[2]], lengths, window=window, scale=SCALE, form=form)
+        got = attention(half[0], *of_runs([half[1]], [half[2]], (20,)), **options, form=form).output
         exact = [part.double() for part in half]
-        true = attention(exact[0], [exact[1]], [exact[2]], lengths, window=window, scale=SCALE, form="reference")
+        true = attention(exact[0], *of_runs([exact[1]], [exact[2]], (20,)), **options, form="reference").output
     assert got.dtype == torch.bfloat16
     close(got.double(), true, 2e-2)
     assert (got.double() - true).square().mean().sqrt() < 3e-3
@@ -158,14 +167,121 @@ def test_bfloat16_is_close_to_the_fp64_reference(form, window, past):
 
 def test_attention_of_nothing_is_nothing_and_keeps_the_graph():
     query, key, value = stream_of((0, 0), 4, 2)
-    output = attention(query, key, value, (0, 0), scale=SCALE)
+    output = attention(query, *of_stream(key, value, (0, 0)), scale=SCALE).output
     assert output.shape == (0, 4, 8)
     assert all(g is not None for g in torch.autograd.grad(output.sum(), (query, key, value)))
+    past = [random(2, 9, 8, seed=1)]
+    for form in FORMS:
+        assert attention(query, *of_runs(past, past, (0,)), scale=SCALE, form=form).output.requires_grad
 
 
-def test_an_unknown_form_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="attention form 'flash9' does not exist; use one of reference, torch"):
-        choose("flash9")
+# --- what attention tells beside its output ---------------------------------------------------------------------------
+
+
+WANT = ("lse", "column_sums")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 3e-5}  # sums are in fp32 or better
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def agree_on_all(found: Attended, right: Attended, dtype: torch.dtype) -> None:
+    """Found in `dtype`, right in double precision from the same inputs."""
+    close(found.output.double(), right.output, 3e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype])
+    for name in WANT:
+        one, other = getattr(found, name), getattr(right, name)
+        assert one.dtype == torch.promote_types(dtype, torch.float32)
+        torch.testing.assert_close(one.double(), other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@every_form
+@dtypes
+@settings(max_examples=15)
+@given(
+    runs=st.lists(st.tuples(st.sampled_from([0, 1, 1, 2, 9]), st.integers(0, 12)), min_size=1, max_size=4),
+    window=st.none() | st.integers(1, 12),
+    shape=st.sampled_from(GQA),
+    grad=st.booleans(),
+)
+def test_extras_after_a_past_are_those_of_the_reference(form, dtype, runs, window, shape, grad):
+    """Single queries among the runs, which kernels take without gradients, and runs without any."""
+    (heads, groups), lengths = shape, tuple(length for length, _ in runs)
+    query = random(sum(lengths), heads, 32, dtype=dtype)
+    keys, values = ([random(groups, sum(run), 32, seed=seed, dtype=dtype) for run in runs] for seed in (1, 2))
+    options = {"pattern": Pattern(window), "scale": SCALE, "want": WANT}
+    with torch.set_grad_enabled(grad):
+        found = attention(query, *of_runs(keys, values, lengths), **options, form=form)
+    exact = [[one.double() for one in side] for side in (keys, values)]
+    right = attention(query.double(), *of_runs(*exact, lengths), **options, form=REFERENCE)
+    agree_on_all(found, right, dtype)
+
+
+@every_form
+@dtypes
+@gqa
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("lengths", [(9,), (5, 5), (3, 0, 5), (1, 1, 1), (0,), (0, 0)], ids=str)
+def test_extras_of_a_stream_are_those_of_the_reference(form, dtype, heads, groups, window, lengths):
+    query, key, value = (random(sum(lengths), n, 32, seed=n, dtype=dtype) for n in (heads, groups, groups))
+    options = {"pattern": Pattern(window), "scale": SCALE, "want": WANT}
+    found = attention(query, *of_stream(key, value, lengths), **options, form=form)
+    exact = of_stream(key.double(), value.double(), lengths)
+    agree_on_all(found, attention(query.double(), *exact, **options, form=REFERENCE), dtype)
+
+
+@every_form
+@torch.no_grad()
+def test_nothing_is_told_that_nobody_wants(form):
+    query, key, value = random(3, 4, 32), random(2, 9, 32, seed=1), random(2, 9, 32, seed=2)
+    for laid in (of_runs([key], [value], (3,)), of_stream(*(one.transpose(0, 1)[:3] for one in (key, value)), (3,))):
+        for want in [(), ("lse",), ("column_sums",), WANT]:
+            found = attention(query, *laid, scale=SCALE, want=want, form=form)
+            assert [name for name in WANT if getattr(found, name) is not None] == list(want)
+            assert torch.equal(found.output, attention(query, *laid, scale=SCALE, form=form).output)
+
+
+@fast_forms
+@pytest.mark.parametrize("window", [None, 3])
+def test_log_sums_have_the_gradients_of_the_reference(form, window):
+    query, key, value = stream_of((4, 0, 5), 6, 2)
+    laid, options = of_stream(key, value, (4, 0, 5)), {"pattern": Pattern(window), "scale": SCALE, "want": ["lse"]}
+    found, right = (attention(query, *laid, **options, form=f).lse for f in (form, REFERENCE))
+    slope = random(9, 6, seed=9)
+    for one, other in zip(*(torch.autograd.grad(lse, (query, key), slope) for lse in (found, right)), strict=True):
+        close(one, other)
+
+
+@every_form
+@dtypes
+@pytest.mark.parametrize("length", [1, 5])
+@torch.no_grad()
+def test_two_halves_of_the_keys_merge_to_the_whole_by_their_log_sums(form, dtype, length):
+    """As ring attention does (Liu et al. 2023): every query of a chunk against the keys before it, and the chunk."""
+    query, (key, value) = random(length, 6, 32, dtype=dtype), random(2, 2, 20, 32, seed=1, dtype=dtype)
+    half, options = 20 - length, {"scale": SCALE, "want": ["lse"], "form": form}
+    before = Places(torch.zeros(length, dtype=torch.int64), torch.full((length,), half))
+    halves = [
+        attention(query, key, value, Runs.of([1] * length), before, **options),  # each alone, so that it sees all
+        attention(query, key, value, Runs.of([length]), Places(torch.tensor([half]), torch.tensor([20])), **options),
+    ]
+    whole = attention(query, *of_runs([key], [value], (length,)), **options)
+    total = torch.stack([one.lse for one in halves]).logsumexp(0)
+    merged = sum((one.lse - total).exp().unsqueeze(-1) * one.output for one in halves)
+    close(total, whole.lse, TOLERANCE[dtype])
+    close(merged, whole.output.to(merged.dtype), 2e-2 if dtype == torch.bfloat16 else TOLERANCE[dtype])
+
+
+@every_form
+@dtypes
+@pytest.mark.parametrize("window", [None, 4])
+def test_column_sums_of_a_causal_run_add_up_to_its_queries(form, dtype, window):
+    lengths, pasts = (9, 0, 1, 30), (0, 5, 12, 3)
+    query = random(40, 6, 32, dtype=dtype)
+    keys, values = ([random(2, sum(n), 32, dtype=dtype) for n in zip(lengths, pasts, strict=True)] for _ in range(2))
+    key, value, runs, places = of_runs(keys, values, lengths)
+    options = {"pattern": Pattern(window), "scale": SCALE, "want": ["column_sums"], "form": form}
+    sums = attention(query, key, value, runs, places, **options).column_sums
+    for length, (begin, end) in zip(lengths, places.spans, strict=True):
+        close(sums[:, begin:end].sum(1), torch.full((6,), length, dtype=sums.dtype), 1e-4)
+    close(sums.sum(1), torch.full((6,), 40.0, dtype=sums.dtype), 1e-4)  # so what belongs to no run has none
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
@@ -352,14 +468,3 @@ def test_rms_norm_gradcheck():
     weight = norm.weight.detach().clone().mul_(1.3).requires_grad_()
     run = torch.func.functional_call
     assert torch.autograd.gradcheck(lambda x, w: run(norm, {"weight": w}, x), (random(3, 6).requires_grad_(), weight))
-
-
-@pytest.mark.parametrize("keys", [2047, 2048, 2050, 3077])
-def test_one_bf16_query_by_blocks_is_that_of_the_reference(keys: int):
-    generator = torch.Generator().manual_seed(keys)
-    query, key, value = (torch.randn(n, keys, 16, generator=generator).bfloat16() for n in (6, 2, 2))
-    query = 3 * query[:, -1:].transpose(0, 1)
-    with torch.no_grad():
-        found = FORMS["torch"](query, [key], [value], (1,), None, 0.25)
-    right = FORMS["reference"](query, [key], [value], (1,), None, 0.25)
-    torch.testing.assert_close(found, right, rtol=0.01, atol=0.004)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from longwave.errors import UserError
 from longwave.ops.block_sparse import (
-    FORMS,
+    BLOCK_SPARSE,
     Geometry,
     attended_pairs,
     compress,
@@ -270,7 +270,7 @@ def test_a_score_that_is_no_number_or_too_large_hides_no_forced_block(form):
 
 def test_selection_has_no_history():
     query, keys = random(60, 4, 16).requires_grad_(), random(2, 60, 16, seed=1).requires_grad_()
-    for form in FORMS:
+    for form in BLOCK_SPARSE.forms:
         assert not chosen(query, keys, TINY, form=form).requires_grad
     assert not compress(keys, 4, 2).requires_grad
 

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernels import Calls, needs_kernels
+from op_inputs import of_runs, of_stream
 from sparse import (
     ERROR,
     PUBLISHED,
     SCALE,
     TINY,
     Peak,
+    all_compressed,
     chosen,
     close,
     compressed,
@@ -31,13 +33,11 @@ from sparse import (
 )
 from torch import Tensor
 
-from longwave.errors import UserError
 from longwave.ops.attention import attention
 from longwave.ops.block_sparse import (
     Geometry,
     attend,
     block_sparse_attention,
-    choose,
     select,
     tiles,
 )
@@ -102,7 +102,7 @@ def test_all_blocks_are_dense_attention(form):
     blocks = chosen(query, keys, wide, form=form)
     assert all((row >= 0).sum() == place // 8 + 1 for place, row in enumerate(blocks[0]))
     found = attend(query, keys, values, blocks, 0, 8, scale=SCALE, form=form)
-    close(found, attention(query, [keys], [values], (90,), scale=SCALE, form="reference"))
+    close(found, attention(query, *of_runs([keys], [values], (90,)), scale=SCALE, form="reference").output)
 
 
 @forms
@@ -112,7 +112,7 @@ def test_the_published_sizes_are_dense_up_to_6144_tokens(form):
     blocks = chosen(query, keys, PUBLISHED, form=form)
     assert torch.equal(blocks, torch.arange(96, dtype=torch.int32).expand(1, 3, 96))
     found = attend(query, keys, values, blocks, 6141, 64, scale=SCALE, form=form)
-    close(found, attention(query, [keys], [values], (3,), scale=SCALE, form="reference"))
+    close(found, attention(query, *of_runs([keys], [values], (3,)), scale=SCALE, form="reference").output)
 
 
 # --- the whole op -----------------------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def test_parity_with_reference_on_ragged_runs_with_pasts(denominator, runs, shap
     keys, values = ([random(groups, sum(run), 32, seed=seed).requires_grad_() for run in runs] for seed in (1, 2))
     options = {"scale": SCALE, "denominator": denominator, "dense_below": dense_below}
     if kept:
-        options["compressed"] = [compressed(key, geometry) for key in keys]
+        options["compressed"] = all_compressed(keys, geometry)
     outputs = [
-        block_sparse_attention(query, keys, values, lengths, geometry, form=form, **options)
+        block_sparse_attention(query, *of_runs(keys, values, lengths), geometry, form=form, **options)
         for form in ("torch", "reference")
     ]
     close(*outputs)
@@ -161,16 +161,15 @@ def test_parity_with_reference_of_compiled_forward_and_backward(dtype, heads, gr
     slope[torch.cat([torch.arange(length) for length in lengths]) < 64] = 0
     fast, plain = ([one.to(kind).requires_grad_() for one in inputs] for kind in (dtype, torch.float64))
     with Calls() as calls:
-        found = block_sparse_attention(*fast, lengths, geometry, scale=size**-0.5, form="compiled")
+        found = block_sparse_attention(
+            fast[0], *of_stream(*fast[1:], lengths), geometry, scale=size**-0.5, form="compiled"
+        )
         gradients = torch.autograd.grad(found, fast, slope)
     assert {"block_sparse_select", "block_sparse_attend", "block_sparse_attend_backward"} <= set(calls.names)
-    rounded = [
-        tuple(one.double() for one in compressed(key.transpose(0, 1), geometry)) for key in inputs[1].split(lengths)
-    ]
-    runs = [[key.transpose(0, 1) for key in side.split(lengths)] for side in plain[1:]]
-    right = block_sparse_attention(
-        plain[0], *runs, lengths, geometry, scale=size**-0.5, compressed=rounded, form="reference"
-    )
+    own = all_compressed([key.transpose(0, 1) for key in inputs[1].split(lengths)], geometry)
+    rounded = replace(own, fine=own.fine.double(), coarse=own.coarse.double())
+    laid, options = of_stream(*plain[1:], lengths), {"scale": size**-0.5, "compressed": rounded}
+    right = block_sparse_attention(plain[0], *laid, geometry, **options, form="reference")
     close(found, right)
     for one, other in zip(gradients, torch.autograd.grad(right, plain, slope.double()), strict=True):
         close(one, other)
@@ -205,7 +204,8 @@ def late_queries(
     query: Tensor, keys: list[Tensor], values: list[Tensor], lengths: tuple[int, ...], geometry: Geometry
 ) -> Tensor:
     """What the kernels make of the queries that choose, zeros for those that ordinary attention takes."""
-    found = block_sparse_attention(query, keys, values, lengths, geometry, scale=SCALE, form="compiled")
+    laid = of_runs(keys, values, lengths)
+    found = block_sparse_attention(query, *laid, geometry, scale=SCALE, form="compiled")
     places = torch.cat([torch.arange(k.shape[1] - n, k.shape[1]) for k, n in zip(keys, lengths, strict=True)])
     return found.masked_fill((places < geometry.topk * geometry.block_size)[:, None, None], 0)
 
@@ -218,7 +218,8 @@ def test_gradients_are_the_same_every_time_and_on_any_number_of_threads():
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         wanted = [one.clone().requires_grad_() for one in inputs]
-        output = block_sparse_attention(*wanted, (300,), TINY, scale=SCALE, dense_below=-1, form="compiled")
+        laid = of_stream(*wanted[1:], (300,))
+        output = block_sparse_attention(wanted[0], *laid, TINY, scale=SCALE, dense_below=-1, form="compiled")
         found.append(torch.autograd.grad(output[48:].square().sum(), wanted))
     torch.set_num_threads(1)
     for others in found[1:]:
@@ -259,9 +260,9 @@ def test_a_stream_is_its_runs(form, heads, groups, lengths):
     normal = normals(form)
     query = normal(sum(lengths), heads, 32).requires_grad_()
     key, value = (normal(sum(lengths), groups, 32, seed=seed).requires_grad_() for seed in (1, 2))
-    found = block_sparse_attention(query, key, value, lengths, TINY, scale=SCALE, form=form)
+    found = block_sparse_attention(query, *of_stream(key, value, lengths), TINY, scale=SCALE, form=form)
     alone = [
-        block_sparse_attention(q, [k.transpose(0, 1)], [v.transpose(0, 1)], (len(q),), TINY, scale=SCALE, form=form)
+        block_sparse_attention(q, *of_stream(k, v, (len(q),)), TINY, scale=SCALE, form=form)
         for q, k, v in zip(*(one.split(lengths) for one in (query, key, value)), strict=True)
     ]
     close(found, torch.cat(alone))
@@ -273,11 +274,15 @@ def test_a_stream_is_its_runs(form, heads, groups, lengths):
 def test_any_chunking_gives_the_same(form, cuts):
     normal = normals(form)
     query, keys, values = normal(120, 4, 32), normal(2, 120, 32, seed=1), normal(2, 120, 32, seed=2)
-    whole = block_sparse_attention(query, [keys], [values], (120,), TINY, scale=SCALE, form=form)
+    whole = block_sparse_attention(query, *of_runs([keys], [values], (120,)), TINY, scale=SCALE, form=form)
     bounds = [0, *sorted(cuts), 120]
     pieces = [
         block_sparse_attention(
-            query[start:stop], [keys[:, :stop]], [values[:, :stop]], (stop - start,), TINY, scale=SCALE, form=form
+            query[start:stop],
+            *of_runs([keys[:, :stop]], [values[:, :stop]], (stop - start,)),
+            TINY,
+            scale=SCALE,
+            form=form,
         )
         for start, stop in pairwise(bounds)
     ]
@@ -290,14 +295,14 @@ def test_no_query_sees_the_future(form):
     normal = normals(form)
     query, keys, values = normal(80, 4, 32), normal(2, 80, 32, seed=1), normal(2, 80, 32, seed=2)
     right = chosen(query, keys, TINY, form=form)
-    output = block_sparse_attention(query, [keys], [values], (80,), TINY, scale=SCALE, form=form)
+    output = block_sparse_attention(query, *of_runs([keys], [values], (80,)), TINY, scale=SCALE, form=form)
     for place in range(0, 79, 1 if form != "reference" else 9):
         later = [one.clone() for one in (keys, values)]
         for one in later:
             one[:, place + 1 :] = 7 * normal(2, 79 - place, 32, seed=5)
         found = chosen(query, later[0], TINY, form=form)
         assert torch.equal(found[:, : place + 1], right[:, : place + 1])
-        changed = block_sparse_attention(query, later[:1], later[1:], (80,), TINY, scale=SCALE, form=form)
+        changed = block_sparse_attention(query, *of_runs(later[:1], later[1:], (80,)), TINY, scale=SCALE, form=form)
         close(changed[: place + 1], output[: place + 1])
 
 
@@ -306,9 +311,11 @@ def test_dense_below_counts_the_query_itself(form):
     """A query is dense while place + 1 < dense_below, and beyond only where its list holds all its blocks."""
     normal = normals(form)
     query, keys, values = normal(100, 4, 32), normal(2, 100, 32, seed=1), normal(2, 100, 32, seed=2)
-    dense = attention(query, [keys], [values], (100,), scale=SCALE, form="reference")
+    dense = attention(query, *of_runs([keys], [values], (100,)), scale=SCALE, form="reference").output
     for below, until in ((0, 48), (49, 48), (50, 49), (70, 69), (1000, 100)):
-        found = block_sparse_attention(query, [keys], [values], (100,), TINY, scale=SCALE, dense_below=below, form=form)
+        found = block_sparse_attention(
+            query, *of_runs([keys], [values], (100,)), TINY, scale=SCALE, dense_below=below, form=form
+        )
         same = (found - dense).abs().amax((1, 2)) < 5 * ERROR[found.dtype]
         assert same[:until].all()
         assert not same[until:].any()
@@ -322,7 +329,9 @@ def test_a_planted_needle_is_found_and_dominates(form):
     place = 64 * 50 + 17
     keys[0, place] = 40 * query[0].sum(0) / query[0].sum(0).norm()
     query[:] = keys[0, place] / 10
-    found = block_sparse_attention(query, [keys], [values], (1,), replace(PUBLISHED, topk=40), scale=SCALE, form=form)
+    found = block_sparse_attention(
+        query, *of_runs([keys], [values], (1,)), replace(PUBLISHED, topk=40), scale=SCALE, form=form
+    )
     close(found[0], values[:, place].expand(2, -1))
     flat = keys.clone()
     flat[0, place] = 0
@@ -335,9 +344,9 @@ def test_a_planted_needle_is_found_and_dominates(form):
 def test_a_ratio_equals_heads_repeated_to_16_and_averaged(form, ratio):
     normal = normals(form)
     query, keys, values = normal(80, ratio, 32), normal(1, 80, 32, seed=1), normal(1, 80, 32, seed=2)
-    found = block_sparse_attention(query, [keys], [values], (80,), TINY, scale=SCALE, form=form)
+    found = block_sparse_attention(query, *of_runs([keys], [values], (80,)), TINY, scale=SCALE, form=form)
     wide = query.repeat_interleave(16 // ratio, dim=1)
-    repeated = block_sparse_attention(wide, [keys], [values], (80,), TINY, scale=SCALE, form=form)
+    repeated = block_sparse_attention(wide, *of_runs([keys], [values], (80,)), TINY, scale=SCALE, form=form)
     close(repeated.unflatten(1, (ratio, -1)).mean(2), found)
     assert torch.equal(chosen(wide, keys, TINY, form=form), chosen(query, keys, TINY, form=form))
 
@@ -347,9 +356,9 @@ def test_order_of_the_past_does_not_matter_while_dense(form):
     normal = normals(form)
     query, keys, values = normal(1, 4, 32), normal(2, 48, 32, seed=1), normal(2, 48, 32, seed=2)
     order = torch.randperm(47, generator=torch.Generator().manual_seed(3))
-    found = block_sparse_attention(query, [keys], [values], (1,), TINY, scale=SCALE, form=form)
+    found = block_sparse_attention(query, *of_runs([keys], [values], (1,)), TINY, scale=SCALE, form=form)
     moved = [torch.cat([one[:, order], one[:, 47:]], dim=1) for one in (keys, values)]
-    close(block_sparse_attention(query, moved[:1], moved[1:], (1,), TINY, scale=SCALE, form=form), found)
+    close(block_sparse_attention(query, *of_runs(moved[:1], moved[1:], (1,)), TINY, scale=SCALE, form=form), found)
 
 
 @fast_forms
@@ -387,8 +396,3 @@ def test_missing_windows_and_keys_are_noticed(form):
             select(query, *few, 58, TINY, scale=SCALE, form=form)
     with pytest.raises(AssertionError, match="keys of the last queries are missing"):
         attend(query, keys, keys, lists(2, 2, 59, 8, 3), 59, 8, scale=SCALE, form=form)
-
-
-def test_an_unknown_form_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="block_sparse form 'flash9' does not exist; use one of reference, torch"):
-        choose("flash9")

@@ -12,15 +12,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernels import Calls, needs_kernels
+from op_inputs import of_runs
 from torch import Tensor
 
 from longwave.cli import doctor
 from longwave.errors import UserError
-from longwave.ops import attention as attention_op
 from longwave.ops import compiled
 from longwave.ops import linear as linear_op
-from longwave.ops.attention import attention
-from longwave.ops.linear import few_rows, linear
+from longwave.ops.attention import ATTENTION, Pattern, attention
+from longwave.ops.forms import Call
+from longwave.ops.linear import LINEAR, few_rows, linear
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 5e-3}  # of the largest entry; bf16 rounds its result to 2^-9
@@ -36,10 +37,8 @@ def error(found: Tensor, right: Tensor) -> float:
 
 
 def remembered(groups: int, keys: int, size: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Keys (G, N, K) as a state holds them, in an array with room for more; what is not theirs is NaN."""
-    array = torch.full((groups, keys + 5, size), torch.nan, dtype=dtype)
-    array[:, :keys] = random(groups, keys, size, seed=seed, dtype=dtype)
-    return array[:, :keys]
+    """Keys (G, N, K) as a state holds them."""
+    return random(groups, keys, size, seed=seed, dtype=dtype)
 
 
 # --- one query over remembered keys -----------------------------------------------------------------------------------
@@ -54,10 +53,12 @@ def test_one_query_has_parity_with_reference(dtype, heads, groups, size, keys):
     query = random(1, heads, size, dtype=dtype)
     key, value = (remembered(groups, keys, size, dtype, seed) for seed in (1, 2))
     with torch.no_grad(), Calls() as calls:
-        found = attention(query, [key], [value], (1,), scale=0.3, form="compiled")
+        found = attention(query, *of_runs([key], [value], (1,)), scale=0.3, form="compiled").output
     assert calls.names == ["one_query_attention"]
     assert found.dtype == dtype
-    right = attention(query.double(), [key.double()], [value.double()], (1,), scale=0.3, form="reference")
+    right = attention(
+        query.double(), *of_runs([key.double()], [value.double()], (1,)), scale=0.3, form="reference"
+    ).output
     assert error(found, right) < ERROR[dtype]
 
 
@@ -74,13 +75,15 @@ def test_single_queries_among_other_runs_are_what_they_are_alone(runs, window):
         [remembered(2, past + length, 32, torch.float32, seed + at) for at, (length, past) in enumerate(runs)]
         for seed in (10, 20)
     )
+    options = {"pattern": Pattern(window), "scale": 0.2}
     with torch.no_grad():
-        found = attention(query, keys, values, lengths, window=window, scale=0.2, form="compiled")
+        found = attention(query, *of_runs(keys, values, lengths), **options, form="compiled").output
         for run, (piece, own) in enumerate(zip(found.split(lengths), query.split(lengths), strict=True)):
-            alone = attention(own, [keys[run]], [values[run]], (len(own),), window=window, scale=0.2, form="compiled")
+            own_keys = of_runs([keys[run]], [values[run]], (len(own),))
+            alone = attention(own, *own_keys, **options, form="compiled").output
             assert torch.equal(piece, alone)
     if sum(lengths):
-        right = attention(query, keys, values, lengths, window=window, scale=0.2, form="reference")
+        right = attention(query, *of_runs(keys, values, lengths), **options, form="reference").output
         assert error(found, right) < ERROR[torch.float32]
 
 
@@ -91,8 +94,10 @@ def test_large_and_tiny_scores_are_weighed_as_the_reference_does(dtype):
     key, value = (remembered(1, 1500, 32, dtype, seed) for seed in (1, 2))
     for query in (300 * key[:, 1100].unsqueeze(0), torch.zeros(1, 1, 32, dtype=dtype)):
         with torch.no_grad():
-            found = attention(query, [key], [value], (1,), scale=1.0, form="compiled")
-        right = attention(query.double(), [key.double()], [value.double()], (1,), scale=1.0, form="reference")
+            found = attention(query, *of_runs([key], [value], (1,)), scale=1.0, form="compiled").output
+        right = attention(
+            query.double(), *of_runs([key.double()], [value.double()], (1,)), scale=1.0, form="reference"
+        ).output
         assert error(found, right) < ERROR[dtype]
 
 
@@ -102,7 +107,7 @@ def test_what_is_not_finite_stays_visible(bad):
     key, value = (remembered(1, 50, 32, torch.float32, seed) for seed in (1, 2))
     value[0, 7] = bad
     with torch.no_grad():
-        found = attention(random(1, 1, 32), [key], [value], (1,), scale=1.0, form="compiled")
+        found = attention(random(1, 1, 32), *of_runs([key], [value], (1,)), scale=1.0, form="compiled").output
     assert not found.isfinite().any()
 
 
@@ -110,12 +115,12 @@ def test_what_is_not_finite_stays_visible(bad):
 def test_the_number_of_threads_changes_nothing():
     query = random(3, 8, 64)
     keys, values = ([remembered(2, n, 64, torch.float32, seed) for n in (5, 3000, 1024)] for seed in (1, 2))
-    weight, hidden = random(96, 64), random(3, 64)
+    laid, weight, hidden = of_runs(keys, values, (1, 1, 1)), random(96, 64), random(3, 64)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         with torch.no_grad():
-            found.append(attention(query, keys, values, (1, 1, 1), scale=0.2, form="compiled"))
+            found.append(attention(query, *laid, scale=0.2, form="compiled").output)
             found.append(few_rows.linear(hidden, weight, None))
     torch.set_num_threads(1)
     assert all(torch.equal(one, other) for one, other in zip(found, found[2:], strict=False))
@@ -133,9 +138,11 @@ def test_training_other_types_and_odd_shapes_go_to_torch():
         query = random(1, 2, size, dtype=dtype)
         key, value = (remembered(2, 9, size, dtype, seed) for seed in (1, 2))
         with torch.set_grad_enabled(grad), Calls() as calls:
-            found = attention(query, [key], [value], (1,), scale=0.2, form="compiled")
+            found = attention(query, *of_runs([key], [value], (1,)), scale=0.2, form="compiled").output
         assert calls.names == []
-        right = attention(query.double(), [key.double()], [value.double()], (1,), scale=0.2, form="reference")
+        right = attention(
+            query.double(), *of_runs([key.double()], [value.double()], (1,)), scale=0.2, form="reference"
+        ).output
         assert error(found, right) < ERROR[torch.float32]
 
 
@@ -221,19 +228,21 @@ def test_doctor_says_why_there_are_none(tmp_path: Path):
 
 def test_without_them_the_torch_forms_run(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiled, "why_not", lambda: "no C compiler (cc, gcc or clang)")
-    linear_op.choose.cache_clear()
+    linear_op._form_of.cache_clear()
     try:
-        assert linear_op.choose()[0] == "torch"
-        assert attention_op.choose()[0] == "torch"
-        with pytest.raises(UserError, match="no C compiler"):
-            attention_op.choose("compiled")
+        for op in (LINEAR, ATTENTION):
+            call = Call(torch.device("cpu"), torch.float32, head_size=64)
+            assert op.resolve(call)[0] == "torch"
+            assert "no compiled kernels: no C compiler" in op.resolve(call)[1]
+            with pytest.raises(UserError, match=f"{op.name} form = 'compiled': no compiled kernels: no C compiler"):
+                op.resolve(call, "compiled")
         with torch.no_grad(), Calls() as calls:
             found = linear(random(1, 64), random(4, 64, seed=1))
         assert calls.names == []
         assert error(found, random(1, 64).double() @ random(4, 64, seed=1).double().T) < ERROR[torch.float32]
         assert "no compiled kernels" in doctor.facts()["op linear"]
     finally:
-        linear_op.choose.cache_clear()
+        linear_op._form_of.cache_clear()
 
 
 @needs_kernels

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from op_inputs import of_runs, of_stream
 from torch import Tensor
 
 from longwave.config import ModelConfig, build
 from longwave.layers.mlp import MLPConfig
-from longwave.mixers import AttentionConfig, InfllmConfig
+from longwave.mixers import AttentionConfig, InfllmConfig, WindowConfig
 from longwave.model import Decoder
-from longwave.ops.attention import attention
+from longwave.ops.attention import Pattern, attention
 from longwave.ops.block_sparse import Geometry, block_sparse_attention
 from longwave.resamplers import SubllmConfig
-from longwave.stream import Stream, Windows
+from longwave.stream import Places, Runs, Stream, Windows
 from longwave.training.loop import Interrupted
 from longwave.training.recipe import Recipe
 
@@ -28,10 +29,10 @@ SPARSE = InfllmConfig(kernel_size=2, kernel_stride=1, block_size=2, window_size=
 
 
 def decoder(layout: str) -> Decoder:
-    window = 8 if "W" in layout else None
-    shape = AttentionConfig(heads=4, kv_heads=2, window=window)
-    sparse = SPARSE if "S" in layout else None
-    model = Decoder(ModelConfig(97, 64, layout, attention=shape, mlp=MLPConfig(96), infllm=sparse))
+    tables = {"W": {"window": WindowConfig(8)}, "S": {"infllm": SPARSE}}
+    needs = {name: table for letter in tables if letter in layout for name, table in tables[letter].items()}
+    shape = AttentionConfig(heads=4, kv_heads=2)
+    model = Decoder(ModelConfig(97, 64, layout, attention=shape, mlp=MLPConfig(96), **needs))
     for resampler in model.resamplers:
         resampler.score.weight.data *= 20
     return model
@@ -84,7 +85,8 @@ def test_block_sparse_attention_is_that_of_the_cpu():
     found = []
     for device in ("cpu", "cuda"):
         own = [one.to(device).requires_grad_() for one in inputs]
-        output = block_sparse_attention(*own, (100, 50), geometry, scale=0.2, form="torch")
+        laid = of_stream(*own[1:], (100, 50))
+        output = block_sparse_attention(own[0], *laid, geometry, scale=0.2, form="torch")
         found.append([output, *torch.autograd.grad(output.square().sum(), own)])
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs.cpu(), mine, atol=1e-10, rtol=0)
@@ -100,7 +102,8 @@ def test_attention_over_ragged_runs(lengths: tuple[int, ...], window: int | None
     found = []
     for device, wide, form in (("cuda", dtype, "torch"), ("cpu", torch.float64, "reference")):
         own = [one.to(device, wide).requires_grad_() for one in inputs]
-        output = attention(*own, lengths, window=window, scale=0.125, form=form)
+        laid, pattern = of_stream(*own[1:], lengths), Pattern(window)
+        output = attention(own[0], *laid, pattern=pattern, scale=0.125, form=form).output
         found.append([output, *torch.autograd.grad(output.square().sum(), own)])
     for mine, theirs in zip(*found, strict=True):
         floor = 16 * theirs.numel() ** 0.5  # a query that sees one key has no gradient: terms of this size cancel out
@@ -113,15 +116,16 @@ def test_a_chunk_after_a_long_past_holds_no_mask(dtype: torch.dtype):
     """2,048 queries against 32,768 keys: their scores would take 1.5 GiB in bf16."""
     query = torch.randn(2048, 12, 64, dtype=dtype, device="cuda")
     keys, values = (torch.randn(4, 32768, 64, dtype=dtype, device="cuda") for _ in range(2))
+    runs_and_places = Runs.of([2048], "cuda"), Places(*torch.tensor([[0], [32768]], device="cuda"))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    found = attention(query, [keys], [values], (2048,), scale=0.125)
+    found = attention(query, keys, values, *runs_and_places, scale=0.125).output
     assert torch.cuda.max_memory_allocated() - before < 300 << 20
     rows = torch.tensor([0, 1, 1000, 2047], device="cuda")
     for row in rows:
         past = 32768 - 2048 + int(row) + 1
-        one = (query[row : row + 1], [keys[:, :past]], [values[:, :past]])
-        alone = attention(*one, (1,), scale=0.125, form="reference")
+        one = of_runs([keys[:, :past]], [values[:, :past]], (1,))
+        alone = attention(query[row : row + 1], *one, scale=0.125, form="reference").output
         torch.testing.assert_close(found[row : row + 1], alone, atol=1e-2 if dtype == torch.bfloat16 else 1e-4, rtol=0)
 
 
@@ -132,9 +136,10 @@ def test_single_queries_after_a_past(dtype: torch.dtype):
     pasts = [torch.randn(2, 4, length, 64, dtype=dtype, device="cuda") for length in (5000, 1, 77)]
     keys, values = ([past[side] for past in pasts] for side in (0, 1))
     for window in (None, 50):
-        found = attention(query, keys, values, (1, 1, 1), window=window, scale=0.125)
-        wide = [[part.double() for part in side] for side in (keys, values)]
-        right = attention(query.double(), *wide, (1, 1, 1), window=window, scale=0.125, form="reference")
+        options = {"pattern": Pattern(window), "scale": 0.125}
+        found = attention(query, *of_runs(keys, values, (1, 1, 1)), **options).output
+        wide = of_runs(*([part.double() for part in side] for side in (keys, values)), (1, 1, 1))
+        right = attention(query.double(), *wide, **options, form="reference").output
         assert error(found, right) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longwave.ops.attention import one_query, reference, sdpa
 from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
+from longwave.ops.attention.weights import with_extras
 from longwave.ops.forms import Form, Op, on_cpu
 from longwave.stream import Places, Runs
 
@@ -56,7 +57,8 @@ def attention(
     belong to each run, the run's queries standing at the last of them; by default the stream's own tokens (N = T).
     scale: factor of the scores. want: further results beside the output (`Attended`). form: a name in ATTENTION.forms.
     """
-    if not query.shape[0] and places is None:
+    if not query.shape[0]:
         # Nothing attends, but query, key and value take part in the result, so that their weights get gradients of 0.
-        return Attended(query + (key.sum() + value.sum()))
+        nothing = query + (key.sum() + value.sum()) if places is None else query
+        return with_extras(nothing, query, key, runs, places, pattern, scale, want)
     return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)

@@ -68,9 +68,7 @@ def by_run(
     """
     of_runs = zip(query.split(lengths), pieces, strict=True)
     outputs = [_run(piece, *keys, window, scale) for piece, keys in of_runs if piece.shape[0]]
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat(outputs) if outputs else torch.zeros_like(query)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def single_queries(
