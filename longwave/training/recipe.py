@@ -87,7 +87,7 @@ class Recipe(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `build` makes the same recipe from."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"model": self.model.to_dict()}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
