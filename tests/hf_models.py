@@ -16,7 +16,7 @@ from longwave.stream import Stream
 LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": {"layout": "3F", "attention": {"heads": 4, "kv_heads": 2}, "tie_embeddings": True},
     "subllm": {"layout": "F subllm(0.64: F subllm(0.5: F) F) F", "scales": {"logits": 0.5}},
-    "window": {"layout": "F 2W", "attention": {"heads": 2, "window": 5}},
+    "window": {"layout": "F 2W", "window": {"size": 5}},
     "hybrid": {
         "layout": "S 2L S",
         "infllm": {"kernel_size": 2, "kernel_stride": 1, "block_size": 2, "window_size": 2, "topk": 2, "dense_len": 9},

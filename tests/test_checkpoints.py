@@ -26,7 +26,9 @@ from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.files import MANIFEST
+from longwave.layers.head import TiedHead
 from longwave.model import Decoder
+from longwave.resamplers import Kept
 
 LLAMAS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -205,7 +207,7 @@ def test_written_llama_carries_its_tokenizer_and_its_ids(tmp_path: Path):
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"layout": "2W", "attention": {"heads": 2, "window": 4}}, "layout = '2W'"),
+        ({"layout": "2W", "window": {"size": 4}}, "layout = '2W'"),
         ({"layout": "F subllm(0.5: F)"}, r"layout = 'F subllm\(0.5: F\)'"),
         ({"attention": {"heads": 2, "qk_norm": True}}, "attention.qk_norm = True"),
         ({"attention": {"heads": 2, "qkv_bias": True}}, "attention.output_bias = False"),
@@ -351,8 +353,9 @@ def test_logits_are_those_of_the_published_formulas(tmp_path: Path, structure: s
     model = load(tmp_path / "xiaomi", dtype=torch.float64)
     expected = Reference(theirs, {**PUBLISHED, "structure": structure}).logits(TOKENS)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
-    shares = [kept / met for kept, met in (level.kept_of for level in model.resamplers)]
-    assert all(0 < share < 1 for share in shares), "both outcomes must occur at each level"
+    with model.watching(kept := Kept.of(model.resamplers)):
+        logits(model)
+    assert all(0 < share < 1 for share in kept.shares), "both outcomes must occur at each level"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -476,7 +479,8 @@ def test_published_model_is_tied_unless_its_config_says_otherwise(tmp_path: Path
         tmp_path / "xiaomi", lambda t: t["decoder.output_projection.weight"].copy_(t["decoder.embed_tokens.weight"])
     )
     model = load(tmp_path / "xiaomi")
-    assert model.head is None
+    assert isinstance(model.head, TiedHead)
+    assert model.head_weight is model.embed.weight
     save(model, tmp_path / "back", format="subllm")
     same(load(tmp_path / "back").state_dict(), model.state_dict())
 
@@ -484,7 +488,7 @@ def test_published_model_is_tied_unless_its_config_says_otherwise(tmp_path: Path
 @pytest.mark.parametrize(
     ("keys", "named"),
     [
-        ({"layout": "F W", "attention": {"heads": 2, "window": 4}}, "layout = 'F W'"),
+        ({"layout": "F W", "window": {"size": 4}}, "layout = 'F W'"),
         ({"attention": {"heads": 2, "kv_heads": 1}}, "attention.kv_heads = 1"),
         ({"attention": {"heads": 2, "head_size": 4}}, "attention.head_size = 4"),
         ({"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias"),
@@ -655,7 +659,10 @@ def test_causal_thresholds_are_kept_in_double_precision(tmp_path: Path):
     [
         ("{", "not readable as JSON"),
         ("[]", "not a JSON object"),
-        ('{"model_type": "longwave", "longwave_format": 99}', "longwave_format = 99; this longwave reads format 1"),
+        (
+            '{"model_type": "longwave", "longwave_format": 99}',
+            "longwave_format = 99; this longwave reads formats 1 to 2",
+        ),
         ('{"model_type": "longwave", "longwave_format": 1, "model": {}}', "vocab_size is missing"),
         ('{"model_type": "longwave", "longwave_format": 1, "model": {"vocab_size": "many"}}', "vocab_size = 'many'"),
     ],

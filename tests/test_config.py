@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.layers.mlp import MLPConfig
-from longwave.mixers import AttentionConfig
+from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
 from longwave.resamplers import SubllmConfig
 from longwave.resamplers.subllm import retention_of
@@ -22,7 +22,8 @@ PLAIN: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
     "layout": "F subllm(0.64: W) F",
-    "attention": {"heads": 4, "window": 5},
+    "attention": {"heads": 4},
+    "window": {"size": 5},
     "mlp": {"size": 40},
 }
 
@@ -40,8 +41,11 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_plain_values_make_a_config_and_a_config_makes_plain_values():
     config = build(ModelConfig, PLAIN, "recipe.toml")
-    assert config == ModelConfig(61, 32, PLAIN["layout"], AttentionConfig(4, window=5), MLPConfig(40))
-    assert (config.head_size, config.kv_heads) == (8, 4)
+    tables = {"attention": AttentionConfig(4), "window": WindowConfig(5), "mlp": MLPConfig(40)}
+    assert (
+        config == ModelConfig(61, 32, PLAIN["layout"], **tables) == ModelConfig(61, 32, PLAIN["layout"], tables=tables)
+    )
+    assert (config.attention.size_in(config.hidden_size), config.attention.groups) == (8, 4)
     full = build(ModelConfig, changed("subllm.selection", "causal"), "recipe.toml")
     assert build(ModelConfig, full.to_dict(), "again") == full
     assert full.subllm == SubllmConfig(selection="causal")
@@ -64,13 +68,7 @@ def test_plain_values_make_a_config_and_a_config_makes_plain_values():
         ("attention.kv_heads", 3, "attention.kv_heads = 3: a divisor of attention.heads = 4"),
         ("attention.kv_heads", 8, "attention.kv_heads = 8: a divisor of attention.heads = 4"),
         ("attention.head_size", 7, "attention.head_size = 7: an even number, for rotation"),
-        ("attention.window", 0, "attention.window = 0: 1 or more tokens"),
-        (
-            "attention.heads",
-            3,
-            "hidden_size = 32: an even multiple of attention.heads = 3, or give attention.head_size",
-        ),
-        ("attention.heads", 32, "hidden_size = 32: an even multiple of attention.heads = 32"),
+        ("window.size", 0, "window.size = 0: 1 or more tokens"),
         ("mlp.size", 0, "mlp.size = 0: 1 or more"),
         ("rotary.base", 1.0, "rotary.base = 1.0: more than 1"),
         ("init.std", 0, "init.std = 0.0: more than 0"),
@@ -93,10 +91,25 @@ def test_a_published_setting_has_no_effect_on_the_causal_selection(name: str):
         SubllmConfig(selection="causal", **{name: other[name]})
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "attention", "mlp", "layout"])
+@pytest.mark.parametrize("heads", [3, 32])
+def test_heads_that_do_not_divide_the_width_are_refused(heads: int):
+    message = f"^hidden_size = 32 is no even multiple of attention.heads = {heads}; give attention.head_size$"
+    with pytest.raises(UserError, match=message):
+        Decoder(build(ModelConfig, changed("attention.heads", heads), "recipe.toml"))
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "layout"])
 def test_a_missing_key_is_named(key: str):
     with pytest.raises(UserError, match=f"^recipe.toml: {key} is missing$"):
         build(ModelConfig, {name: value for name, value in PLAIN.items() if name != key}, "recipe.toml")
+
+
+@pytest.mark.parametrize("table", ["attention", "mlp", "window"])
+def test_a_missing_table_is_named_by_the_part_that_needs_it(table: str):
+    config = build(ModelConfig, {name: value for name, value in PLAIN.items() if name != table}, "recipe.toml")
+    assert getattr(config, table) is None
+    with pytest.raises(UserError, match=f"^{table} is missing; a part in the layout needs it$"):
+        Decoder(config)
 
 
 def test_a_missing_key_of_a_component_is_named():
@@ -124,16 +137,19 @@ def test_a_layout_that_means_nothing_is_refused(layout: str, message: str):
         Decoder(build(ModelConfig, {**PLAIN, "layout": layout}, "recipe.toml"))
 
 
-def test_a_window_block_without_a_window_is_refused():
-    config = build(ModelConfig, {**PLAIN, "attention": {"heads": 4}}, "recipe.toml")
-    with pytest.raises(UserError, match=r"attention\.window is missing; W blocks in the layout need it"):
-        Decoder(config)
-
-
 def test_a_subllm_section_without_a_subllm_is_refused():
     config = build(ModelConfig, {**changed("subllm.balancer", False), "layout": "2W"}, "recipe.toml")
     with pytest.raises(UserError, match=r"subllm has no effect: the layout has no subllm\(\.\.\.\)"):
         Decoder(config)
+
+
+@pytest.mark.parametrize(
+    ("layout", "table", "block"), [("F", "window", "W"), ("2W", "infllm", "S"), ("2W", "lightning", "L")]
+)
+def test_a_table_that_no_part_reads_is_refused(layout: str, table: str, block: str):
+    values = {**PLAIN, "layout": layout, table: {"size": 5} if table == "window" else {}}
+    with pytest.raises(UserError, match=f"^{table} has no effect: the layout has no {block} block$"):
+        Decoder(build(ModelConfig, values, "recipe.toml"))
 
 
 @given(st.integers(1, 10**6))

@@ -7,19 +7,26 @@ element-wise work: norms, rotation, softmax, SiLU, a resampler's scores and its 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 import torch
 from contract import CASES, Case, decoder, step
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from longwave.costs import by_kind, total
-from longwave.mixers import AttentionConfig
+from longwave.costs import At, by_kind, total
+from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
+from longwave.resamplers import Bracket
 from longwave.stream import Stream
 
 SHAPES = {
     **CASES,
-    "one KV head of an odd size": Case("F W", {"attention": AttentionConfig(4, 1, head_size=10, window=3)}),
+    "one KV head of an odd size": Case(
+        "F W", {"attention": AttentionConfig(4, 1, head_size=10), "window": WindowConfig(3)}
+    ),
     "as many KV heads": Case("2F", {"attention": AttentionConfig(4)}),
     "levels of different ratios": Case("F subllm(0.7: W subllm(0.35: 2F) F) F"),
 }
@@ -119,18 +126,13 @@ def test_state_bytes_are_the_counted_ones(name: str, tokens: int, dtype: torch.d
     state = model.state()
     step(model, state, [list(range(tokens))])
     assert total(model.costs(tokens)).state_bytes == state.used_bytes(0)
-    elements = sum(
-        part.view(array)[:, -min(part.held, part.spec.window or part.held) :].numel() * part.view(array).element_size()
-        for part in state._sequences[0].parts.values()
-        for array in part.spec.per_token
-        if part.held
-    )
-    elements += sum(
-        part.recall(array).nbytes
-        for part in state._sequences[0].parts.values()
-        for array in part.spec.per_sequence
-        if part.length
-    )
+    elements = 0
+    for part, spec in state.specs.items():
+        for array in spec.per_token:
+            held = state.view(part, array, 0)
+            elements += held[:, -min(held.shape[1], spec.window or held.shape[1]) :].nbytes
+        if state.lengths(spec.level)[0]:
+            elements += sum(state.view(part, array, 0).nbytes for array in spec.per_sequence)
     assert elements == state.used_bytes(0)
     assert state.reserved_bytes(0) >= state.used_bytes(0)
 
@@ -138,13 +140,26 @@ def test_state_bytes_are_the_counted_ones(name: str, tokens: int, dtype: torch.d
 @every_shape
 def test_parameters_are_the_counted_ones_by_part(name: str):
     model = decoder(SHAPES[name])
-    costs = model.costs(10)
+    costs, expected = model.costs(10), Counter[str]()
+    for module, kind in kinds_of(model):
+        inside = {id(weight) for weight in module.body.parameters()} if isinstance(module, Bracket) else set()
+        expected[kind] += sum(weight.numel() for weight in module.parameters() if id(weight) not in inside)
+    assert {cost.kind: cost.parameters for cost in by_kind(costs)} == dict(expected)
     assert total(costs).parameters == sum(p.numel() for p in model.parameters())
     for name, value in vars(total(costs)).items():
         assert vars(total(by_kind(costs)))[name] == (
             value if isinstance(value, str) else pytest.approx(value, rel=1e-12)
         )
-    assert len({cost.kind for cost in costs}) == len(by_kind(costs))
+
+
+def kinds_of(model: Decoder) -> Iterator[tuple[nn.Module, str]]:
+    """Every module that holds weights of its own, and the kind that its costs are added up under."""
+    yield model.embed, "embedding"
+    yield nn.ModuleList([model.norm, model.head]), "norm and head"
+    for block in model.blocks:
+        yield block, block.letter + (f" in level {block.site.level + 1}" if block.site.level >= 0 else "")
+    for resampler in model.resamplers:
+        yield resampler, f"subllm {resampler.arguments[0]}"
 
 
 def test_decoding_reads_every_weight_once_and_the_state():
@@ -155,18 +170,19 @@ def test_decoding_reads_every_weight_once_and_the_state():
 
 
 def test_costs_follow_the_retention_that_was_measured():
-    model = decoder(Case("F subllm(0.5: F) F"))
-    before = model.prefill_flops(1000), model.decode_flops(1000)
-    model.resamplers[0].expected_retention = 0.75
-    dense = decoder(Case("3F"))
-    after, whole = (
-        (model.prefill_flops(1000), model.decode_flops(1000)),
-        (dense.prefill_flops(1000), dense.decode_flops(1000)),
+    model, dense = decoder(Case("F subllm(0.5: F) F")), decoder(Case("3F"))
+
+    def spent(model: Decoder, kept: dict[int, float] | None = None) -> tuple[int, float]:
+        return model.prefill_flops(1000, kept), total(model.costs(1000, kept=kept)).decode_flops
+
+    nominal, measured, whole = spent(model), spent(model, {0: 0.75}), spent(dense)
+    assert all(one < other < all_ for one, other, all_ in zip(nominal, measured, whole, strict=True))
+    assert spent(model, {0: 0.5}) == nominal
+    assert spent(model, {0: 1.0}) == whole
+    inner = model.blocks[1].costs(At(750, torch.float64, 0.75))[0]
+    assert inner in model.costs(1000, kept={0: 0.75}), (
+        "the body runs on 750 of 1000 tokens, and on three in four new ones"
     )
-    assert all(one < other < all_ for one, other, all_ in zip(before, after, whole, strict=True))
-    assert model.resamplers[0].kept(1000) == 750
-    model.resamplers[0].expected_retention = 1.0
-    assert (model.prefill_flops(1000), model.decode_flops(1000)) == whole
 
 
 def test_costs_are_known_on_the_meta_device():

@@ -254,8 +254,8 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(tmp_path: Path, famil
     reconfigure(tmp_path / "hf", **dict.fromkeys(optional, ...), head_dim=..., architectures=...)
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     ours = load_config(tmp_path / "hf")
-    assert (ours.kv_heads, ours.context_window) == (config.num_key_value_heads, config.max_position_embeddings)
-    assert (ours.norm_eps, ours.attention.window) == (config.rms_norm_eps, config.sliding_window)
+    assert (ours.attention.groups, ours.context_window) == (config.num_key_value_heads, config.max_position_embeddings)
+    assert (ours.norm_eps, ours.window and ours.window.size) == (config.rms_norm_eps, config.sliding_window)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(TOKENS[None]).logits[0]
     torch.testing.assert_close(logits(load(tmp_path / "hf")), expected, atol=1e-4, rtol=0)
@@ -293,7 +293,7 @@ def test_written_folder_is_loaded_by_transformers_bit_by_bit(tmp_path: Path, fam
     mine, original = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("back", "hf"))
     without_effect = {"_name_or_path", "transformers_version"}
     if "qwen" in family:  # `layer_types` decides
-        idle = set() if ours.config.attention.window else {"sliding_window", "use_sliding_window"}
+        idle = set() if ours.config.window else {"sliding_window", "use_sliding_window"}
         without_effect |= {"max_window_layers"} | idle
     rope, original_rope = mine.pop("rope_parameters"), original.pop("rope_parameters")
     assert rope.items() >= original_rope.items()
@@ -354,11 +354,11 @@ def test_a_factor_that_is_divided_again_is_the_same_to_the_bit(quotient: float, 
     [
         ("qwen2", {}, "attention.qkv_bias = False; qkv_bias must be True and output_bias False"),
         ("qwen3", {}, "attention.qk_norm = False; must be True"),
-        ("mistral", {"layout": "F W", "attention": {"heads": 2, "window": 4}}, "layout = 'F W'; F blocks only, or W"),
+        ("mistral", {"layout": "F W", "window": {"size": 4}}, "layout = 'F W'; F blocks only, or W"),
         ("mistral", {"attention": {"heads": 2, "qkv_bias": True}}, "attention.qkv_bias = True; must be False"),
         ("mistral", {"mlp": {"size": 24, "bias": True}}, "mlp.bias = True; must be False"),
         ("qwen3", {"layout": "F subllm(0.5: F)"}, "layout = 'F subllm(0.5: F)'; F and W blocks only"),
-        ("minicpm", {"layout": "2W", "attention": {"heads": 2, "window": 4}}, "layout = '2W'; F blocks only"),
+        ("minicpm", {"layout": "2W", "window": {"size": 4}}, "layout = '2W'; F blocks only"),
         ("minicpm", {"attention": {"heads": 2, "head_size": 4}}, "attention.head_size = 4; hidden_size / heads"),
         (
             "minicpm",
@@ -393,7 +393,7 @@ def test_a_family_is_known_by_what_sets_it_apart():
         "llama": {},
         "qwen2": {"attention": {"heads": 2, "qkv_bias": True}},
         "qwen3": {"attention": {"heads": 2, "qk_norm": True}},
-        "mistral": {"layout": "2W", "attention": {"heads": 2, "window": 4}},
+        "mistral": {"layout": "2W", "window": {"size": 4}},
         "minicpm": {"scales": {"residual": 0.5}},
     }
     found = {name: family_of(small(**keys).config) for name, keys in shapes.items()}
@@ -412,7 +412,7 @@ def test_published_configs_are_read_as_what_they_are():
     llama |= {"max_position_embeddings": 131072, "rope_theta": 500000.0, "tie_word_embeddings": True}
     llama |= {"rope_scaling": {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}}
     config = read("llama", llama)
-    assert (config.layout, config.head_size, config.rotary.base) == ("16F", 64, 5e5)
+    assert (config.layout, config.attention.size_in(2048), config.rotary.base) == ("16F", 64, 5e5)
     with torch.device("meta"):
         assert sum(weight.numel() for weight in Decoder(config).parameters()) == 1_235_814_400
     qwen = {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072}

@@ -23,6 +23,7 @@ from longwave.inference.generate import Emitted, Generation
 from longwave.inference.sampling import Sampling, choose_token
 from longwave.inference.text import Piece, _Writer, complete, generate_text
 from longwave.model import Decoder
+from longwave.resamplers import Kept
 from longwave.stream import Stream
 from longwave.training.recipe import Recipe
 
@@ -95,10 +96,11 @@ def test_sampling_is_the_draw_from_full_forwards(kind: str):
 def test_the_tiny_models_keep_some_tokens_and_drop_some(kind: str):
     """Otherwise the tests here would say nothing about subsampling."""
     model = tiny(kind)
-    for resampler in model.resamplers:
-        resampler.kept_of = [0, 0]
-    continued(model, [prompt_of(13)])
-    assert all(0.2 * met < kept < 0.8 * met for kept, met in (one.kept_of for one in model.resamplers))
+    kept = Kept.of(model.resamplers)
+    with model.watching(kept):
+        continued(model, [prompt_of(13)])
+    assert len(kept.shares) == 2
+    assert all(0.2 < share < 0.8 for share in kept.shares)
 
 
 # --- company ----------------------------------------------------------------------------------------------------------
@@ -436,6 +438,12 @@ def test_a_prompt_too_long_for_the_window_is_refused_as_text(tmp_path: Path):
 
 
 def test_emitted_tokens_name_their_prompt():
-    assert (
-        next(iter(Generation(tiny("llama"), [[5]], max_new_tokens=1)))._fields == Emitted._fields == ("prompt", "token")
-    )
+    """In the order of the prompts, a token of each that is still under way, whichever have ended before."""
+    whole = continued(tiny("llama"), PROMPTS, 6)
+    generation, emitted = Generation(tiny("llama"), PROMPTS, max_new_tokens=6), list[Emitted]()
+    for one in generation:
+        emitted.append(one)
+        if [earlier.prompt for earlier in emitted].count(1) == 3:
+            generation.stop(1)
+    under_way = [(prompt, place) for place in range(6) for prompt in range(4) if prompt != 1 or place < 3]
+    assert emitted == [Emitted(prompt=prompt, token=whole[prompt][place]) for prompt, place in under_way]

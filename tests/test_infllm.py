@@ -149,20 +149,21 @@ def test_check_23_windows_are_kept_as_keys_arrive(size: int, dtype: torch.dtype)
     """Equal to the bit to those of all keys at once, at the published sizes, for any pieces and after a cut."""
     model = decoder(Case("S", {"infllm": InfllmConfig()}), dtype=dtype)
     state, tokens = model.state(), [place % 61 for place in range(400)]
-    part = state.of("blocks.0", 0)
+    part = "blocks.0.mixer"
     for start in range(0, 400, size):
         step(model, state, [tokens[start : start + size]])
         for name, sizes in (("fine", (32, 16)), ("coarse", (128, 64))):
-            assert torch.equal(part.view(name), compress(part.view("key"), *sizes))
+            assert torch.equal(state.view(part, name, 0), compress(state.view(part, "key", 0), *sizes))
     state.truncate(0, 150)
     step(model, state, [tokens[:77]])
-    assert torch.equal(part.view("fine"), compress(part.view("key"), 32, 16))
+    assert torch.equal(state.view(part, "fine", 0), compress(state.view(part, "key", 0), 32, 16))
 
 
 def test_check_33_bytes_are_the_published_formula():
     """8 sparse layers of 2 KV heads of 128 in bf16: 8 KiB of keys and values and 320 B of windows per token."""
+    tables = {"attention": AttentionConfig(32, 2, head_size=128), "mlp": MLPConfig(64)}
     with torch.device("meta"):
-        model = Decoder(ModelConfig(64, 64, "8S 24L", AttentionConfig(32, 2, head_size=128), MLPConfig(64)))
+        model = Decoder(ModelConfig(64, 64, "8S 24L", **tables))
     tokens = 1 << 20
     state = sum(cost.state_bytes for cost in model.costs(tokens, torch.bfloat16))
     edges = 8 * 2 * 128 * 2 * 2  # the last fine and the last coarse window of a layer are not complete

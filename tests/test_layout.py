@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from longwave.blocks import BLOCKS
 from longwave.errors import UserError
-from longwave.layout import Blocks, Layout, Resampled, check_names, parse
+from longwave.layout import Blocks, Bracketed, Layout, check_names, parse
 from longwave.resamplers import BRACKETS
 
 LETTERS = st.sampled_from("ABCFLSWZ")
 BLOCK = st.builds(Blocks, st.integers(1, 30), LETTERS)
-ARGUMENTS = st.lists(st.from_regex(r"[^\s,:()]+", fullmatch=True), min_size=1, max_size=3).map(tuple)
+ARGUMENTS = st.lists(st.from_regex(r"[^\s,:()]+", fullmatch=True), max_size=3).map(tuple)
 
 
 def layouts(items: st.SearchStrategy) -> st.SearchStrategy[Layout]:
@@ -21,7 +21,7 @@ def layouts(items: st.SearchStrategy) -> st.SearchStrategy[Layout]:
 
 
 NAMES = st.from_regex(r"[a-z_][a-z_0-9]{0,8}", fullmatch=True)
-NESTED = st.recursive(BLOCK, lambda item: BLOCK | st.builds(Resampled, NAMES, ARGUMENTS, layouts(item)), max_leaves=12)
+NESTED = st.recursive(BLOCK, lambda item: BLOCK | st.builds(Bracketed, NAMES, ARGUMENTS, layouts(item)), max_leaves=12)
 
 
 @given(layouts(NESTED))
@@ -43,12 +43,13 @@ def test_blanks_are_free(layout: Layout, data: st.DataObject):
 def test_what_the_parts_of_a_layout_are():
     text = "5F subllm(0.64: 2W other(a, b-c: F)) L"
     layout = parse(text)
-    inner = Resampled("other", ("a", "b-c"), Layout((Blocks(1, "F"),)))
+    inner = Bracketed("other", ("a", "b-c"), Layout((Blocks(1, "F"),)))
     assert layout == Layout(
-        (Blocks(5, "F"), Resampled("subllm", ("0.64",), Layout((Blocks(2, "W"), inner))), Blocks(1, "L"))
+        (Blocks(5, "F"), Bracketed("subllm", ("0.64",), Layout((Blocks(2, "W"), inner))), Blocks(1, "L"))
     )
     assert layout.depth == 9
     assert [text[item.at] for item in layout.walk()] == ["F", "s", "W", "o", "F", "L"]
+    assert parse("halves(F)") == Layout((Bracketed("halves", (), Layout((Blocks(1, "F"),))),))
     assert parse("5F5F") == Layout((Blocks(5, "F"), Blocks(5, "F")))
 
 

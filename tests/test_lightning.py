@@ -61,8 +61,8 @@ def test_every_layer_has_the_same_slopes_but_for_the_relatives():
         assert found == pytest.approx(expected)
     transnormer = [slopes("transnormer", 8, layer, 4) for layer in layers]
     assert transnormer[1] == pytest.approx([head * 0.75 for head in range(8)])
-    built = [block.mixer.slopes for block in model_of("linear layers of MiniMax").blocks]  # pyright: ignore[reportAttributeAccessIssue]
-    assert built == [slopes("minimax", 4, layer, 3) for layer in range(3)]
+    for layer, block in enumerate(model_of("linear layers of MiniMax").blocks):
+        assert (-block.mixer.log_decay.value).tolist() == pytest.approx(slopes("minimax", 4, layer, 3), rel=1e-15)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # --- the order of things ----------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_distances_are_those_of_the_kept_tokens_or_of_the_sequence():
     mixer = next(block.mixer for block in fast.blocks if block.letter == "L")
     assert isinstance(mixer, LightningAttention)
     assert distance(alone(slow, TOKENS), alone(fast, TOKENS)) > 1e-4
-    mixer.slopes = tuple(2 * slope for slope in mixer.slopes)
+    mixer.log_decay.value.mul_(2)
     assert distance(alone(slow, TOKENS), alone(fast, TOKENS)) <= 1e-12
 
 
@@ -222,20 +222,23 @@ def test_a_memory_in_double_precision_on_request():
     model = decoder(Case("3L", {"lightning": config}), dtype=torch.float32)
     state = model.state()
     step(model, state, [TOKENS])
-    assert state.of("blocks.0", 0).recall("memory").dtype == torch.float64
+    assert state.view("blocks.0.mixer", "memory", 0).dtype == torch.float64
     assert distance(in_pieces(model, TOKENS, [5]), alone(model, TOKENS)) <= 1e-5
 
 
-def test_a_snapshot_shares_the_memory_until_the_next_token():
+def test_a_snapshot_is_a_copy_of_the_memory():
+    """The next token writes into the same row of the pool, and the snapshot pins no more than its own row."""
     model = decoder(CASES["block L"])
-    state = model.state()
-    step(model, state, [TOKENS])
-    before = state.of("blocks.0", 0).recall("memory")
+    state = model.state(2)
+    step(model, state, [TOKENS, TOKENS[::-1]])
+    before = state.view("blocks.0.mixer", "memory", 0).clone()
     snapshot = state.snapshot(0)
+    (copies,) = snapshot.copies
+    assert sum(one.untyped_storage().nbytes() for one in copies.arrays.values()) == state.used_bytes(0)
     step(model, state, [[7]])
-    assert state.of("blocks.0", 0).recall("memory") is not before
+    assert distance(state.view("blocks.0.mixer", "memory", 0), before) > 1e-6
     state.restore(snapshot)
-    assert state.of("blocks.0", 0).recall("memory") is before
+    assert torch.equal(state.view("blocks.0.mixer", "memory", 0), before)
 
 
 def test_a_recurrent_state_refuses_to_be_cut():

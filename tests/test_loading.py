@@ -129,7 +129,7 @@ def test_results_are_the_same_to_the_bit_before_and_after(tmp_path: Path, format
 @pytest.mark.parametrize("format", ["longwave", "llama"])
 def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tmp_path: Path, format: str):
     """Peak memory at most 1.1 times the weights; at least 0.8 times the speed of reading them into new memory."""
-    config = ModelConfig(32000, 2048, "8F", AttentionConfig(16, 8), MLPConfig(5504))
+    config = ModelConfig(32000, 2048, "8F", attention=AttentionConfig(16, 8), mlp=MLPConfig(5504))
     with torch.device("meta"):
         model = Decoder(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")

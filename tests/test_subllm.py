@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,18 +24,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from longwave.config import InitConfig, ModelConfig
-from longwave.draws import uniform
+from longwave.draws import key, keys_of, uniform, uniform_of, uniforms
 from longwave.layers.mlp import MLPConfig
 from longwave.layers.rotary import Rotation, angles
-from longwave.mixers import AttentionConfig
+from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
-from longwave.resamplers import Clock, Subllm, SubllmConfig
+from longwave.resamplers import Clock, Selection, Subllm, SubllmConfig
 from longwave.resamplers.balancer import Limits, balance, limit, limits, nudge
+from longwave.resamplers.base import kept_count
 from longwave.resamplers.selection import (
     SAMPLERS,
-    Selection,
-    above_threshold,
-    kept_count,
     no_sample,
     ranked_sample,
     top_scores,
@@ -41,7 +41,8 @@ from longwave.resamplers.selection import (
     window_keys,
 )
 from longwave.resamplers.subllm import retention_of
-from longwave.stream import Stream, Windows
+from longwave.states import State
+from longwave.stream import Runs, Stream, Windows
 
 SEEDS = [0, 1, 2]
 NESTED = "F subllm(0.64: F subllm(0.64: F) F) F"
@@ -86,10 +87,8 @@ def test_check_01_kept_counts_are_ceilings(tokens: int, thousandths: int):
 @pytest.mark.parametrize("tokens", [2048, 4096, 8192])
 def test_check_01_shapes_in_the_model(tokens: int):
     """What the two bodies really run on, on a model too small to be slow."""
-    shape = {"attention": AttentionConfig(1), "mlp": MLPConfig(2)}
-    model = Decoder(
-        ModelConfig(7, 2, "subllm(0.64: W subllm(0.64: W))", **{**shape, "attention": AttentionConfig(1, window=2)})
-    )
+    tables = {"attention": AttentionConfig(1), "window": WindowConfig(2), "mlp": MLPConfig(2)}
+    model = Decoder(ModelConfig(7, 2, "subllm(0.64: W subllm(0.64: W))", **tables))
     model.train().set_step(0)
     with rows_run(model) as rows:
         alone(model, [3] * tokens)
@@ -102,9 +101,18 @@ def brute_top(scores: list[float], retention: Fraction) -> list[int]:
     return sorted(order[: math.ceil(len(scores) * retention)])
 
 
-def chosen(scores: Tensor, sizes: Sequence[int], retention: Fraction, sample=no_sample, keys: list[int] | None = None):
+class Kept(NamedTuple):
+    """Chosen rows, and the weight of each."""
+
+    rows: Tensor
+    weights: Tensor
+
+
+def chosen(
+    scores: Tensor, sizes: Sequence[int], retention: Fraction, sample=no_sample, keys: list[int] | None = None
+) -> Kept:
     keys = list(range(len(sizes))) if keys is None else keys
-    return top_scores(scores, scores.clamp(0, 1), tuple(sizes), keys, retention, sample)
+    return Kept(*top_scores(scores, scores.clamp(0, 1), tuple(sizes), torch.tensor(keys), retention, sample))
 
 
 @given(
@@ -146,7 +154,7 @@ def test_check_02_ranking_is_by_raw_score_not_by_weight(seed: int):
 @given(
     scores=st.lists(st.floats(-2, 3, width=32), min_size=1, max_size=30),
     thousandths=st.integers(1, 1000),
-    key=st.integers(0, 2**64 - 1),
+    key=st.integers(-(2**63), 2**63 - 2),
 )
 def test_check_03_weights_lie_in_0_1_and_draws_in_the_own_window(
     sample, scores: list[float], thousandths: int, key: int
@@ -171,7 +179,7 @@ def test_check_03_weights_lie_in_0_1_and_draws_in_the_own_window(
 def test_check_03_draws_are_uniform(seed: int):
     """Chi-square over 20 discarded weights, 40,000 draws from keys as training makes them: p > 1e-6."""
     discarded = torch.arange(20, dtype=torch.float64).repeat(200, 1)
-    keys = [int(uniform(seed, 7, i) * 2**62) for i in range(200)]
+    keys = window_keys(seed, 7, 2, torch.arange(200))
     counts = uniform_sample(discarded, 200, keys).flatten().long().bincount(minlength=20).double()
     chi_square = ((counts - 2000) ** 2 / 2000).sum().item()
     assert chi_square < 67  # the 1 - 1e-6 quantile with 19 degrees of freedom is 66.5
@@ -186,10 +194,19 @@ def test_check_03_chi_square_would_see_a_bias():
 @every_seed
 def test_check_03_draws_follow_their_key_and_nothing_else(seed: int):
     discarded = random(3, 50, seed=seed)
-    draws = uniform_sample(discarded, 40, [5, 6, 7])
-    assert torch.equal(uniform_sample(discarded[[2, 0, 1]], 40, [7, 5, 6]), draws[[2, 0, 1]])
-    assert torch.equal(uniform_sample(discarded[1:2], 40, [6]), draws[1:2])
-    assert not torch.equal(uniform_sample(discarded, 40, [8, 6, 7])[0], draws[0])
+    draws = uniform_sample(discarded, 40, torch.tensor([5, 6, 7]))
+    assert torch.equal(uniform_sample(discarded[[2, 0, 1]], 40, torch.tensor([7, 5, 6])), draws[[2, 0, 1]])
+    assert torch.equal(uniform_sample(discarded[1:2], 40, torch.tensor([6])), draws[1:2])
+    assert not torch.equal(uniform_sample(discarded, 40, torch.tensor([8, 6, 7]))[0], draws[0])
+
+
+@given(parts=st.lists(st.integers(0, 2**64 - 1), max_size=4), ids=st.lists(st.integers(0, 2**62), max_size=9))
+def test_check_03_keys_on_a_device_are_those_of_the_host(parts: list[int], ids: list[int]):
+    keys = keys_of(key(*parts), torch.tensor(ids, dtype=torch.int64))
+    assert [one % 2**64 for one in keys.tolist()] == [key(*parts, one) for one in ids]
+    assert (
+        uniform_of(keys).tolist() == uniforms(keys, 1).flatten().tolist() == [uniform(*[one]) for one in keys.tolist()]
+    )
 
 
 @pytest.mark.parametrize("sample", [uniform_sample, ranked_sample, no_sample])
@@ -200,9 +217,9 @@ def test_check_03_nothing_discarded_subtracts_nothing(sample):
 
 def test_check_03_ranked_draws_take_the_next_in_rank_or_reversed():
     discarded = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5]] * 40, dtype=torch.float64)
-    outcomes = {tuple(row) for row in ranked_sample(discarded, 3, list(range(40))).tolist()}
+    outcomes = {tuple(row) for row in ranked_sample(discarded, 3, torch.arange(40)).tolist()}
     assert outcomes == {(0.9, 0.8, 0.7), (0.7, 0.8, 0.9)}
-    padded = {tuple(row) for row in ranked_sample(discarded, 7, list(range(40))).tolist()}
+    padded = {tuple(row) for row in ranked_sample(discarded, 7, torch.arange(40)).tolist()}
     assert padded == {(0.9, 0.8, 0.7, 0.6, 0.5, 0, 0), (0, 0, 0.5, 0.6, 0.7, 0.8, 0.9)}
 
 
@@ -220,12 +237,11 @@ class Body(nn.Module):
 
 def level(retention: str, body: nn.Module, width: int = 8, step: int = 0, **config) -> Subllm:
     """One SUBLLM level by itself, the scores of which are set by `scored`."""
-    settings = ModelConfig(
-        7, width, f"subllm({retention}: F)", AttentionConfig(1), MLPConfig(4), subllm=SubllmConfig(**config)
-    )
+    tables = {"attention": AttentionConfig(1), "mlp": MLPConfig(4), "subllm": SubllmConfig(**config)}
+    settings = ModelConfig(7, width, f"subllm({retention}: F)", **tables)
     resampler = Decoder(settings).double().resamplers[0]
     resampler.body = body
-    resampler.set_clock(Clock(step, seed=1))
+    resampler.follow(Clock(step, seed=1))
     return resampler
 
 
@@ -312,7 +328,7 @@ def test_check_05_keeping_all_is_the_dense_llama(seed: int, training: bool):
 def published(layout: str) -> Decoder:
     """The 1.3B shape without memory."""
     with torch.device("meta"):
-        return Decoder(ModelConfig(32000, 2048, layout, AttentionConfig(16), MLPConfig(5504)))
+        return Decoder(ModelConfig(32000, 2048, layout, attention=AttentionConfig(16), mlp=MLPConfig(5504)))
 
 
 def parameters(model: nn.Module) -> int:
@@ -348,10 +364,9 @@ def test_check_06_a_meta_model_takes_memory_and_weights():
 def test_check_26_flop_bounds_of_training(shape, layouts, bounds):
     """The published table's last column is the ratio of training FLOPs, logits at every row and causal pairs only."""
     width, heads, inner = shape
+    tables = {"attention": AttentionConfig(heads), "mlp": MLPConfig(inner)}
     with torch.device("meta"):
-        dense, subllm = (
-            Decoder(ModelConfig(32000, width, layout, AttentionConfig(heads), MLPConfig(inner))) for layout in layouts
-        )
+        dense, subllm = (Decoder(ModelConfig(32000, width, layout, **tables)) for layout in layouts)
     ratios = [dense.training_flops(n) / subllm.training_flops(n) for n in (2048, 4096, 8192)]
     assert [f"{ratio:.2f}" for ratio in ratios] == bounds
 
@@ -422,19 +437,19 @@ def channels_but_0(hidden: Tensor) -> Tensor:
 
 def spied(resampler: Subllm, hidden: Tensor) -> Selection:
     with torch.no_grad():
-        stream = Stream.of([hidden.shape[0]])
-        return resampler._select(hidden, stream, Windows(stream.lengths, (0,)))
+        count = hidden.shape[0]
+        return resampler.select(hidden, Stream.of([count], windows=Windows((count,), (0,))))
 
 
 def sources(resampler: Subllm, scores: Tensor) -> list[int | None]:
     """Which discarded row each kept one is lessened by, found by giving every discarded row a weight of its own."""
     marks = 1 + torch.arange(40, dtype=torch.float64)
     clock = resampler.clock
-    keys = window_keys(clock.seed, clock.step, resampler._draw(2), (0,))
+    keys = window_keys(clock.seed, clock.step, resampler._draw(2), torch.tensor([0]))
     sampler = SAMPLERS[resampler.config.discard_sampling]
-    plain = top_scores(scores, marks, (40,), keys, resampler.retention, no_sample)
-    less = top_scores(scores, marks, (40,), keys, resampler.retention, sampler)
-    return [None if mark == 0 else int(mark) - 1 for mark in (plain.weights - less.weights).tolist()]
+    _, plain = top_scores(scores, marks, (40,), keys, resampler.retention, no_sample)
+    _, less = top_scores(scores, marks, (40,), keys, resampler.retention, sampler)
+    return [None if mark == 0 else int(mark) - 1 for mark in (plain - less).tolist()]
 
 
 @every_seed
@@ -655,11 +670,16 @@ def test_check_12_limiter_turns_gradients_that_lead_outwards(value: float, gradi
 
 def test_check_12_limiter_is_active_in_60_percent_and_never_in_eval():
     resampler = level("0.6", Body(torch.sin)).train()
-    on = sum(resampler._bypass(Windows((3,), (sample,))) is not resampler.bypass for sample in range(10_000))
+    on = sum(resampler._bypass(sampled(n)) is not resampler.bypass for n in range(10_000))
     assert on / 10_000 == pytest.approx(0.6, abs=0.02)
-    assert resampler.eval()._bypass(Windows((3,), (0,))) is resampler.bypass
+    assert resampler.eval()._bypass(sampled(0)) is resampler.bypass
     with torch.no_grad():
-        assert all(resampler.train()._bypass(Windows((3,), (n,))) is resampler.bypass for n in range(50))
+        assert all(resampler.train()._bypass(sampled(n)) is resampler.bypass for n in range(50))
+
+
+def sampled(sample: int) -> Stream:
+    """Three tokens of the training window `sample`."""
+    return replace(Stream.of([3]), windows=Windows((3,), (sample,)))
 
 
 @pytest.mark.parametrize(("step", "floor"), [(0, 0.9), (10_000, 0.55), (20_000, 0.2), (99_999, 0.2)])
@@ -669,7 +689,7 @@ def test_check_12_the_floor_falls_with_the_step(step: int, floor: float):
     for value, turned in ((floor - 0.01, True), (floor + 0.01, False)):
         with torch.no_grad():
             resampler.bypass.fill_(value)
-        gradient = torch.autograd.grad(resampler._bypass(Windows((3,), (0,))).sum(), resampler.bypass)[0]
+        gradient = torch.autograd.grad(resampler._bypass(sampled(0)).sum(), resampler.bypass)[0]
         assert gradient.eq(-1 if turned else 1).all()
 
 
@@ -753,7 +773,7 @@ def test_check_15_ragged_batch_equals_each_row_alone(seed: int):
 def last_is_kept(model: Decoder, tokens: list[int]) -> bool:
     state = model.state()
     step(model, state, [tokens])
-    order = state.of(model.resamplers[0].site.name, 0).view("order").flatten().tolist()
+    order = state.places(0, 0).tolist()
     return bool(order) and order[-1] == len(tokens) - 1
 
 
@@ -808,12 +828,16 @@ def test_check_16_forced_cases(seed: int, name: str):
     for split in range(len(tokens) + 1):
         assert distance(in_pieces(model, tokens, [split]), whole) <= 1e-10
     kept = [t for t in tokens if keep[0](t)]
-    lengths = [state.of(r.body.layers[0].site.name, 0).length for r in model.resamplers]
-    assert lengths == [len(kept), len([t for t in kept if keep[1](t)])]
+    assert remembered(model, state)[1:3] == [len(kept), len([t for t in kept if keep[1](t)])]
     other = [token + 1 for token in tokens]  # even where the first is odd
     batch = decoded_together(model, [prompt, prompt, other[: len(prompt) + 2]], [ending, ending, ending])
     assert max(distance(logits, whole) for logits in batch[:2]) <= 1e-10
     assert distance(batch[2], alone(model, other[: len(prompt) + 2] + ending)) <= 1e-10
+
+
+def remembered(model: Decoder, state: State, slot: int = 0) -> list[int]:
+    """Tokens of a sequence whose keys each block holds."""
+    return [state.view(block.mixer.site.name, "key", slot).shape[1] for block in model.blocks]
 
 
 @every_seed
@@ -852,8 +876,8 @@ def test_check_17_a_block_remembers_what_its_level_keeps(seed: int):
     in_pieces(model, tokens, [20, *range(21, 50)], state)
     expected = {-1: 50, **seen}
     assert 0 < expected[1] < expected[0] < 50
-    for block in model.blocks:
-        assert state.of(block.site.name, 0).length == expected[block.site.level]
+    assert remembered(model, state) == [expected[block.site.level] for block in model.blocks]
+    assert [state.lengths(level)[0] for level in (-1, 0, 1)] == list(expected.values())
     per_token = 2 * 2 * 8 * 8  # keys and values, two heads of eight channels in fp64
     assert state.used_bytes() == per_token * (2 * 50 + 2 * expected[0] + expected[1]) + 4 * (expected[0] + expected[1])
 
@@ -865,7 +889,7 @@ def test_check_18_shifting_all_positions_changes_nothing(seed: int):
     with torch.no_grad():
         base = model(tokens, Stream.of([40]))
         shifted = model(tokens, Stream.of([40], starts=[64]))
-        stretched = model(tokens, Stream((40,), torch.arange(40), torch.arange(40) * 2))
+        stretched = model(tokens, replace(Stream.of([40]), positions=torch.arange(40) * 2))
     assert distance(base, shifted) < 1e-4
     assert distance(base, stretched) > 1e-3
 
@@ -880,11 +904,11 @@ def test_check_18_positions_at_every_level_are_those_of_the_sequence(seed: int):
     state = model.state()
     step(model, state, [tokens])
     for resampler, (hidden, stream) in zip(model.resamplers, given, strict=True):
-        places = state.of(resampler.site.name, 0).view("order").flatten()
+        places = state.places(resampler.index, 0)
         assert torch.equal(stream.positions, stream.order)
-        assert torch.equal(stream.positions, places.long())
+        assert torch.equal(stream.positions, places)
         assert hidden.shape[0] == places.numel()
-        turns = angles(model.config.rotary, places.long(), 8)
+        turns = angles(model.config.rotary, places, 8)
         assert torch.equal(stream.passengers["cos 8"], turns.cos().double())
     outer, inner = (set(stream.positions.tolist()) for _, stream in given)
     assert inner < outer < set(range(40))
@@ -902,7 +926,7 @@ def test_check_18_regression_b2_decoding_after_prefill_keeps_the_distances(seed:
         kept = torch.tensor([i for i, t in enumerate(tokens) if t % 2])
         turns = Rotation(8).passengers(model.config, stream.positions, torch.float64)
         hidden = random(14, 32, seed=seed)[kept]
-        right = stream.carrying(**turns).gather(kept, [len(kept)])
+        right = stream.carrying(**turns).gather(kept, Runs.of([len(kept)]))
         wrong = right.carrying(**{name: turn[: len(kept)] for name, turn in turns.items()})
         assert distance(body(hidden, right, None), body(hidden, wrong, None)) > 1e-3
 
@@ -922,9 +946,8 @@ def test_check_19_reordering_and_truncation_reproduce_a_fresh_run(seed: int):
         fresh = model.state()
         if length:
             step(model, fresh, [(runs[2] + continued[0])[:length]])
-        assert {n: p.length for n, p in state._sequences[0].parts.items()} == {
-            n: p.length for n, p in fresh._sequences[0].parts.items()
-        }
+        assert [state.lengths(level)[0] for level in (-1, 0, 1)] == [fresh.lengths(level)[0] for level in (-1, 0, 1)]
+        assert remembered(model, state) == remembered(model, fresh)
     assert distance(step(model, state, [runs[0]], [0]), alone(model, runs[0])) <= 1e-10
 
 
@@ -976,7 +999,7 @@ def test_check_27_bfloat16_flips_few_decisions(seed: int):
 
     def note(module: Subllm, given: tuple, output: Tensor) -> None:
         hidden, entering, _ = given
-        rows = (entering.run_of_token * 100 + entering.order).tolist()
+        rows = (entering.runs.of_token * 100 + entering.order).tolist()
         scores.append(dict(zip(rows, module.score(hidden).tolist(), strict=True)))
 
     with torch.no_grad():
@@ -1026,10 +1049,11 @@ for name in ("flash_attn", "fla", "xformers", "transformers", "triton"): sys.mod
 import torch
 from longwave.config import ModelConfig
 from longwave.layers.mlp import MLPConfig
-from longwave.mixers import AttentionConfig
+from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
 from longwave.stream import Stream
-model = Decoder(ModelConfig(61, 32, "F subllm(0.64: F subllm(0.64: F) F) F", AttentionConfig(4), MLPConfig(40)))
+tables = {"attention": AttentionConfig(4), "mlp": MLPConfig(40)}
+model = Decoder(ModelConfig(61, 32, "F subllm(0.64: F subllm(0.64: F) F) F", **tables))
 model.set_step(0)
 tokens = torch.arange(20)
 for mode in (True, False):
@@ -1090,6 +1114,10 @@ def test_thresholds_stay_in_double_precision_and_are_saved():
     assert {"stack.layers.1.threshold.low", "stack.layers.1.threshold.high"} <= set(model.state_dict())
 
 
-def test_above_threshold_is_strict():
-    selection = above_threshold(torch.tensor([0.0, 1e-30, -1.0]), torch.ones(3), torch.tensor(0.0).double())
+def test_the_threshold_is_strict():
+    resampler = level("0.5", Body(torch.sin)).eval()
+    hidden = scored(resampler, random(3, 8), torch.tensor([0.0, 1e-30, -1.0], dtype=torch.float64))
+    selection = resampler.select(hidden, Stream.of([2, 1]))
     assert selection.rows.tolist() == [1]
+    assert selection.runs.lengths == (1, 0)
+    assert selection.weights.tolist() == [1e-30]

@@ -64,10 +64,10 @@ def config_from(values: dict[str, Any], source: str) -> ModelConfig:
     model = values.get("model")
     if not isinstance(model, dict):
         raise UserError(f"{source}: model = {shown(model)}: expected the table that describes the model")
-    return build(ModelConfig, _of_format_2(model) if found == 1 else model, source)
+    return build(ModelConfig, from_format_1(model) if found == 1 else model, source)
 
 
-def _of_format_2(model: dict[str, Any]) -> dict[str, Any]:
+def from_format_1(model: dict[str, Any]) -> dict[str, Any]:
     """The table of a model of format 1, in which the size of a sliding window was a key of `attention`."""
     attention = model.get("attention")
     if not isinstance(attention, dict) or "window" not in attention:

@@ -248,7 +248,8 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:
     """Raises UserError unless a checkpoint was written by a run of this recipe and tokenizer."""
-    theirs, ours = flat(progress["recipe"]), flat(json.loads(json.dumps(recipe.to_dict())))
+    written, ours = progress["recipe"], flat(json.loads(json.dumps(recipe.to_dict())))
+    theirs = flat({**written, "model": native.from_format_1(written["model"])})
     free = {f"training.{name}" for name in _FREE_TO_CHANGE}
     for name in sorted({*theirs, *ours} - free):
         if theirs.get(name) != ours.get(name):

@@ -92,7 +92,7 @@ class Recipe(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, from which `build` makes an equal one."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"model": self.model.to_dict()}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
