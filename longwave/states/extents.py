@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from longwave.states.spec import PerToken, StateSpec
@@ -319,7 +319,7 @@ class Extents:
 
     # --- what a part does in a step -----------------------------------------------------------------------------------
 
-    def append(self, name: Name, entries: Float[Tensor, "T G K"], step: _Step) -> Float[Tensor, "G N K"]:
+    def append(self, name: Name, entries: Shaped[Tensor, "T G K"], step: _Step) -> Shaped[Tensor, "G N K"]:
         """Writes the stream's entries behind those of each run's row; the whole array."""
         array, entries = self._arrays[name], entries.to(self._dtype_of(self._entries[name])).transpose(0, 1)
         if len(step.rows) > 1 and step.runs.tokens <= _FEW * len(step.rows):
@@ -409,7 +409,7 @@ class _PartMemory:
     def fresh(self) -> Bool[Tensor, " R"]:
         return self.step.fresh
 
-    def append(self, **entries: Float[Tensor, "T G K"]) -> tuple[Float[Tensor, "G N K"], ...]:
+    def append(self, **entries: Shaped[Tensor, "T _G _K"]) -> tuple[Shaped[Tensor, "_G _N _K"], ...]:
         return tuple([self.store.append((self.part, name), entry, self.step) for name, entry in entries.items()])
 
     def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Float[Tensor, "G N K"], Spans]:

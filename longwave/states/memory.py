@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from longwave.states.spec import StateSpec
@@ -33,7 +33,7 @@ class Memory(Protocol):
         """Whether no token of a run's sequence has reached the part before."""
         ...
 
-    def append(self, **entries: Float[Tensor, "T G K"]) -> tuple[Float[Tensor, "G N K"], ...]:
+    def append(self, **entries: Shaped[Tensor, "T _G _K"]) -> tuple[Shaped[Tensor, "_G _N _K"], ...]:
         """Adds the stream's entries, and returns each array; run `r` has what lies at `places`.
 
         With a window that is at least every token that the stream's own can see.
@@ -76,7 +76,7 @@ class NoMemory:
     def fresh(self) -> Bool[Tensor, " R"]:
         return torch.ones(self._runs.count, dtype=torch.bool, device=self._runs.bounds.device)
 
-    def append(self, **entries: Float[Tensor, "T G K"]) -> tuple[Float[Tensor, "G T K"], ...]:
+    def append(self, **entries: Shaped[Tensor, "T _G _K"]) -> tuple[Shaped[Tensor, "_G T _K"], ...]:
         return tuple(entry.transpose(0, 1) for entry in entries.values())
 
     def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Spans]:
