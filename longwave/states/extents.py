@@ -87,18 +87,19 @@ class Extents:
 
     def begin(self) -> None:
         """Ready for a step; one that was begun and not closed has not happened."""
-        if self._step is not None:
-            for name, counts in self._summed.items():
-                for row in self._step.rows:
-                    counts[row] = min(counts[row], self._entries[name].count(self._rows[row].length))
-            self._step = None
+        self._step = None
         self._upload()
 
     def close(self) -> None:
-        """Counts the tokens of the step as remembered."""
+        """Counts the tokens of the step as remembered, and puts its recurrent states in place of the former ones."""
         if (step := self._step) is not None:
             for row, count in zip(step.rows, step.runs.lengths, strict=True):
                 self._rows[row].length += count
+            for name, complete in step.summed.items():
+                for row, count in zip(step.rows, complete, strict=True):
+                    self._summed[name][row] = count
+            for name, rows in step.replaced.items():
+                self._write(name, rows, step)
             self._ends = self._ends.index_add(0, step.index, step.runs.sizes)
             self._step = None
 
@@ -335,13 +336,13 @@ class Extents:
         """Makes those entries of an array that the newest tokens complete; the array, and where each run's lie."""
         array, counts, begins = self._arrays[name], self._summed[name], self._begins[name]
         width, every = self._entries[name].width, self._entries[name].every
-        complete = [(end - first - width) // every + 1 for first, end in step.places.spans]
+        complete = [max(0, (end - first - width) // every + 1) for first, end in step.places.spans]
         for row, (first, _), count in zip(step.rows, step.places.spans, complete, strict=True):
             if count > (done := counts[row]):
                 tokens = slice(first + done * every, first + (count - 1) * every + width)
                 array[:, begins[row] + done : begins[row] + count] = make(self._arrays[of][:, tokens])
-                counts[row] = count
-        return array, [(begins[row], begins[row] + counts[row]) for row in step.rows]
+        step.summed[name] = complete
+        return array, [(begins[row], begins[row] + count) for row, count in zip(step.rows, complete, strict=True)]
 
     def recall(self, name: Name, step: _Step) -> Tensor:
         """A pool's rows of the runs at hand: a view of them where they follow each other and nothing is learned."""
@@ -351,7 +352,7 @@ class Extents:
         return pool[step.block]
 
     @torch.no_grad()
-    def replace(self, name: Name, rows: Tensor, step: _Step) -> None:
+    def _write(self, name: Name, rows: Tensor, step: _Step) -> None:
         """Writes the rows of a pool; what is stored is never a view of a batch's result."""
         pool = self._pools[name]
         if step.block is None:
@@ -364,7 +365,8 @@ class _Step:
     """A stream under way through a store: the rows its runs continue, and where their tokens go.
 
     firsts, ends: for every row of the store, where its extent begins and where its next token goes, on the device.
-    spans: for every run, where its entries begin and end, the new ones included.
+    spans: for every run, where its entries begin and end, the new ones included. summed, replaced: what closing will
+    make of it: how many summed-up entries of each array its runs have, and the rows of pools.
     """
 
     def __init__(
@@ -374,6 +376,8 @@ class _Step:
         self.runs, self.rows, self.index = stream.runs, rows, stream.rows
         self._firsts, self._before = firsts.index_select(0, self.index), ends.index_select(0, self.index)
         self.places = Places(self._firsts, self._before + self.runs.sizes, spans)
+        self.summed: dict[Name, list[int]] = {}
+        self.replaced: dict[Name, Tensor] = {}
 
     @cached_property
     def fresh(self) -> Bool[Tensor, " R"]:
@@ -419,5 +423,4 @@ class _PartMemory:
         return self.store.recall((self.part, name), self.step)
 
     def replace(self, **arrays: Tensor) -> None:
-        for name, rows in arrays.items():
-            self.store.replace((self.part, name), rows, self.step)
+        self.step.replaced |= {(self.part, name): rows.detach() for name, rows in arrays.items()}
