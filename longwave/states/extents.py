@@ -100,7 +100,7 @@ class Extents:
                     self._summed[name][row] = count
             for name, rows in step.replaced.items():
                 self._write(name, rows, step)
-            self._ends = self._ends.index_add(0, step.index, step.runs.sizes)
+            self._counts = self._counts.index_add(1, step.index, step.runs.sizes.expand(2, -1))
             self._step = None
 
     def _open(self, stream: Stream, rows: Sequence[int]) -> _Step:
@@ -116,7 +116,7 @@ class Extents:
             self._make_room(tight)
         firsts = [self._offsets[row] for row in rows]
         ends = [first + one.length - one.start + n for first, one, n in zip(firsts, table, lengths, strict=True)]
-        return _Step(stream, rows, self._firsts, self._ends, list(zip(firsts, ends, strict=True)))
+        return _Step(stream, rows, self._firsts, self._counts, list(zip(firsts, ends, strict=True)))
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,8 @@ class Extents:
         """Tells the device where each row's extent begins and where its next token goes, if it does not know."""
         if self._stale:
             ends = [offset + one.held for offset, one in zip(self._offsets, self._rows, strict=True)]
-            self._firsts, self._ends = torch.tensor([self._offsets, ends], dtype=torch.int64, device=self.device)
+            numbers = [self._offsets, ends, [one.length for one in self._rows]]
+            self._firsts, self._counts = torch.tensor(numbers, dtype=torch.int64, device=self.device).split([1, 2])
             self._stale = False
 
     def extend(self, rows: int) -> None:
@@ -364,25 +365,26 @@ class Extents:
 class _Step:
     """A stream under way through a store: the rows its runs continue, and where their tokens go.
 
-    firsts, ends: for every row of the store, where its extent begins and where its next token goes, on the device.
+    firsts (1, rows), counts (2, rows): where the extent of every row of the store begins, where its next token goes, and
+    how many were ever appended.
     spans: for every run, where its entries begin and end, the new ones included. summed, replaced: what closing will
     make of it: how many summed-up entries of each array its runs have, and the rows of pools.
     """
 
     def __init__(
-        self, stream: Stream, rows: Sequence[int], firsts: Tensor, ends: Tensor, spans: Sequence[tuple[int, int]]
+        self, stream: Stream, rows: Sequence[int], firsts: Tensor, counts: Tensor, spans: Sequence[tuple[int, int]]
     ) -> None:
         assert stream.rows is not None
         self.runs, self.rows, self.index = stream.runs, rows, stream.rows
-        self._firsts, self._before = firsts.index_select(0, self.index), ends.index_select(0, self.index)
-        self.places = Places(self._firsts, self._before + self.runs.sizes, spans)
+        self._before, self._lengths = counts.index_select(1, self.index)
+        self.places = Places(firsts[0].index_select(0, self.index), self._before + self.runs.sizes, spans)
         self.summed: dict[Name, list[int]] = {}
         self.replaced: dict[Name, Tensor] = {}
 
     @cached_property
     def fresh(self) -> Bool[Tensor, " R"]:
         """Whether a run's sequence remembers nothing yet."""
-        return self._before == self._firsts
+        return self._lengths == 0
 
     @cached_property
     def at(self) -> Int64[Tensor, " T"]:
