@@ -365,8 +365,8 @@ class Extents:
 class _Step:
     """A stream under way through a store: the rows its runs continue, and where their tokens go.
 
-    firsts (1, rows), counts (2, rows): where the extent of every row of the store begins, where its next token goes, and
-    how many were ever appended.
+    firsts (1, rows), counts (2, rows): where the extent of every row of the store begins; where its next token goes,
+    and how many were ever appended.
     spans: for every run, where its entries begin and end, the new ones included. summed, replaced: what closing will
     make of it: how many summed-up entries of each array its runs have, and the rows of pools.
     """
