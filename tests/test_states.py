@@ -333,6 +333,21 @@ def test_truncation_is_refused_exactly_where_a_visible_token_is_gone(window: int
             assert extents.length(1) == 200
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 40])
+def test_a_hold_can_be_returned_to_however_far_the_sequence_runs(window: int):
+    extents = extents_of(StateSpec({"key": KEY}, window), rows=2)
+    for number in range(0, 900, 30):
+        if number == 300:
+            extents.hold(0)
+        appended(extents, entries(number, 30))
+    assert 300 >= 900 - extents.held(0) > 300 - window - 64, "no more is kept than that takes"
+    for length in (300, 317, 899):
+        extents.copy([(0, 1)])
+        extents.truncate(1, length)
+        seen = appended(extents, entries(length, 1), row=1)
+        assert torch.equal(seen[:, -window:], held_as(length + 1 - window, window))
+
+
 def test_without_a_window_growth_copies_seldom():
     extents, reserved = extents_of(StateSpec({"key": KEY})), set()
     for number in range(5000):
