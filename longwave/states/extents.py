@@ -87,19 +87,20 @@ class Extents:
 
     def begin(self) -> None:
         """Ready for a step; one that was begun and not closed has not happened."""
-        if self._step is not None:
-            for name, counts in self._summed.items():
-                for row in self._step.rows:
-                    counts[row] = min(counts[row], self._entries[name].count(self._rows[row].length))
-            self._step = None
+        self._step = None
         self._upload()
 
     def close(self) -> None:
-        """Counts the tokens of the step as remembered."""
+        """Counts the tokens of the step as remembered, and puts its recurrent states in place of the former ones."""
         if (step := self._step) is not None:
             for row, count in zip(step.rows, step.runs.lengths, strict=True):
                 self._rows[row].length += count
-            self._ends = self._ends.index_add(0, step.index, step.runs.sizes)
+            for name, complete in step.summed.items():
+                for row, count in zip(step.rows, complete, strict=True):
+                    self._summed[name][row] = count
+            for name, rows in step.replaced.items():
+                self._write(name, rows, step)
+            self._counts = self._counts.index_add(1, step.index, step.runs.sizes.expand(2, -1))
             self._step = None
 
     def _open(self, stream: Stream, rows: Sequence[int]) -> _Step:
@@ -115,7 +116,7 @@ class Extents:
             self._make_room(tight)
         firsts = [self._offsets[row] for row in rows]
         ends = [first + one.length - one.start + n for first, one, n in zip(firsts, table, lengths, strict=True)]
-        return _Step(stream, rows, self._firsts, self._ends, list(zip(firsts, ends, strict=True)))
+        return _Step(stream, rows, self._firsts, self._counts, list(zip(firsts, ends, strict=True)))
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,8 @@ class Extents:
         """Tells the device where each row's extent begins and where its next token goes, if it does not know."""
         if self._stale:
             ends = [offset + one.held for offset, one in zip(self._offsets, self._rows, strict=True)]
-            self._firsts, self._ends = torch.tensor([self._offsets, ends], dtype=torch.int64, device=self.device)
+            numbers = [self._offsets, ends, [one.length for one in self._rows]]
+            self._firsts, self._counts = torch.tensor(numbers, dtype=torch.int64, device=self.device).split([1, 2])
             self._stale = False
 
     def extend(self, rows: int) -> None:
@@ -335,13 +337,13 @@ class Extents:
         """Makes those entries of an array that the newest tokens complete; the array, and where each run's lie."""
         array, counts, begins = self._arrays[name], self._summed[name], self._begins[name]
         width, every = self._entries[name].width, self._entries[name].every
-        complete = [(end - first - width) // every + 1 for first, end in step.places.spans]
+        complete = [max(0, (end - first - width) // every + 1) for first, end in step.places.spans]
         for row, (first, _), count in zip(step.rows, step.places.spans, complete, strict=True):
             if count > (done := counts[row]):
                 tokens = slice(first + done * every, first + (count - 1) * every + width)
                 array[:, begins[row] + done : begins[row] + count] = make(self._arrays[of][:, tokens])
-                counts[row] = count
-        return array, [(begins[row], begins[row] + counts[row]) for row in step.rows]
+        step.summed[name] = complete
+        return array, [(begins[row], begins[row] + count) for row, count in zip(step.rows, complete, strict=True)]
 
     def recall(self, name: Name, step: _Step) -> Tensor:
         """A pool's rows of the runs at hand: a view of them where they follow each other and nothing is learned."""
@@ -351,7 +353,7 @@ class Extents:
         return pool[step.block]
 
     @torch.no_grad()
-    def replace(self, name: Name, rows: Tensor, step: _Step) -> None:
+    def _write(self, name: Name, rows: Tensor, step: _Step) -> None:
         """Writes the rows of a pool; what is stored is never a view of a batch's result."""
         pool = self._pools[name]
         if step.block is None:
@@ -363,22 +365,26 @@ class Extents:
 class _Step:
     """A stream under way through a store: the rows its runs continue, and where their tokens go.
 
-    firsts, ends: for every row of the store, where its extent begins and where its next token goes, on the device.
-    spans: for every run, where its entries begin and end, the new ones included.
+    firsts (1, rows), counts (2, rows): where the extent of every row of the store begins; where its next token goes,
+    and how many were ever appended.
+    spans: for every run, where its entries begin and end, the new ones included. summed, replaced: what closing will
+    make of it: how many summed-up entries of each array its runs have, and the rows of pools.
     """
 
     def __init__(
-        self, stream: Stream, rows: Sequence[int], firsts: Tensor, ends: Tensor, spans: Sequence[tuple[int, int]]
+        self, stream: Stream, rows: Sequence[int], firsts: Tensor, counts: Tensor, spans: Sequence[tuple[int, int]]
     ) -> None:
         assert stream.rows is not None
         self.runs, self.rows, self.index = stream.runs, rows, stream.rows
-        self._firsts, self._before = firsts.index_select(0, self.index), ends.index_select(0, self.index)
-        self.places = Places(self._firsts, self._before + self.runs.sizes, spans)
+        self._before, self._lengths = counts.index_select(1, self.index)
+        self.places = Places(firsts[0].index_select(0, self.index), self._before + self.runs.sizes, spans)
+        self.summed: dict[Name, list[int]] = {}
+        self.replaced: dict[Name, Tensor] = {}
 
     @cached_property
     def fresh(self) -> Bool[Tensor, " R"]:
         """Whether a run's sequence remembers nothing yet."""
-        return self._before == self._firsts
+        return self._lengths == 0
 
     @cached_property
     def at(self) -> Int64[Tensor, " T"]:
@@ -419,5 +425,4 @@ class _PartMemory:
         return self.store.recall((self.part, name), self.step)
 
     def replace(self, **arrays: Tensor) -> None:
-        for name, rows in arrays.items():
-            self.store.replace((self.part, name), rows, self.step)
+        self.step.replaced |= {(self.part, name): rows.detach() for name, rows in arrays.items()}
