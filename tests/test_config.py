@@ -93,7 +93,7 @@ def test_a_published_setting_has_no_effect_on_the_causal_selection(name: str):
 
 @pytest.mark.parametrize("heads", [3, 32])
 def test_heads_that_do_not_divide_the_width_are_refused(heads: int):
-    message = f"^hidden_size = 32 is no even multiple of attention.heads = {heads}; give attention.head_size$"
+    message = f"^hidden_size = 32: an even multiple of attention.heads = {heads}, or give attention.head_size$"
     with pytest.raises(UserError, match=message):
         Decoder(build(ModelConfig, changed("attention.heads", heads), "recipe.toml"))
 
