@@ -83,7 +83,7 @@ class Block(nn.Module):
             yield self._modules[f"{name}_norm"], self._modules[name]  # pyright: ignore[reportReturnType]
 
     def scaled(self, branch: Tensor) -> Tensor:
-        """What a branch adds to the residual stream."""
+        """A branch as it is added to the residual stream: times the residual scale."""
         return branch if self.scale == 1 else self.scale * branch
 
     def decode_flops(self, context: int) -> int:

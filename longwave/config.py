@@ -1,4 +1,4 @@
-"""What a model is made of: small frozen dataclasses, one per component, strict about what they are given."""
+"""The settings of a model: small frozen dataclasses, one per component; a key that none of them knows is an error."""
 
 from __future__ import annotations
 
@@ -361,7 +361,7 @@ class ModelConfig(_Tables):
         return parse(self.layout)
 
     def completed(self, names: Iterable[str]) -> ModelConfig:
-        """The same config with these tables filled in, where they are not given but have a default for every key."""
+        """A copy in which these tables are filled in by their defaults, where they are not given and have them."""
         tables = dict(self.tables)
         for name in set(names) - set(tables):
             with suppress(UserError):

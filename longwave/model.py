@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         return self.logits(self.hidden(tokens, stream, state))
 
     def hidden(self, tokens: Int64[Tensor, " T"], stream: Stream, state: State | None = None) -> Float[Tensor, "O D"]:
-        """What the head reads: normalised hidden states of the rows whose outputs are needed.
+        """Normalised hidden states of the rows whose outputs are needed: the input of the head.
 
         With a state, `stream` comes from `state.stream(...)`, and the tokens count as seen afterwards.
         """
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
 
     def logits(self, hidden: Float[Tensor, "O D"]) -> Float[Tensor, "O V"]:
-        """The head on what `hidden` gives."""
+        """The head applied to the result of `hidden`."""
         return self.head(hidden) * self.config.scales.logits
 
     def loss(self, tokens: Int64[Tensor, " T"], targets: Int64[Tensor, " T"], stream: Stream) -> Float[Tensor, ""]:
@@ -186,7 +186,7 @@ class Decoder(nn.Module):
     def costs(
         self, tokens: int, dtype: torch.dtype | None = None, kept: Mapping[int, float] | None = None
     ) -> list[Cost]:
-        """What each part costs at a context of `tokens`, with weights and activations in `dtype` (the model's own).
+        """The costs of each part at a context of `tokens`, with weights and activations in `dtype` (the model's own).
 
         kept: by the index of a resampler, the share of its tokens that it really keeps; its nominal one by default.
         """

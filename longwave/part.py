@@ -1,7 +1,7 @@
 """Parts: anything a block or a bracket is made of - a mixer, a feed-forward, a resampler.
 
-A part is one file: its settings, the module, the state it needs, its costs, its initial weights. What a part promises
-of its outputs it declares as laws, which the contract tests prove.
+A part is one file: its settings, the module, the state it needs, its costs, its initial weights. It declares which laws
+its outputs keep (`longwave.laws`), and the contract tests prove them.
 
 Legend: `T` tokens of the stream, `D` hidden size.
 """
@@ -57,7 +57,7 @@ class Layer(Protocol):
 
 @runtime_checkable
 class Angles(Protocol):
-    """Whatever a part turns heads by; equal ones are worked out once for all parts, and carried by the stream."""
+    """The rotation of a part's heads by position. Equal rotations are worked out once for all parts that share them."""
 
     def check(self, config: ModelConfig) -> None:
         """UserError if the config does not fit."""
@@ -143,7 +143,7 @@ class Part(nn.Module, ABC):
             self.forms[op.name], self.reasons[op.name] = found
 
     def state_spec(self) -> StateSpec:
-        """What the part remembers of a sequence; nothing by default."""
+        """The memory that the part needs of a sequence; none by default."""
         return StateSpec(level=self.site.level)
 
     def draw(self, draws: InitialDraws) -> None:
@@ -161,10 +161,10 @@ class Part(nn.Module, ABC):
 
     @abstractmethod
     def decode_flops(self, context: int) -> int:
-        """The same for the one token that follows `context` others."""
+        """FLOPs of matrix products and attention for the one token that follows `context` others."""
 
     def unlearned_flops(self, tokens: int) -> int:
-        """Those of `prefill_flops` through which no gradient flows."""
+        """The share of `prefill_flops` through which no gradient flows, in FLOPs."""
         return 0
 
     def read_bytes(self, context: int, dtype: torch.dtype) -> int:

@@ -72,7 +72,7 @@ class Runs:
         return self._most if self._lengths is None else self.longest
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """Whatever an op derives from the runs, made for the first layer of a step and kept for the others."""
+        """A value that an op derives from the runs: made for the first layer of a step, kept for the others."""
         if key not in self._notes:
             self._notes[key] = make()
         return self._notes[key]
@@ -99,7 +99,7 @@ class Runs:
 
     @cached_property
     def places(self) -> Int64[Tensor, " T"]:
-        """How many tokens of its run stand before each row."""
+        """The place of each row in its run, counted from 0."""
         rows = torch.arange(self.tokens, device=self.bounds.device)
         return rows - self.bounds.index_select(0, self.of_token)
 
@@ -167,7 +167,7 @@ class Windows:
         return self.of_runs == tuple(range(len(self.sizes)))
 
     def resized(self, sizes: tuple[int, ...]) -> Windows:
-        """The same windows with other numbers of tokens."""
+        """A copy whose windows have other numbers of tokens, as after a level has dropped some."""
         return replace(self, sizes=sizes)
 
     def by_run(self, runs: Runs) -> Windows:
@@ -192,7 +192,7 @@ def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[i
 
 @dataclass(frozen=True)
 class Stream:
-    """What the layers know about the rows of `hidden (T, D)`.
+    """The description of the rows of `hidden (T, D)` that all layers share.
 
     runs: where each run begins and ends. A run is a piece of one sequence (in training, of one document), and attention
         never leaves it.
@@ -241,7 +241,7 @@ class Stream:
         return self.runs.tokens
 
     def last_rows(self) -> Stream:
-        """The same stream, with outputs needed at the last row of each run that has one."""
+        """A copy in which outputs are needed at the last row of each run that has one, as for the next token."""
         rows = self.runs.bounds[1:] - 1
         if 0 in self.lengths:
             filled = [run for run, length in enumerate(self.lengths) if length]
@@ -249,7 +249,7 @@ class Stream:
         return replace(self, outputs=rows)
 
     def carrying(self, **passengers: Tensor) -> Stream:
-        """The same stream with more passengers."""
+        """A copy with more passengers."""
         return replace(self, passengers={**self.passengers, **passengers})
 
     def gather(self, rows: Int64[Tensor, " K"], runs: Runs, windows: Windows | None = None) -> Stream:

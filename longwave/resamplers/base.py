@@ -69,7 +69,7 @@ class Bracket(Part):
 
     @property
     def kind(self) -> str:
-        """What it is called in tables of costs."""
+        """Its name in tables of costs."""
         return " ".join([type(self).__name__.lower(), *self.arguments])
 
     def own_parameters(self) -> int:
@@ -209,7 +209,7 @@ def runs_above(kept: Tensor, runs: Runs) -> tuple[Int64[Tensor, " K"], Runs]:
 
 
 def runs_of(rows: Int64[Tensor, " K"], runs: Runs, lengths: tuple[int, ...] | None = None) -> Runs:
-    """How chosen rows (ascending) fall into runs; the host reads nothing. lengths: of the new runs, if known."""
+    """The runs of chosen rows (ascending), found without a read by the host. lengths: of the new runs, if known."""
     return Runs(torch.searchsorted(rows, runs.bounds), rows.shape[0], lengths, runs.most)
 
 

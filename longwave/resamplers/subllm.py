@@ -182,7 +182,7 @@ class Subllm(Resampler):
         return limit(self.bypass, self.bypass_floor(clock.step), 1.0)
 
     def balancer_probability(self, step: int) -> float:
-        """How often the Balancer acts: 1 at first, falling linearly to its final probability."""
+        """The probability that the Balancer acts: 1 at first, falling linearly to its final value."""
         done = min(1.0, step / self.config.balancer_steps)
         return 1 + done * (self.config.balancer_final_probability - 1)
 

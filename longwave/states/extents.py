@@ -140,7 +140,7 @@ class Extents:
         self._upload()
 
     def _forgettable(self, row: int) -> int:
-        """How many of the oldest tokens no later query can see, nor one after a return to the length that is held."""
+        """The number of oldest tokens that no later query can see, even after a return to the length of `hold`."""
         if self.window is None:
             return 0
         one = self._rows[row]
@@ -227,7 +227,7 @@ class Extents:
         return self._arrays[part, name][:, begin : begin + self._count((part, name), row)]
 
     def kept_before(self, row: int, place: int) -> int:
-        """How many of the remembered tokens stand before a place of their sequence."""
+        """The number of remembered tokens that stand before a place of their sequence."""
         part, name = next((part, spec.places) for part, spec in self.specs.items() if spec.places is not None)
         return int(torch.searchsorted(self.view(part, name, row).flatten(), place))
 

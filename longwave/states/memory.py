@@ -1,4 +1,4 @@
-"""What a part sees of its state, and what a state asks of the stores that keep it.
+"""The protocols of memory: `Memory`, by which a part speaks to its state, and `Store`, in which a state keeps it.
 
 A part never speaks of slots: it appends, recalls and replaces once for the whole stream, wherever the entries lie
 (extents here; pages or another server's pools behind the same protocol).
@@ -125,7 +125,7 @@ class Store(Protocol):
         ...
 
     def kept_before(self, row: int, place: int) -> int:
-        """How many of the remembered tokens stand before a place of their sequence (see `StateSpec.places`)."""
+        """The number of remembered tokens that stand before a place of their sequence (see `StateSpec.places`)."""
         ...
 
     def view(self, part: str, name: str, row: int) -> Tensor:

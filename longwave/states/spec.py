@@ -1,4 +1,4 @@
-"""What a part needs to remember, declared; the memory itself belongs to a store outside the model."""
+"""The declaration of what a part has to remember of a sequence; the memory itself lies in a store outside the model."""
 
 from __future__ import annotations
 

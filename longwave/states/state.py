@@ -20,7 +20,7 @@ from longwave.units import LAST_PLACE
 
 @dataclass(eq=False)
 class _Sequence:
-    """One sequence: its row in every store, the tokens seen, and the length of every cut made so far."""
+    """A sequence: its row in every store, the tokens seen, and the length of every cut made so far."""
 
     row: int
     seen: int = 0
@@ -39,7 +39,7 @@ class Snapshot:
 
 
 class State:
-    """What a model remembers of `slots` sequences.
+    """The memory of a model for `slots` sequences.
 
     specs: what each part declares, by the part's name. Parts that grow alike (one kind of store, level and window)
     share a store.
@@ -71,7 +71,7 @@ class State:
 
     @property
     def slots(self) -> int:
-        """How many sequences there is room for."""
+        """The number of sequences that there is room for."""
         return len(self._sequences)
 
     @property
@@ -93,7 +93,7 @@ class State:
         return self.view(part, spec.places, slot).flatten().long()
 
     def view(self, part: str, name: str, slot: int) -> Tensor:
-        """One slot's held entries (heads, n, size) of a per-token array, or its per-sequence array; to be read only."""
+        """The held entries (heads, n, size) of an array of one slot, or its per-sequence array; to be read only."""
         return self._store_of[part].view(part, name, self._sequences[slot].row)
 
     def part(self, part: str, stream: Stream) -> Memory:
