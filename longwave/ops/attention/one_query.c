@@ -1,7 +1,7 @@
 /* Attention of one query per sequence over its remembered keys (flash-decoding, Dao et al. 2023).
  *
- * Keys are cut into splits of SPLIT, which threads take in any order and which are merged in one order: the result
- * depends neither on the threads nor on the other sequences.
+ * The keys of a sequence are cut into splits of SPLIT keys. Threads take splits in any order, but their results are
+ * merged in a fixed order, so that the output depends neither on the threads nor on the other sequences.
  * Legend: S sequences, H query heads, G KV heads, N keys of a sequence, K head size (a multiple of CHUNK).
  */
 
@@ -13,7 +13,7 @@
 #define HEADS 4    /* query heads of a group that read a key together */
 #define CHANNELS 4 /* vectors of a value whose sums stay in registers */
 
-/* What one split leaves to be merged, behind its K weighted sums: the largest score and the sum of the weights. */
+/* Numbers that a split stores behind its K weighted sums, for merging: its largest score and the sum of its weights. */
 #define LEFT 2
 
 /* Scores of `heads` queries against `count` keys -> scores (heads, SPLIT); -inf beyond the last key. */
@@ -81,7 +81,7 @@ INLINE void heads_of_split(array key, array value, array query, int heads, int64
         mix(value, scores, heads, 1, count, size, k, out, stride);
 }
 
-/* The heads that share one KV head, over one split -> out (group, K + LEFT). */
+/* Attention of the query heads of one KV head over one split -> out (group, K + LEFT). */
 INLINE void group_of_split(array key, array value, array query, int64_t group, int64_t count, int64_t size,
                            float scale, float *out) {
     for (int64_t head = 0; head < group; head += HEADS) {
@@ -96,7 +96,7 @@ INLINE void group_of_split(array key, array value, array query, int64_t group, i
     }
 }
 
-/* The same, with the usual head sizes and the type known to the compiler. */
+/* group_of_split, with the usual head sizes as constants, so that the compiler unrolls its loops for them. */
 INLINE void split_of(array key, array value, array query, int64_t group, int64_t count, int64_t size, float scale,
                      float *out) {
     switch (size) {

@@ -1,7 +1,8 @@
 /* Attention of queries to their blocks of keys, and the gradient of the queries (flash attention, Dao et al. 2022).
  *
- * Tiles of neighbouring queries walk through the union of their lists, so that a piece of keys is laid out once for all
- * that see it; every head of a query keeps its own softmax. A query's result does not depend on the rest of its tile.
+ * The queries of a tile are neighbours and see many of the same blocks. A tile walks through all blocks that any of its
+ * queries sees, so that a piece of keys is laid out once for all of them; every head of a query keeps its own running
+ * softmax. A query's result does not depend on the other queries of its tile.
  * Legend: T queries and N keys, H query heads, G KV heads, R = H / G, K head size.
  */
 
@@ -9,14 +10,14 @@
 
 #define TOGETHER 128 /* rows of a tile, about */
 
-/* One thread's tile: queries start ... start + count - 1 of a group, and where what is known of them lies. */
+/* One thread's tile: the queries start ... start + count - 1 of a group, and the arrays of its intermediate results. */
 typedef struct {
     int64_t group, start, count, depth;
     float *cells, *slopes;                  /* (count R, depth) of the queries, and of the gradients of the output */
     float *mixed;                           /* (count R, K): weighted sums of values, or gradients of the queries */
     float *most, *totals;                   /* (count R), (count R, LANES): largest score, sums of the weights */
     float *keys, *values, *pairs, *weights; /* a piece: columns of keys and of values, pairs of one, (ROWS, PIECE) */
-    int32_t *cursors, *rows, *seen;         /* places in the lists; rows that see a piece, and how many keys of it */
+    int32_t *cursors, *rows, *seen; /* each query's place in its list; rows that see a piece, and how many of its keys */
 } tile;
 
 INLINE void scores_of(const tile *t, const float *cells, const float *columns, const int32_t *row, int rows,
@@ -27,10 +28,10 @@ INLINE void scores_of(const tile *t, const float *cells, const float *columns, c
     products(cell, columns, t->depth, VECTORS, rows, VECTORS, scores, paired);
 }
 
-/* The lanes of keys that a row does not see. */
+/* The mask of the keys (lanes) that a row does not see. */
 INLINE vec_i32 hidden(int vector, int32_t seen) { return PLACES + (int32_t)(vector * LANES) >= seen; }
 
-/* Adds a piece to the softmax of `rows` rows. */
+/* Adds a piece of keys and values to the running softmax of `rows` rows. */
 INLINE void attend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
     vec scores[ROWS][VECTORS], change = splat(0);
     scores_of(t, t->cells, t->keys, row, rows, scores, paired);
@@ -64,7 +65,7 @@ INLINE void attend_rows(const task *a, const tile *t, const int32_t *row, const 
     mix(out, share, weights, t->pairs, cells(PIECE, paired), a->size, rows, paired);
 }
 
-/* Adds to the gradients of `rows` rows what a piece gives: dq = scale sum_n p_n (do . v_n - do . o) k_n. */
+/* Adds the share of a piece to the gradients of `rows` query rows: dq = scale sum_n p_n (do . v_n - do . o) k_n. */
 INLINE void bend_rows(const task *a, const tile *t, const int32_t *row, const int32_t *seen, int rows, int paired) {
     vec scores[ROWS][VECTORS], slopes[ROWS][VECTORS];
     scores_of(t, t->cells, t->keys, row, rows, scores, paired);
@@ -86,7 +87,7 @@ INLINE void bend_rows(const task *a, const tile *t, const int32_t *row, const in
     mix(out, share, weights, t->pairs, cells(PIECE, paired), a->size, rows, paired);
 }
 
-/* Lays out the keys from ... end - 1, at most PIECE, and fetches as many from `next` on. */
+/* Lays out the keys from ... end - 1, at most PIECE, and prefetches as many from `next` on. */
 INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, int64_t next, int backward, int paired) {
     const void *keys[PIECE], *values[PIECE], *next_keys[PIECE], *next_values[PIECE];
     find_rows(a->keys, a->is_bf16, a->key_group, a->key_token, t->group, from, end, keys);
@@ -101,14 +102,14 @@ INLINE void lay_piece(const task *a, const tile *t, int64_t from, int64_t end, i
         lay_pairs(values, next_values, a->is_bf16, PIECE, a->size, t->pairs, paired);
 }
 
-/* The block at a query's place in its list; beyond all others behind its last. */
+/* The next block of a query's list; INT64_MAX behind its last. */
 INLINE int64_t at_cursor(const task *a, const tile *t, int64_t query) {
     const int32_t *list = a->blocks + (t->group * a->tokens + t->start + query) * a->topk;
     int32_t block = t->cursors[query] < a->topk ? list[t->cursors[query]] : -1;
     return block < 0 ? INT64_MAX : block;
 }
 
-/* The block that comes next in the tile's lists; `none` behind the last. */
+/* The next block that any query of the tile sees, which is only looked at; `none` behind the last. */
 INLINE int64_t coming(const task *a, const tile *t, int64_t none) {
     int64_t block = INT64_MAX;
     for (int64_t q = 0; q < t->count; q++)
@@ -116,7 +117,7 @@ INLINE int64_t coming(const task *a, const tile *t, int64_t none) {
     return block == INT64_MAX ? none : block;
 }
 
-/* The next block of the tile's lists -> its number and the rows that see it (of queries whose cursor has moved). */
+/* Takes the next block that any query of the tile sees -> its number, and the queries that see it; moves their cursors. */
 INLINE int64_t next_block(const task *a, tile *t, int64_t *queries, int64_t *count) {
     int64_t block = INT64_MAX;
     *count = 0;
@@ -134,7 +135,7 @@ INLINE int64_t next_block(const task *a, tile *t, int64_t *queries, int64_t *cou
     return block;
 }
 
-/* The rows of these queries that see keys from `from` on of a block that ends at `end` -> how many rows. */
+/* Fills `rows` with the rows of these queries that see keys in from ... end - 1 of a block -> the number of rows. */
 INLINE int64_t rows_that_see(const task *a, tile *t, const int64_t *queries, int64_t count, int64_t from, int64_t end) {
     int64_t rows = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -147,7 +148,7 @@ INLINE int64_t rows_that_see(const task *a, tile *t, const int64_t *queries, int
     return rows;
 }
 
-/* Every block of the tile's lists, a piece at a time. */
+/* Processes every block that the tile's queries see, a piece of keys at a time. */
 INLINE void walk(const task *a, tile *t, int backward, int paired) {
     int64_t queries[t->count], count, block;
     memset(t->cursors, 0, t->count * sizeof *t->cursors);
@@ -175,7 +176,7 @@ INLINE void walk(const task *a, tile *t, int backward, int paired) {
     }
 }
 
-/* Lays out the rows of a tile, and for the backward pass the gradients of the outputs and their products with these. */
+/* Lays out the queries of a tile; for the backward pass also the gradients of the outputs, and the dots o . do. */
 INLINE void begin(const task *a, tile *t, int backward, int paired) {
     array query = {a->query, a->is_bf16}, slope = {a->slope, a->is_bf16}, output = {a->output, a->is_bf16};
     for (int64_t row = 0; row < t->count * a->ratio; row++) {
@@ -217,7 +218,7 @@ static void forward_single(const task *a, tile *t) { attend_of_tile(a, t, 0, 0);
 static void backward_paired(const task *a, tile *t) { attend_of_tile(a, t, 1, PAIRED(1)); }
 static void backward_single(const task *a, tile *t) { attend_of_tile(a, t, 1, 0); }
 
-/* Cuts a thread's room into what its tiles need; returns how many floats that is. */
+/* Cuts a thread's memory into the arrays of a tile; returns the number of floats that they take. */
 static int64_t furnish(const task *a, tile *t, int64_t queries, float *base) {
     room left = {base, 0};
     int64_t rows = queries * a->ratio;

@@ -1,10 +1,10 @@
-/* What attention to given blocks takes and gives, forward and backward. */
+/* The arguments and results of attention to given blocks, for the forward and the backward pass. */
 
 #include "rows.h"
 
 typedef struct {
     const void *query, *keys, *values; /* (T, H, K), (G, N, K) twice */
-    const int32_t *blocks;             /* (G, T, topk), ascending, -1 behind the last */
+    const int32_t *blocks;             /* (G, T, topk), ascending, filled up with -1 */
     void *output;                      /* (T, H, K) */
     float *sums;                       /* (T, H): log-sum-exp of the scores */
     const void *slope;                 /* (T, H, K): the gradient of the output */
@@ -16,7 +16,7 @@ typedef struct {
     float scale;
 } task;
 
-/* Where the rows of keys or values from ... from + PIECE - 1 of a group lie; beyond `end` rows of zeros. */
+/* The addresses of the rows from ... from + PIECE - 1 of a group's keys or values; from `end` on, of a row of zeros. */
 INLINE void find_rows(const void *entries, int is_bf16, int64_t group_step, int64_t token_step, int64_t group,
                       int64_t from, int64_t end, const void **rows) {
     for (int64_t i = 0; i < PIECE; i++) {

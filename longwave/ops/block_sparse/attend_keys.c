@@ -1,13 +1,13 @@
-/* The gradients of keys and values: every block gathers the queries that see it, in their order.
+/* The gradients of keys and values: for every block, over the queries that see it, in their order.
  *
- * Each block is one thread's, so nothing is added up in an order that changes. Here keys are the rows, and the heads of
- * PIECE / R queries at a time the columns.
+ * One thread works on a whole block, so that sums are always in the same order. Here keys are the rows, and the heads
+ * of PIECE / R queries at a time the columns.
  * Legend: T queries and N keys, H query heads, G KV heads, R = H / G, K head size.
  */
 
 #include "attend.h"
 
-/* Of each block of each group the queries that see it: queries[starts[i]] ... queries[starts[i + 1] - 1]. */
+/* The queries that see block i, counted over groups and blocks: queries[starts[i]] ... queries[starts[i + 1] - 1]. */
 typedef struct {
     int64_t blocks, *starts;
     int32_t *queries;
@@ -19,12 +19,12 @@ typedef struct {
     float *keys, *values;              /* (PIECE, depth) */
     float *of_keys, *of_values;        /* (PIECE, K) */
     float *queries, *slopes;           /* columns of the batch */
-    float *query_pairs, *slope_pairs;  /* its pairs */
+    float *query_pairs, *slope_pairs;  /* pairs of the batch */
     float *logs, *dots, *seen;         /* (PIECE): log2 of the denominators, o . do, how many keys each sees */
-    float *weights, *bends;            /* (ROWS, PIECE) */
+    float *weights, *bends;            /* (ROWS, PIECE): the weights, and the gradients of the scores */
 } piece;
 
-/* Sorts the lists by block, queries staying in order; 1 if there is no memory. */
+/* Turns lists of blocks by query into lists of queries by block, in order; returns 1 if there is no memory. */
 static int invert(const task *a, inverse *of) {
     int64_t entries = a->groups * a->tokens * a->topk, each = a->tokens * a->topk;
     of->blocks = (a->keys_count + a->block_size - 1) / a->block_size;
@@ -44,7 +44,7 @@ static int invert(const task *a, inverse *of) {
     return 0;
 }
 
-/* Lays out rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest of a batch is empty. */
+/* Lays out the rows from ... end - 1 (counted over queries and heads) of a block's queries; the rest are zeros. */
 INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int64_t from, int64_t end, int paired) {
     const void *query[PIECE], *slope[PIECE];
     for (int64_t i = 0; i < PIECE; i++) {
@@ -125,7 +125,7 @@ static void gradients_single(const task *a, const piece *p, const int32_t *queri
     gradients_of_piece(a, p, queries, count, 0);
 }
 
-/* Cuts a thread's room; returns how many floats that is. */
+/* Cuts a thread's memory into the arrays of a piece; returns the number of floats that they take. */
 static int64_t furnish(const task *a, piece *p, float *base) {
     room left = {base, 0};
     float **laid[] = {&p->keys, &p->values, &p->queries, &p->slopes};
@@ -142,7 +142,7 @@ static int64_t furnish(const task *a, piece *p, float *base) {
     return left.used;
 }
 
-/* All pieces of one block. */
+/* The gradients of the keys and values of one block, a piece at a time. */
 static void gradients_of_block(const task *a, piece *p, const inverse *of, int64_t group, int64_t block) {
     int64_t start = block * a->block_size, end = start + a->block_size, i = group * of->blocks + block;
     end = end < a->keys_count ? end : a->keys_count;

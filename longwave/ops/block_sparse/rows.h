@@ -1,7 +1,7 @@
-/* Small products of rows: a few heads of queries against PIECE keys, all laid out so that the machine only multiplies.
+/* Small matrix products: a few rows of queries against PIECE keys, laid out so that inner loops only multiply.
  *
- * A cell is what is multiplied at once in one lane: a pair of bf16 numbers where the processor takes those (`paired`),
- * else one fp32 number. Sums are in fp32, of every row in one order, whichever rows it is computed with.
+ * A cell is the operand of one lane: a pair of bf16 numbers where the processor multiplies pairs (`paired`), otherwise
+ * one fp32 number. Sums are in fp32, and the order of a row's sums does not depend on the rows beside it.
  * Legend: K entries of a row (a multiple of CHUNK), `depth` cells of it.
  */
 
@@ -30,11 +30,11 @@
 typedef int16_t vec_i16 __attribute__((vector_size(64)));
 
 static const vec_i32 PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-static const float ZEROS[256]; /* a row of nothing, of at most 256 fp32 entries */
+static const float ZEROS[256]; /* a row of zeros, which stands for a missing row; heads have at most 256 entries */
 
 INLINE vec pick(vec_i32 where, vec a, vec b) { return (vec)(((vec_i32)a & where) | ((vec_i32)b & ~where)); }
 
-/* Where entry `at` of an array lies. */
+/* The address of entry `at` of an array. */
 INLINE const void *array_at(array a, int64_t at) { return from(a, at).data; }
 
 INLINE int64_t cells(int64_t entries, int paired) { return paired ? entries / 2 : entries; }
@@ -80,7 +80,7 @@ INLINE void store_cells(float *to, const vec *from, int vectors, int paired) {
             x[i + step] = high;                \
         }
 
-/* Sixteen rows of sixteen cells become columns: blocks of 1, 2, 4 and 8 change places across the diagonal. */
+/* Transposes sixteen rows of sixteen cells: blocks of 1, 2, 4 and 8 cells change places across the diagonal. */
 INLINE void transpose(vec_i32 *x) {
     EXCHANGE(1, SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
              SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
@@ -93,7 +93,7 @@ INLINE void transpose(vec_i32 *x) {
 }
 
 /* LANES * vectors rows -> columns (depth, vectors, LANES): lane l of vector v is row l * lane_step + v * vector_step.
- * Meanwhile the `next` rows are fetched, as many again. */
+ * Meanwhile as many rows from `next` are prefetched. */
 INLINE void lay_columns(const void *const *rows, const void *const *next, int is_bf16, int64_t depth, int64_t vectors, int64_t lane_step,
                         int64_t vector_step, float *columns, int paired) {
     for (int64_t v = 0; v < vectors; v++)
@@ -110,7 +110,7 @@ INLINE void lay_columns(const void *const *rows, const void *const *next, int is
         }
 }
 
-/* CHUNK numbers of two rows of bf16, side by side. */
+/* Interleaves CHUNK numbers of two rows of bf16. */
 INLINE void interleave(const void *one, const void *other, int64_t at, float *out) {
     vec_i16 a, b, low, high;
     memcpy(&a, (const int16_t *)one + at, sizeof a);
@@ -123,8 +123,8 @@ INLINE void interleave(const void *one, const void *other, int64_t at, float *ou
     memcpy(out + LANES, &high, sizeof high);
 }
 
-/* `count` rows (even) of K entries -> (cells of count, K): entry k of cell p is of the rows of that cell. Meanwhile the
- * `next` rows are fetched. */
+/* An even number `count` of rows of K entries -> (cells of count, K): cell p holds entry k of row p or, paired, of the
+ * rows 2 p and 2 p + 1. Meanwhile the `next` rows are prefetched. */
 INLINE void lay_pairs(const void *const *rows, const void *const *next, int is_bf16, int64_t count, int64_t size, float *out, int paired) {
     for (int64_t p = 0; p < cells(count, paired); p++)
         for (int64_t k = 0; k < size; k += CHUNK) {
@@ -140,13 +140,13 @@ INLINE void lay_pairs(const void *const *rows, const void *const *next, int is_b
         }
 }
 
-/* A row as cells, in a place of its own. */
+/* Copies a row to `out` as cells. */
 INLINE void lay_row(const void *row, int is_bf16, int64_t depth, float *out, int paired) {
     for (int64_t d = 0; d < depth; d += LANES)
         store_f32(out + d, load_cells(row, is_bf16, d, paired));
 }
 
-/* Products of rows of cells with `vectors` of the columns' `width` vectors -> sums. */
+/* sums[r][v] = the products of row r with column vector v, for `vectors` of the `width` vectors of columns. */
 INLINE void products(const float *const *row, const float *columns, int64_t depth, int64_t width, int rows, int vectors,
                      vec sums[ROWS][VECTORS], int paired) {
     for (int r = 0; r < rows; r++)
@@ -186,7 +186,7 @@ INLINE void mix_some(float *const *out, const float *share, const float *const *
             store_f32(out[r] + v * LANES, sums[r][v]);
 }
 
-/* The same for all K entries. */
+/* mix_some for all K entries. */
 INLINE void mix(float *const *out, const float *share, const float *const *weights, const float *pairs, int64_t count,
                 int64_t size, int rows, int paired) {
     for (int64_t k = 0; k < size; k += VECTORS * LANES) {
@@ -200,7 +200,7 @@ INLINE void mix(float *const *out, const float *share, const float *const *weigh
     }
 }
 
-/* Room that is cut into aligned pieces; without a base it only counts how many floats they are. */
+/* Memory that is cut into aligned arrays; without a base, cutting only counts the floats that they take. */
 typedef struct {
     float *base;
     int64_t used;

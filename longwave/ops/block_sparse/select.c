@@ -1,17 +1,19 @@
-/* Which blocks of keys a query sees (InfLLM-V2, arXiv 2509.24663): scores of windows, maxima over blocks, the best.
+/* The choice of the blocks that a query sees (InfLLM-V2, arXiv 2509.24663): scores of compressed keys, their maxima
+ * over blocks, and the best blocks.
  *
- * Tiles of queries go over pieces of windows twice: for the denominators, then for the scores, which are summed over
- * the heads of a group and reduced to blocks at once; what is kept is one number a block. A piece of the second pass is
- * the windows of LANES blocks, window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
+ * `Window` is short for the compressed key of a window. A tile of queries goes over all windows twice, a piece at a
+ * time: for the denominators, and then for the scores. Scores are summed over the heads of a group and reduced to one
+ * number a block at once, so that no array of all scores is held. A piece of the second pass is the windows of LANES
+ * blocks, with window `r b + v` in lane b of vector v, so that maxima over blocks are maxima of vectors.
  * Legend: T queries, H query heads, G KV heads, R = H / G, K head size, r windows that begin in a block.
  */
 
 #include "rows.h"
 
-#define TOGETHER 128 /* rows of a tile, about: what is loaded of windows is used so often */
+#define TOGETHER 128 /* about how many rows a tile has: each window that is loaded is used so often */
 
 typedef struct {
-    const void *query, *fine, *coarse; /* (T, H, K), (G, windows, K) with so many entries between groups */
+    const void *query, *fine, *coarse; /* (T, H, K), and (G, windows, K) with the given strides between groups */
     int32_t *blocks;                   /* (G, T, topk) */
     int64_t fine_stride, coarse_stride, tokens, groups, ratio, size, first;
     int64_t kernel_size, stride, coarser, block_size, init_blocks, local_blocks, topk;
@@ -19,11 +21,11 @@ typedef struct {
     float scale;
 } selection;
 
-/* One thread's tile: queries start ... start + count - 1 of a group, and where what is known of them lies. */
+/* One thread's tile: the queries start ... start + count - 1 of a group, and the arrays of its intermediate results. */
 typedef struct {
     int64_t group, start, count, depth, strides, blocks;
     float *cells;         /* (count R, depth) */
-    float *most, *totals; /* (count R, LANES): of every lane's windows the largest score, and the sum of the weights */
+    float *most, *totals; /* (count R, LANES): by lane, the largest score of its windows, and the sum of their weights */
     float *logs;          /* (count R): log2 of the denominators */
     float *columns;       /* windows of a piece */
     float *sums;          /* (count, strides, LANES): scores of a piece, summed over heads */
@@ -34,7 +36,7 @@ typedef struct {
 
 INLINE int64_t place(const selection *s, const tile *t, int64_t query) { return s->first + t->start + query; }
 
-/* How many windows a query sees: those that are complete by its place. */
+/* The number of windows that a query sees: those that are complete at its place. */
 INLINE int64_t visible(const selection *s, int64_t place, int64_t coarser) {
     int64_t beyond = place + 1 - coarser * s->kernel_size;
     return beyond < 0 ? 0 : beyond / (coarser * s->stride) + 1;
@@ -43,7 +45,7 @@ INLINE int64_t visible(const selection *s, int64_t place, int64_t coarser) {
 /* Whether a query sees more blocks than it may choose, so that scores matter. */
 INLINE int chooses(const selection *s, int64_t place) { return place / s->block_size + 1 > s->topk; }
 
-/* Lays out windows from `from` on, those beyond `end` as zeros, and fetches as many more. */
+/* Lays out windows from `from` on, with zeros in place of those from `end` on, and prefetches as many more. */
 INLINE void lay_windows(const selection *s, const tile *t, const void *table, int64_t stride, int64_t from, int64_t end,
                         int64_t vectors, int64_t lane_step, int64_t vector_step, int paired) {
     int64_t count = vectors * LANES;
@@ -56,7 +58,7 @@ INLINE void lay_windows(const selection *s, const tile *t, const void *table, in
     lay_columns(rows, next, s->is_bf16, t->depth, vectors, lane_step, vector_step, t->columns, paired);
 }
 
-/* Adds a piece of windows to the denominators of `rows` rows, of which each sees those before `seen`. */
+/* Adds a piece of windows to the denominators of `rows` rows; each row sees the windows before its entry in `seen`. */
 INLINE void add_weights(const tile *t, int64_t row, const int64_t *seen, int64_t from, int rows, float scale,
                         int paired) {
     vec scores[ROWS][VECTORS];
@@ -125,8 +127,8 @@ INLINE void add_scores(const selection *s, const tile *t, int64_t row, int64_t v
     }
 }
 
-/* The scores of LANES blocks from their windows' sums: of windows r b - 1 ... r b + r - 1, -1 without a visible one.
- * A sum that is no number is larger than nothing, and so does not count. */
+/* The scores of LANES blocks: the largest of the windows r b - 1 ... r b + r - 1, or -1 if none is visible. A NaN is
+ * larger than nothing, so it does not count. */
 INLINE void reduce(const selection *s, const tile *t, int64_t query, int64_t block) {
     const float *sums = t->sums + query * t->strides * LANES;
     int64_t seen = visible(s, place(s, t, query), 1) - block * t->strides;
@@ -168,7 +170,7 @@ INLINE void score(const selection *s, tile *t, int paired) {
     }
 }
 
-/* Puts the `count` largest of `total` different numbers first, in any order. */
+/* Moves the `count` largest of `total` different numbers to the front, in any order. */
 static void largest_first(uint64_t *x, int64_t total, int64_t count) {
     int64_t low = 0, high = total - 1;
     while (low < high) {
@@ -205,7 +207,7 @@ INLINE uint64_t rank(float score, int64_t block) {
 
 INLINE void mark(const tile *t, int64_t block) { t->chosen[block / 64] |= (uint64_t)1 << block % 64; }
 
-/* Marks the `count` best of the blocks from ... end - 1. */
+/* Marks the `count` best among the blocks from ... end - 1. */
 static void mark_best(const tile *t, const float *scores, int64_t from, int64_t end, int64_t count, int64_t held) {
     int64_t have = 0;
     float least = -INFINITY;
@@ -227,7 +229,7 @@ static void mark_best(const tile *t, const float *scores, int64_t from, int64_t 
         mark(t, (uint32_t)~t->ranked[i]);
 }
 
-/* The list of a query: the first blocks, its own and those just before, and the best of the others; then -1. */
+/* Writes the list of a query: the first blocks, its own and the ones just before, the best of the others; then -1. */
 static void list(const selection *s, const tile *t, int64_t query) {
     int64_t own = place(s, t, query) / s->block_size, local = own - s->local_blocks, found = 0;
     int32_t *out = s->blocks + (t->group * s->tokens + t->start + query) * s->topk;
@@ -269,7 +271,7 @@ INLINE void select_of_tile(const selection *s, tile *t, int paired) {
 static void select_paired(const selection *s, tile *t) { select_of_tile(s, t, PAIRED(1)); }
 static void select_single(const selection *s, tile *t) { select_of_tile(s, t, 0); }
 
-/* Cuts a thread's room into what its tiles need; returns how many floats that is. */
+/* Cuts a thread's memory into the arrays of a tile; returns the number of floats that they take. */
 static int64_t furnish(const selection *s, tile *t, int64_t queries, float *base) {
     room left = {base, 0};
     int64_t rows = queries * s->ratio, columns = (t->strides > VECTORS ? t->strides : VECTORS) * LANES;
@@ -286,7 +288,7 @@ static int64_t furnish(const selection *s, tile *t, int64_t queries, float *base
     return left.used;
 }
 
-/* Returns 1 if there is no memory. */
+/* Fills `blocks`; returns 1 if there is no memory. */
 int longwave_select(const selection *s) {
     int64_t queries = TOGETHER / s->ratio > 0 ? TOGETHER / s->ratio : 1, failed = 0;
     queries = queries < s->tokens ? queries : s->tokens;

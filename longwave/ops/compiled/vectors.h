@@ -8,7 +8,7 @@
 #endif
 
 #define LANES 16
-#define WORTH_THREADS 65536 /* products below which waking other threads takes longer than they save */
+#define WORTH_THREADS 65536 /* for fewer products, waking other threads takes longer than they would save */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(64)));
@@ -26,7 +26,7 @@ typedef struct {
 
 INLINE vec splat(float x) { return (vec){0} + x; }
 
-/* What begins `at` entries further on. */
+/* The rest of an array from entry `at` on. */
 INLINE array from(array a, int64_t at) { return (array){a.data + at * (a.is_bf16 ? 2 : 4), a.is_bf16}; }
 
 INLINE vec larger(vec a, vec b) {
@@ -77,7 +77,7 @@ INLINE float number(array a, int64_t at) {
     return out;
 }
 
-/* Puts a number in its place, rounded to the nearest bf16 (to even in a tie) where the array holds those. */
+/* Stores a number in an array; in bf16 it is rounded to the nearest, and to even in a tie. */
 INLINE void put(void *data, int is_bf16, int64_t at, float x) {
     if (!is_bf16) {
         ((float *)data)[at] = x;

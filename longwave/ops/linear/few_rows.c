@@ -1,16 +1,17 @@
 /* y = x W^T + b for few rows: every row of W is read once, from memory, for all rows of x.
  *
- * Each entry of y is summed in the same order however many rows there are, so a row comes out the same in company.
+ * The order in which an entry of y is summed does not depend on the number of rows, so a row gives the same result
+ * alone and among others.
  * Legend: T rows, D inputs (a multiple of CHUNK), E outputs (an even number).
  */
 
 #include "../compiled/vectors.h"
 
 #define OUTPUTS 2  /* rows of W that share what is loaded of x */
-#define TOGETHER 8 /* rows of x that share what is loaded of W */
-#define AHEAD 4096 /* bytes that W is fetched ahead of its use */
+#define TOGETHER 8 /* rows of x that share a load of W */
+#define AHEAD 4096 /* bytes by which W is prefetched ahead of its use */
 
-/* `rows` rows of x against the rows of W from `output` on. */
+/* sums[r][o] = the product of row r of x with row output + o of W, for `rows` rows of x. */
 INLINE void block(array x, array weight, int rows, int64_t output, int64_t inputs, float sums[TOGETHER][OUTPUTS]) {
     vec parts[TOGETHER][OUTPUTS];
     for (int r = 0; r < rows; r++)
@@ -28,7 +29,7 @@ INLINE void block(array x, array weight, int rows, int64_t output, int64_t input
             sums[r][o] = sum(parts[r][o]);
 }
 
-/* The same, with the number of rows known to the compiler. */
+/* block, with the number of rows as a constant, so that sums stay in registers. */
 INLINE void block_of(array x, array weight, int64_t rows, int64_t output, int64_t inputs,
                      float sums[TOGETHER][OUTPUTS]) {
     switch (rows) {
