@@ -133,6 +133,7 @@ class _WholeDocuments:
         begun = tokens.starts(0, len(tokens))
         ended = np.append(begun[1:], len(tokens))
         seen = np.minimum(ended, begun + window)
+        # A token is predicted at the place before it, so the targets of a document are those from its second token on.
         pairs = ((int(start) + 1, int(stop) + 1) for start, stop in zip(begun, seen, strict=True))
         if not any(tokens.learned(*pair).any() for pair in pairs):
             raise UserError(f"window = {window}: every answer in {tokens.where} begins beyond it; give more")
@@ -196,7 +197,7 @@ class PackedTokens:
         sizes = [stop - start for start, stop in bounds]
         tokens, targets = np.empty((2, sum(sizes)), np.int64)
         runs: list[int] = []
-        row = 0
+        row = 0  # of the batch, where the next window begins
         for (start, stop), size in zip(bounds, sizes, strict=True):
             runs += self._fill(tokens[row : row + size], targets[row : row + size], start, stop)
             row += size
@@ -212,9 +213,10 @@ class PackedTokens:
         ahead = self._tokens.read(start, stop + 1)  # a token more than the window holds: the target of its last one
         tokens[:] = ahead[: stop - start]
         targets[: len(ahead) - 1] = ahead[1:]
-        targets[len(ahead) - 1 :] = NO_TARGET  # the split ends with this window
+        targets[len(ahead) - 1 :] = NO_TARGET  # nothing follows, if the split ends with this window
         targets[~self._tokens.learned(start + 1, stop + 1)] = NO_TARGET
         begun = self._tokens.starts(start + 1, stop + 1) - start
         targets[begun - 1] = NO_TARGET  # the last token of a document does not predict the next document's first
+        # A border where a document begins; the first run of a window may be the rest of a document.
         borders = [0, *(place for place in begun.tolist() if place < stop - start), stop - start]
         return [end - begin for begin, end in pairwise(borders)]

@@ -43,7 +43,7 @@ def top_scores(
     """
     if len(set(sizes)) == 1:  # the common case, in a few launches for all windows
         return _flat(_ranked(scores, weights, len(sizes), keys, retention, sample), sizes[0])
-    chosen, start = list[Chosen](), 0
+    chosen, start = list[Chosen](), 0  # windows of several sizes, one after the other
     for window, size in enumerate(sizes):
         if size:
             piece = slice(start, start + size)
@@ -84,6 +84,7 @@ def uniform_sample(
     """Independent uniform draws, with replacement, from the discarded weights of the same window (the paper's rule)."""
     if discarded.shape[1] == 0:  # everything is kept
         return discarded.new_zeros(discarded.shape[0], count)
+    # A draw in [0, 1) times the number of discarded tokens is a rank among them, all equally likely.
     draws = uniforms(keys, count)
     return discarded.gather(1, (draws * discarded.shape[1]).long())
 

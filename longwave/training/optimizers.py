@@ -173,6 +173,7 @@ def trainable_weights(model: nn.Module) -> list[Weight]:
 
 
 def _scaled_parameters(module: nn.Module, prefix: str, scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
+    # A module's lr_scale multiplies those of the modules around it.
     own = getattr(module, "lr_scale", 1.0)
     legal = isinstance(own, int | float) and 0 <= own < math.inf
     require(legal, f"{prefix}lr_scale = {own!r}: a number of at least 0")
@@ -185,6 +186,7 @@ def _scaled_parameters(module: nn.Module, prefix: str, scale: float) -> Iterator
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
+    """Give the tensor to update: the parameter, or an fp32 copy of a narrower one, so that small steps count."""
     narrow = parameter.dtype.itemsize < torch.float32.itemsize
     return parameter.detach().float() if narrow else parameter
 
@@ -213,7 +215,7 @@ class ScaledAdam:
         self.second_moments = [_zeros(master) for master in self.masters]
         self.deltas = [_zeros(master) for master in self.masters]
         # State of one number per tensor lives on the host in fp64: a transfer per update is cheaper than many launches.
-        self.rms = torch.zeros(len(self.weights), dtype=torch.float64)
+        self.rms = torch.zeros(len(self.weights), dtype=torch.float64)  # as of the last size update
         self.size_squares = torch.zeros_like(self.rms)
         self.size_gradients = self.rms.new_zeros(config.size_update_period, len(self.weights))
         self.steps = torch.zeros((), dtype=torch.int64)
@@ -223,6 +225,7 @@ class ScaledAdam:
     def step(self, lr_scale: float) -> StepReport:
         """Update the parameters from their gradients; a missing gradient counts as zero."""
         step, grads = int(self.steps), self._gradients()
+        # The first size update comes later, so at step 0 the sizes are measured here.
         rms = self._measured_rms() if step == 0 else self.rms
         norms, products = self._reductions(grads)
         # A step is proportional to a tensor's rms, so a tensor's share in the norm is as well.
@@ -319,6 +322,7 @@ class ScaledAdam:
         config, (low, high) = self.config, self.config.rms_limits
         decay = config.betas[1] ** config.size_update_period
         self.size_squares.mul_(decay).add_(self.size_gradients.square().mean(0), alpha=1 - decay)
+        # The gradients of the updates since the last size update, added up, make one step of Adam.
         direction = self.size_gradients.sum(0) / (self.size_squares.sqrt() + config.eps)
         growth = -lr * config.scalar_lr_scale * math.sqrt(1 - decay**count) * direction
         # At most a tenth up or down at once, and not beyond the upper limit; below the lower one a size stays as it is.
@@ -335,8 +339,10 @@ class ScaledAdam:
         """
         beta1, beta2 = self.config.betas
         masters, squares, deltas = self.masters[batch], self.second_moments[batch], self.deltas[batch]
+        # v <- b2 v + (1 - b2) g^2
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        # D <- b1 D + (1 - b1) delta, with delta from v before its bias correction, which rates and eps bring in
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_add_(denominators, eps)
         torch._foreach_mul_(deltas, beta1)
@@ -400,6 +406,7 @@ class AdamW:
         for weight in self.weights:
             weight.master.grad = weight.gradient()
         grads = [weight.master.grad for weight in self.weights if weight.master.grad is not None]
+        # One norm over all parameters, read by the host once: it decides about skipping and about clipping.
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
             return StepReport(norm.item(), 0.0, True)

@@ -17,7 +17,7 @@ typedef struct {
     float *mixed;                           /* (count R, K): weighted sums of values, or gradients of the queries */
     float *most, *totals;                   /* (count R), (count R, LANES): largest score, sums of the weights */
     float *keys, *values, *pairs, *weights; /* a piece: columns of keys and of values, pairs of one, (ROWS, PIECE) */
-    int32_t *cursors, *rows, *seen; /* each query's place in its list; rows that see a piece, and how many of its keys */
+    int32_t *cursors, *rows, *seen; /* each query's place in its list; rows that see a piece, and how many keys of it */
 } tile;
 
 INLINE void scores_of(const tile *t, const float *cells, const float *columns, const int32_t *row, int rows,
@@ -117,7 +117,7 @@ INLINE int64_t coming(const task *a, const tile *t, int64_t none) {
     return block == INT64_MAX ? none : block;
 }
 
-/* Takes the next block that any query of the tile sees -> its number, and the queries that see it; moves their cursors. */
+/* Takes the next block that any query of the tile sees -> its number, and the queries that see it. */
 INLINE int64_t next_block(const task *a, tile *t, int64_t *queries, int64_t *count) {
     int64_t block = INT64_MAX;
     *count = 0;

@@ -25,7 +25,7 @@ typedef struct {
 typedef struct {
     int64_t group, start, count, depth, strides, blocks;
     float *cells;         /* (count R, depth) */
-    float *most, *totals; /* (count R, LANES): by lane, the largest score of its windows, and the sum of their weights */
+    float *most, *totals; /* (count R, LANES): by lane, the largest score of its windows and the sum of their weights */
     float *logs;          /* (count R): log2 of the denominators */
     float *columns;       /* windows of a piece */
     float *sums;          /* (count, strides, LANES): scores of a piece, summed over heads */
