@@ -192,7 +192,7 @@ def test_a_tokenizer_that_cannot_do_it_is_refused(refuses, tmp_path: Path, templ
 def test_settings_that_cannot_work_are_refused(refuses, tuned: Path, chat_file: Path, tmp_path: Path):
     text = tmp_path / "a.txt"
     text.write_text("line\n" * 50)
-    refuses("prepare", text, tmp_path / "data", "--loss-on", "all", says=["loss_on=all: has no effect on texts"])
+    refuses("prepare", text, tmp_path / "data", "--loss-on", "all", says=["loss_on = all: has no effect on texts"])
     refuses("prepare", chat_file, tmp_path / "data", "--loss-on", "none", says=["--loss-on", "assistant"])
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text(json.dumps({"messages": talk("a")}) + "\n")

@@ -380,7 +380,7 @@ def test_a_full_disk_while_saving_leaves_the_earlier_checkpoint(toml: Path, tmp_
 
 def test_eval_refuses_data_of_another_tokenizer_and_windows_without_sense(refuses, longwave, model, tmp_path: Path):
     longwave("prepare", runs.corpus(), tmp_path / "data", "--vocab-size", "280", "--held-out", "0.3")
-    refuses("eval", model, tmp_path / "data", says=["tokenizer=", "the data was written with"])
+    refuses("eval", model, tmp_path / "data", says=["tokenizer = ", "the data was written with"])
     refuses("eval", model, runs.prepared(), "--window", "0", says=["window = 0"])
     refuses("eval", model, tmp_path, says=["not a prepared folder"])
     refuses("eval", tmp_path / "missing", runs.prepared(), says=["missing", "give a model folder"])
