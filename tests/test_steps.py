@@ -122,7 +122,11 @@ def recording(model: Decoder) -> Iterator[Recorded]:
 )
 def test_the_recorder_sees_what_it_is_there_for(act: Any):
     model = decoder(CASES["block F"])
-    hook = model.stack.layers[0].register_forward_pre_hook(lambda *given: [act()] and None)
+
+    def acts(*given: Any) -> None:
+        act()
+
+    hook = model.stack.layers[0].register_forward_pre_hook(acts)
     with recording(model) as recorded:
         model(torch.arange(4), Stream.of([4]))
     hook.remove()
