@@ -163,7 +163,8 @@ def test_a_folder_gives_the_same_model_back(name: str, tmp_path: Path):
 
 def test_inspect_draws_a_page(longwave, folder: Path, tmp_path: Path):
     page = tmp_path / "page.html"
-    assert longwave("inspect", folder, runs.corpus() / "bisect.py", "--output", page).code == 0
+    result = longwave("inspect", folder, runs.corpus() / "bisect.py", "--first", "128", "--output", page)
+    assert result.code == 0, result.err
     assert "<html" in page.read_text()
 
 
