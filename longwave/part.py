@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -146,9 +146,13 @@ class Part(nn.Module, ABC):
         """The memory that the part needs of a sequence; none by default."""
         return StateSpec(level=self.site.level)
 
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that it is made of, by their name in it."""
+        return self.named_modules()
+
     def draw(self, draws: InitialDraws) -> None:
         """Asks for its initial weights: linear layers normal, output projections of deep blocks smaller."""
-        for name, module in self.named_modules():
+        for name, module in self.own_modules():
             if isinstance(module, nn.Linear):
                 deep = math.sqrt(2 * (self.site.depth + 1)) if name.endswith(("o_proj", "down_proj")) else 1
                 draws.normal(module.weight, draws.init.std / deep, f"{self.site.name}.{name}")

@@ -17,13 +17,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longwave.blocks import BLOCKS
+from longwave.blocks import BLOCKS, PARTS
 from longwave.config import InitConfig, ModelConfig, ScalesConfig
 from longwave.laws import ALL, Law
 from longwave.layers.mlp import MLPConfig
 from longwave.layout import Blocks, parse
 from longwave.mixers import AttentionConfig, InfllmConfig, LightningConfig, WindowConfig
 from longwave.model import Decoder
+from longwave.part import Part
 from longwave.resamplers import BRACKETS
 from longwave.resamplers.subllm import Subllm, SubllmConfig
 from longwave.states import State
@@ -34,6 +35,7 @@ EXACT, CLOSE, LEAK = 1e-12, 1e-10, 1e-6  # the last bit of one product; what rou
 SPARSE = InfllmConfig(kernel_size=2, kernel_stride=1, block_size=2, window_size=2, topk=2, dense_len=9)
 NEEDS: dict[str, dict[str, Any]] = {"S": {"infllm": SPARSE}, "W": {"window": WindowConfig(WINDOW)}}
 ARGUMENTS: dict[str, str] = {"subllm": "0.6"}
+PLAIN = {"attention": AttentionConfig(heads=4, kv_heads=2), "mlp": MLPConfig(40)}  # for layouts that read them
 CROSSED = "FWLS"  # the blocks that every bracket is put around
 MINIMAX = LightningConfig(slopes="minimax", silu="qkv", qk_norm=False, rotary=False, scale="1")
 
@@ -46,11 +48,19 @@ class Case:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
-        attention = AttentionConfig(heads=4, kv_heads=2)
         named = {item.letter if isinstance(item, Blocks) else item.name for item in parse(self.layout).walk()}
+        read = {table for name in named for part in self._parts(name) for table in part.tables}
+        plain = {table: value for table, value in PLAIN.items() if table in read}
         needs = {table: value for name in named for table, value in NEEDS.get(name, {}).items()}
-        plain = {"attention": attention, "mlp": MLPConfig(40), "init": InitConfig(std=0.2)}
-        return ModelConfig(VOCABULARY, WIDTH, self.layout, **{**plain, **needs, **self.fields})
+        values = {"init": InitConfig(std=0.2), **plain, **needs, **self.fields}
+        return ModelConfig(VOCABULARY, WIDTH, self.layout, **values)
+
+    def _parts(self, name: str) -> list[type[Part]]:
+        """The parts behind a letter, which may be the case's own, or the name of a bracket."""
+        if name in BRACKETS:
+            return [BRACKETS[name]]
+        kind = self.fields.get("blocks", BLOCKS).get(name) or BLOCKS[name]
+        return [PARTS[part] for part in kind.parts]
 
 
 def around(bracket: str, body: str) -> str:

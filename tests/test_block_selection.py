@@ -162,7 +162,7 @@ def test_reference_scores_are_the_formula_with_its_maximum_and_sum():
 def test_exact_weights_of_a_head_add_up_to_one(denominator):
     query, keys = random(61, 4, 16), random(2, 61, 16, seed=1)
     scores = tiles._window_scores(
-        query, *compressed(keys, TINY), torch.arange(61), TINY, SCALE, denominator == "exact"
+        query, *compressed(keys, TINY), torch.arange(61), 61, TINY, SCALE, denominator == "exact"
     ).clamp(min=0)
     sums = scores.sum(-1)[:, 20:]
     assert torch.allclose(sums, torch.full_like(sums, 2.0), atol=1e-12) == (denominator == "exact")

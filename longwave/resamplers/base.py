@@ -72,6 +72,11 @@ class Bracket(Part):
         """Its name in tables of costs."""
         return " ".join([type(self).__name__.lower(), *self.arguments])
 
+    def own_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Without the body, whose layers draw their own weights."""
+        inside = {id(module) for module in self.body.modules()}
+        return ((name, module) for name, module in self.named_modules() if id(module) not in inside)
+
     def own_parameters(self) -> int:
         """Weights of the bracket without its body."""
         inside = {id(weight) for weight in self.body.parameters()}

@@ -48,7 +48,7 @@ def _mixed(
     """The runs of one query through the kernel, longer runs through torch."""
     lengths, outputs = runs.lengths, list(query.split(runs.lengths))
     single = [run for run, length in enumerate(lengths) if length == 1]
-    chosen = torch.tensor(single)
+    chosen = (runs.sizes != 1).argsort(stable=True)[: len(single)]
     mixed = _one_query(torch.cat([outputs[run] for run in single]), key, value, places, chosen, window, scale)
     for run, output in zip(single, mixed.split(1), strict=True):
         outputs[run] = output

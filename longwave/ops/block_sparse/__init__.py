@@ -11,12 +11,14 @@ a head's keys and values, `n` compressed keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int32
 from torch import Tensor
 
@@ -155,7 +157,8 @@ def block_sparse_attention(
     """
     below = (dense_below,) * runs.count if isinstance(dense_below, int) else dense_below
     bounds = [geometry.dense(one) for one in below]
-    spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
+    located = places or Places(runs.bounds[:-1], runs.bounds[1:])
+    spans = located.spans
     firsts = [end - begin - length for (begin, end), length in zip(spans, runs.lengths, strict=True)]
     # The queries of a run are in order of their context, so the dense ones come first: `early` counts them.
     early = tuple(min(max(end - first, 0), n) for end, first, n in zip(bounds, firsts, runs.lengths, strict=True))
@@ -166,7 +169,8 @@ def block_sparse_attention(
     whole = queries[::2]
     if any(early):
         seen = [(begin, begin + first + head) for (begin, _), first, head in zip(spans, firsts, early, strict=True)]
-        whole = attention(torch.cat(whole), key, value, *_early_runs(early, seen, query.device), **options).output
+        whole = attention(torch.cat(whole), key, value, *_early_runs(bounds, early, seen, runs, located), **options)
+        whole = whole.output
         whole = whole.split(early)
     of_runs = (
         list(zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True))
@@ -180,10 +184,19 @@ def block_sparse_attention(
     return torch.cat([part for pair in zip(whole, found, strict=True) for part in pair])
 
 
-def _early_runs(lengths: tuple[int, ...], spans: Spans, device: torch.device) -> tuple[Runs, Places]:
-    """The dense queries of every run as runs of their own, and the places of the keys that they see."""
-    begins, ends = torch.tensor(spans, device=device).T
-    return Runs.of(lengths, device), Places(begins, ends, spans)
+def _early_runs(
+    bounds: Sequence[int], early: tuple[int, ...], seen: Spans, runs: Runs, places: Places
+) -> tuple[Runs, Places]:
+    """The dense queries of every run as runs of their own, and the places of the keys that they see.
+
+    early, seen: how many they are, and the places on the host; the device derives both itself, without a copy.
+    """
+    begins = places.begins
+    limits = torch.cat([begins.new_full((len([*alike]),), bound) for bound, alike in groupby(bounds)])
+    firsts = places.ends - begins - runs.sizes
+    sizes = torch.minimum((limits - firsts).clamp(min=0), runs.sizes)
+    inner = Runs(F.pad(sizes.cumsum(0), (1, 0)), sum(early), early)
+    return inner, Places(begins, begins + firsts + sizes, seen)
 
 
 def _late(

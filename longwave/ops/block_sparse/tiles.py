@@ -36,23 +36,26 @@ def select(
     found = []
     for start in range(0, tokens, step):
         tile = query[start : start + step].to(dtype)
-        places = torch.arange(first + start, first + start + len(tile), device=query.device)
-        scores = _window_scores(tile, fine, coarse, places, geometry, scale, exact)
-        found.append(_best(_block_scores(scores, places, geometry), places, geometry))
+        end = first + start + len(tile)
+        places = torch.arange(first + start, end, device=query.device)
+        scores = _window_scores(tile, fine, coarse, places, end, geometry, scale, exact)
+        found.append(_best(_block_scores(scores, end, geometry), places, geometry))
     return torch.cat(found, dim=1) if found else query.new_zeros(fine.shape[0], 0, geometry.topk, dtype=torch.int32)
 
 
 def _window_scores(
-    query: Tensor, fine: Tensor, coarse: Tensor, places: Tensor, geometry: Geometry, scale: float, exact: bool
+    query: Tensor, fine: Tensor, coarse: Tensor, places: Tensor, end: int, geometry: Geometry, scale: float, exact: bool
 ) -> Tensor:
-    """(G, C, n): the scores of the compressed keys that the last query sees; -1 where a query does not see them."""
-    last = int(places[-1]) + 1
-    fine, seen = _visible(fine, places, geometry.fine, last)
+    """(G, C, n): the scores of the compressed keys that the last query sees; -1 where a query does not see them.
+
+    end: number of tokens up to the last query, which the host knows.
+    """
+    fine, seen = _visible(fine, places, geometry.fine, end)
     logits = _logits(query, fine, scale)
     if exact:
         others, among = logits, seen
     else:
-        coarse, among = _visible(coarse, places, geometry.coarse, last)
+        coarse, among = _visible(coarse, places, geometry.coarse, end)
         others = _logits(query, coarse, scale)
     # A column of -inf is appended, so that logsumexp has something to reduce where there is no compressed key at all.
     hidden = ~among.unsqueeze(1)
@@ -62,13 +65,13 @@ def _window_scores(
     return scores.nan_to_num_(nan=0.0, posinf=torch.finfo(scores.dtype).max).masked_fill_(~seen, -1.0)
 
 
-def _visible(compressed: Tensor, places: Tensor, size: tuple[int, int], last: int) -> tuple[Tensor, Tensor]:
+def _visible(compressed: Tensor, places: Tensor, size: tuple[int, int], end: int) -> tuple[Tensor, Tensor]:
     """The compressed keys that the last query sees, and the (C, n) mask of those that each query sees.
 
-    last: number of tokens up to the last query. A query sees a compressed key once its window is complete.
+    end: number of tokens up to the last query. A query sees a compressed key once its window is complete.
     """
     width, stride = size
-    compressed = compressed[:, : compressed_count(last, width, stride)]
+    compressed = compressed[:, : compressed_count(end, width, stride)]
     ends = torch.arange(compressed.shape[1], device=places.device) * stride + width
     return compressed, ends <= places.unsqueeze(1) + 1
 
@@ -84,12 +87,12 @@ def _grouped(query: Tensor, groups: int) -> Tensor:
     return query.unflatten(1, (groups, -1)).transpose(0, 1)
 
 
-def _block_scores(scores: Tensor, places: Tensor, geometry: Geometry) -> Tensor:
+def _block_scores(scores: Tensor, end: int, geometry: Geometry) -> Tensor:
     """The score of each block b up to the last query's own: the largest of windows r b - 1 ... r b + r - 1; -1 if none.
 
     The result is (G, C, blocks). One column in front makes the r + 1 windows of every block begin at column r b.
     """
-    r, blocks = geometry.strides, int(places[-1]) // geometry.block_size + 1
+    r, blocks = geometry.strides, (end - 1) // geometry.block_size + 1
     padded = F.pad(scores, (1, r * blocks - scores.shape[-1]), value=-1.0)
     return padded.unfold(-1, r + 1, r).amax(-1)
 
@@ -112,11 +115,12 @@ def _best(scores: Tensor, places: Tensor, geometry: Geometry) -> Tensor:
 
 def _numbers(chosen: Tensor, topk: int) -> Tensor:
     """The numbers of the chosen blocks: from a mask (..., blocks) to (..., topk), ascending, filled up with -1."""
-    found = torch.full((*chosen.shape[:-1], topk), -1, dtype=torch.int32, device=chosen.device)
-    # The k-th true entry of a row goes to place k - 1: the running count of true entries says k.
-    *row, block = chosen.nonzero(as_tuple=True)
-    found[(*row, chosen.cumsum(-1)[(*row, block)] - 1)] = block.int()
-    return found
+    found = torch.full((*chosen.shape[:-1], topk + 1), -1, dtype=torch.int32, device=chosen.device)
+    # The k-th true entry of a row goes to place k - 1: the running count of true entries says k. The others go to a
+    # column behind the last, so that no size depends on data, for which the host would have to wait.
+    at = (chosen.cumsum(-1) - 1).masked_fill_(~chosen, topk)
+    numbers = torch.arange(chosen.shape[-1], dtype=torch.int32, device=chosen.device)
+    return found.scatter_(-1, at, numbers.expand_as(at))[..., :topk]
 
 
 def forward(
