@@ -242,7 +242,10 @@ class _Tables(Strict):
 
     def __init__(self, *values: Any, **named: Any) -> None:
         entries = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-        given = dict(zip([entry.name for entry in entries], values, strict=False)) | named
+        given = dict(zip([entry.name for entry in entries], values, strict=False))
+        if twice := given.keys() & named.keys():
+            raise TypeError(f"fields given twice: {', '.join(sorted(twice))}")
+        given |= named
         for entry in entries:
             if entry.name != "tables":
                 object.__setattr__(self, entry.name, given.pop(entry.name) if entry.name in given else _default(entry))

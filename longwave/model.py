@@ -173,6 +173,17 @@ class Decoder(nn.Module):
             self._asked = before
             raise
 
+    @contextmanager
+    def using_form(self, form: str) -> Iterator[None]:
+        """While the block runs, every op that has such a form runs in it, as `use_form` says; then as before."""
+        before = self._asked
+        self.use_form(form)
+        try:
+            yield
+        finally:
+            self._asked = before
+            self._resolve()
+
     def describe(self) -> list[str]:
         """Lines for people: the shape, and the form that each kind of block runs each of its ops in."""
         self._place()

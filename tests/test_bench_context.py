@@ -40,7 +40,7 @@ from longwave.data.sources import documents
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
 from longwave.layers.mlp import MLPConfig
-from longwave.mixers import AttentionConfig, LightningConfig
+from longwave.mixers import AttentionConfig, LightningConfig, WindowConfig
 from longwave.model import Decoder
 from longwave.resamplers import SubllmConfig
 
@@ -50,8 +50,8 @@ OPTIONS = ContextOptions(contexts=(24, 70, 150), chunk=16, decode_steps=4, devic
 
 
 def config(layout: str = "2F", vocab_size: int = 300) -> ModelConfig:
-    shape = AttentionConfig(heads=4, kv_heads=2, window=8 if "W" in layout else None)
-    return ModelConfig(vocab_size, 32, layout, shape, MLPConfig(48), context_window=64)
+    shape, window = AttentionConfig(heads=4, kv_heads=2), WindowConfig(8) if "W" in layout else None
+    return ModelConfig(vocab_size, 32, layout, 64, attention=shape, mlp=MLPConfig(48), window=window)
 
 
 def decoder(layout: str) -> Decoder:
@@ -73,7 +73,9 @@ def recipe(tmp_path: Path) -> Path:
     """A recipe of a tiny model, beside a text to read."""
     path = tmp_path / "tiny.toml"
     text = '[model]\nvocab_size = 300\nhidden_size = 32\nlayout = "F W subllm(0.64: F)"\ncontext_window = 64\n'
-    path.write_text(text + "[model.attention]\nheads = 4\nkv_heads = 2\nwindow = 16\n[model.mlp]\nsize = 48\n")
+    path.write_text(
+        text + "[model.attention]\nheads = 4\nkv_heads = 2\n[model.window]\nsize = 16\n[model.mlp]\nsize = 48\n"
+    )
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 9)
     return path
 
@@ -164,10 +166,10 @@ def test_room_is_made_once_for_each_context(layout: str, monkeypatch: pytest.Mon
     one = growing(layout, replace(OPTIONS, contexts=(200, 800)))
     one.grow(200)
     one._make_room(800 + 5)
-    unbounded = [name for name, spec in one.state.specs.items() if spec.window is None]
-    before = [one.state.of(name, 0).reserved_bytes for name in unbounded]
+    unbounded = [store for store in one.state._stores if store.window is None]
+    before = [store.reserved_bytes() for store in unbounded]
     found = one.grow(800)
-    assert [one.state.of(name, 0).reserved_bytes for name in unbounded] == before
+    assert [store.reserved_bytes() for store in unbounded] == before
     assert found.reserved < 1.3 * found.used
 
 
@@ -250,8 +252,8 @@ def test_the_dense_twin_has_full_attention_and_nothing_else():
     shape = replace(config("F subllm(0.64: F L) W"), **sections)
     assert Decoder(shape).config == shape
     twin = dense_twin(shape)
-    assert (twin.layout, twin.subllm, twin.lightning, twin.attention.window) == ("4F", None, None, None)
-    assert replace(twin, layout=shape.layout, attention=shape.attention, **sections) == shape
+    assert (twin.layout, twin.subllm, twin.lightning, twin.window) == ("4F", None, None, None)
+    assert replace(twin, layout=shape.layout, tables={**twin.tables, **sections, "window": shape.window}) == shape
     assert Decoder(twin).config == twin
 
 
@@ -560,7 +562,9 @@ def test_mistakes_are_one_line(longwave, recipe: Path, arguments: list[str], say
 
 
 def test_models_that_cannot_be_measured_are_one_line(longwave, recipe: Path):
-    recipe.write_text(recipe.read_text().replace("F W subllm(0.64: F)", "2F").replace("window = 16\n", ""))
+    recipe.write_text(
+        recipe.read_text().replace("F W subllm(0.64: F)", "2F").replace("[model.window]\nsize = 16\n", "")
+    )
     code, _, err = longwave("context", "RECIPE", "--text", "TEXT")
     assert code == 2
     assert "has full attention alone; give --against none" in err

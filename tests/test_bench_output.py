@@ -51,7 +51,7 @@ def results(*rows: Row) -> Results:
 
 def decoder(layout: str = "2F subllm(0.64: F)") -> Decoder:
     shape = AttentionConfig(heads=4, kv_heads=2)
-    return Decoder(ModelConfig(61, 32, layout, shape, MLPConfig(48), context_window=64)).eval()
+    return Decoder(ModelConfig(61, 32, layout, 64, attention=shape, mlp=MLPConfig(48))).eval()
 
 
 @pytest.fixture

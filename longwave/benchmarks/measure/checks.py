@@ -62,11 +62,8 @@ def check_forms(model: Decoder, tokens: Int64[Tensor, " N"]) -> None:
     prompt = tokens[:_PROMPT]
     found = one_pass(model, prompt, min(_ROWS, len(prompt)))
     forms = sorted({f"{op} {form}" for part in model.parts for op, form in part.forms.items()})
-    model.use_form("reference")
-    try:
+    with model.using_form("reference"):
         expected = one_pass(model, prompt, min(_ROWS, len(prompt)))
-    finally:
-        model.use_form(None)
     check_logits(f"the forms {', '.join(forms)}", found, expected)
 
 
