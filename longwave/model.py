@@ -26,6 +26,7 @@ from longwave.blocks import BLOCKS, Block, Stack, reading
 from longwave.config import ModelConfig
 from longwave.costs import At, Cost, count, total, weight_bytes
 from longwave.errors import UserError, require
+from longwave.layers.constant import Constant
 from longwave.layers.head import Head, TiedHead
 from longwave.layers.norm import RMSNorm
 from longwave.layout import Blocks, Bracketed, Layout, check_names
@@ -140,6 +141,13 @@ class Decoder(nn.Module):
         self.clock = Clock(step, seed)
         for bracket in self.brackets:
             bracket.follow(self.clock)
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes these tensors as its weights and buffers, without a copy; the model is then where they lie."""
+        self.load_state_dict(tensors, assign=True)
+        for module in self.modules():
+            if isinstance(module, Constant):  # which no folder holds
+                module.restore(self.embed.weight.device)
 
     def checkpoint_blocks(self, on: bool) -> None:
         """Trades compute for memory in training: blocks keep only their inputs and run again in the backward pass."""

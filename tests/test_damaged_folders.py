@@ -40,11 +40,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of every kind, with a tokenizer: longwave's own, three foreign ones that it saved, one in shards."""
     home, tokenizer = tmp_path_factory.mktemp("whole"), Tokenizer.load(prepared())
     shape = {"vocab_size": VOCABULARY, "context_window": 64}
-    save(small("F subllm(0.5: F) W", attention={"heads": 2, "window": 4}, **shape), home / "own", tokenizer=tokenizer)
+    save(small("F subllm(0.5: F) W", window={"size": 4}, **shape), home / "own", tokenizer=tokenizer)
     yarn = {"kind": "yarn", "factor": 2.0, "original_window": 32}
     llama = small("2F", tie_embeddings=True, rotary={"scaling": yarn}, **shape)
     save(llama, home / "llama", format="llama", tokenizer=tokenizer)
-    qwen = small("F W", attention={"heads": 2, "qk_norm": True, "window": 4}, **shape)
+    qwen = small("F W", attention={"heads": 2, "qk_norm": True}, window={"size": 4}, **shape)
     save(qwen, home / "qwen3", format="qwen3", tokenizer=tokenizer)
     publish(home / "published", SALA | {"vocab_size": VOCABULARY, "max_position_embeddings": 64})
     save(load(home / "published"), home / "sala", format="minicpm_sala", tokenizer=tokenizer)

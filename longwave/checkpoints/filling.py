@@ -13,7 +13,6 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import FLOATS, Described, Weights, check
 from longwave.config import ModelConfig
 from longwave.errors import UserError
-from longwave.layers.constant import Constant
 from longwave.layout import parse
 from longwave.model import Decoder
 
@@ -108,10 +107,7 @@ def fill(model: Decoder, weights: Weights, stored: Mapping[str, StoredTensor], o
     native = {name: tensor for name, tensor in own.items() if not tensor.is_meta}
     for name in list(read):
         native |= stored[name].split(read.pop(name), own)
-    model.load_state_dict({name: native[flat] for name, flat in names.items()}, assign=True)
-    for module in model.modules():
-        if isinstance(module, Constant):
-            module.restore(model.embed.weight.device)
+    model.adopt({name: native[flat] for name, flat in names.items()})
     return model.eval()
 
 

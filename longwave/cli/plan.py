@@ -31,9 +31,9 @@ def run(options: Plan) -> dict[str, Any]:
     from longwave.machine import dtype_of
 
     config, contexts, dtype = plan.model_config(options.model), parse_sizes(options.context), dtype_of(options.dtype)
+    tables = {context: plan.costs_at(config, context, dtype) for context in contexts}  # which may refuse the config
     print(f"{config.layout}  (hidden {config.hidden_size}, vocabulary {config.vocab_size:,})")
-    for context in contexts:
-        costs = plan.costs_at(config, context, dtype)
+    for context, costs in tables.items():
         _show(f"{context:,} tokens, {str(dtype).removeprefix('torch.')}", costs)
     return plan.to_json(config, contexts, dtype)
 

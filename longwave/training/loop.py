@@ -231,7 +231,7 @@ class Trainer:
             self.info.require_tokenizer(Tokenizer.load(folder))
         with torch.device("meta"):
             model = Decoder(config)
-        model.load_state_dict(start.state_dict(), assign=True)
+        model.adopt(start.state_dict())
         model.origin.generation = start.origin.generation
         return model
 
