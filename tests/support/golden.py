@@ -193,7 +193,7 @@ def ops_of_tree() -> Any:
     return OldOps if "lengths" in signature(attention).parameters else NewOps
 
 
-# --- cases: those of tests/contract.py, as plain data -----------------------------------------------------------------
+# --- cases: those of tests/support/contract.py, as plain data ---------------------------------------------------------
 
 VOCABULARY, WIDTH = 61, 32
 SPARSE = {"kernel_size": 2, "kernel_stride": 1, "block_size": 2, "window_size": 2, "topk": 2, "dense_len": 9}

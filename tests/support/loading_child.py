@@ -1,4 +1,4 @@
-"""Measures the loading of a model folder in a process of its own: `python tests/loading_child.py FOLDER [REPEATS]`.
+"""Measures the loading of a model folder in a process of its own: `python loading_child.py FOLDER [REPEATS]`.
 
 Prints one JSON object: the gigabytes of weights; how fast they are read from the page cache into a buffer that is used
 again (`cached`, the speed of `dd`), and into new memory (`fresh`, the least that any loader has to do); how fast

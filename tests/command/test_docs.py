@@ -98,7 +98,7 @@ def test_the_mixer_of_the_how_to_keeps_the_contract(tmp_path: Path):
         "    names = [str(item.callspec.params.get('name')) if hasattr(item, 'callspec') else '' for item in items]\n"
         "    items[:] = [item for item, name in zip(items, names) if 'C' in name.split()]\n"
     )
-    tests = ["-p", "adding", "-p", "no:cacheprovider", "tests/test_laws.py", "tests/test_costs.py"]
+    tests = ["-p", "adding", "-p", "no:cacheprovider", "tests/laws/test_laws.py", "tests/laws/test_costs.py"]
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", *tests],

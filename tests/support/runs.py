@@ -147,3 +147,16 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     assert one.keys() == other.keys()
     same = {name: one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one}
     return [name for name, equal in same.items() if not equal]
+
+
+def in_double(run: Recipe, folder: Path) -> Trainer:
+    """A trainer in fp64, in which rounding cannot be mistaken for a difference."""
+    trainer = Trainer(run, folder)
+    trainer.model.double()
+    trainer.optimizer = run.optimizer.build(trainer.model)
+    return trainer
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any entry of two sets of tensors."""
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)

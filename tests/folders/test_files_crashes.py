@@ -258,10 +258,10 @@ def kill_once(root: Path, state: Path, seed: int) -> int:
     draw = random.Random(seed)
     blank = bytes(child.STATE.size)
     state.write_bytes(blank)
-    tests = Path(__file__).parent
+    support = Path(child.__file__).parent
     arguments = [str(root), str(state), str(seed), draw.choice(["exchange", "renames"])]
-    command = [sys.executable, "-S", str(tests / "files_child.py"), *arguments]
-    with subprocess.Popen(command, env={"PYTHONPATH": str(tests.parent)}) as dying:
+    command = [sys.executable, "-S", str(support / "files_child.py"), *arguments]
+    with subprocess.Popen(command, env={"PYTHONPATH": str(support.parents[1])}) as dying:
         while state.read_bytes() == blank and dying.poll() is None:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.05))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import runs
 import torch
-from runs import STEPS, CrashAt, StopAt, contents, differing, losses, recipe, trained, write_recipe
+from runs import STEPS, CrashAt, StopAt, contents, differing, furthest, in_double, losses, recipe, trained, write_recipe
 
 import longwave as lw
 from longwave import files
@@ -127,7 +127,7 @@ def test_how_often_a_run_logs_and_saves_can_be_changed_on_the_way(tmp_path: Path
 
 
 def test_determinism_is_put_back_as_it_was():
-    """The run's own switch, as it is on a GPU; what it is for is tested there (`tests/test_gpu.py`)."""
+    """The run's own switch, as it is on a GPU; what it is for is tested there (`tests/ops/test_gpu.py`)."""
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     with loop._deterministic(True):
         assert torch.get_deterministic_debug_mode() == 2
@@ -223,18 +223,6 @@ def test_a_cut_or_missing_file_in_the_newest_checkpoint_is_refused_until_it_is_r
 
 
 # --- what a step computes ---------------------------------------------------------------------------------------------
-
-
-def in_double(run: Recipe, folder: Path) -> Trainer:
-    """A trainer in fp64, in which rounding cannot be mistaken for a difference."""
-    trainer = Trainer(run, folder)
-    trainer.model.double()
-    trainer.optimizer = run.optimizer.build(trainer.model)
-    return trainer
-
-
-def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
 
 
 @every_optimizer

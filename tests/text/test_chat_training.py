@@ -14,8 +14,7 @@ import pytest
 import runs
 import torch
 from chats import EOS, talk
-from runs import CrashAt, StopAt, contents, differing, losses, trained
-from test_training import furthest, in_double
+from runs import CrashAt, StopAt, contents, differing, furthest, in_double, losses, trained
 
 import longwave as lw
 from longwave.config import build

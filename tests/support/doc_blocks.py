@@ -24,7 +24,7 @@ from typing import Any
 from longwave import cli
 from longwave.training.recipe import read_recipe
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "sh", "toml", "console", "text"}
 SMALL = {  # what makes a command of the documentation a matter of seconds; added to its end, where it counts
@@ -129,7 +129,7 @@ def _files_exist(words: list[str], place: str) -> None:
 CHECKED: dict[str, Callable[[list[str], str], None]] = {
     "make": _target_exists,  # sets up an environment of its own, and takes minutes
     "pip install": _extras_exist,  # would change the environment that the tests run in
-    "longwave quickstart": _parses,  # minutes; tests/test_cli.py runs it, small
+    "longwave quickstart": _parses,  # minutes; tests/command/test_cli.py runs it, small
     "longwave bench": _parses,  # minutes at the sizes that make its figures mean something
     "python -m pytest": _files_exist,  # these very tests; what the page adds to them has a test of its own
     "python -m http.server": _files_exist,  # runs until it is stopped

@@ -145,9 +145,9 @@ def test_a_gigabyte_is_loaded_in_its_own_space_at_the_speed_of_the_page_cache(tm
 
 
 def child(script: str, *arguments: str) -> str:
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
-    command = [sys.executable, str(here / script), *arguments]
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "tests" / "support" / script), *arguments]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 

@@ -1,4 +1,4 @@
-"""Disks that die, for tests/test_files.py."""
+"""Disks that die, for tests/folders/test_files.py."""
 
 import os
 from collections.abc import Callable
