@@ -90,7 +90,8 @@ def _level_lines(level: Level, against: str | None) -> Iterator[str]:
     sides = {"kept": trace.scores[trace.kept], "dropped": trace.scores[~trace.kept]}
     score = ", ".join(f"{name} {float(side.mean()):+.3f}" for name, side in sides.items() if len(side))
     kept = f"keeps {level.retention:.1%} of {len(trace.kept):,} tokens (target {level.target:.0%})"
-    mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}; threshold {level.threshold:+.3f})"
+    threshold = "" if level.threshold is None else f"; threshold {level.threshold:+.3f}"
+    mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}{threshold})"
     yield f"{level.name}: {kept}, {mean}"
     yield f"  with its own attention: {_agreement_words(level.own)}"
     if level.other is not None:

@@ -37,7 +37,7 @@ function tokenFigures(index) {
 // What the text can be shaded by: {name, words, look}.
 function shades() {
   const byLevel = { name: "levels that kept it", words: "", look: index => passage.byLevel(index) };
-  return [...(levels.length ? [byLevel] : []), costShade(), ...levels.map(scoreShade), ...blocks.map(attentionShade)];
+  return [...(levels.length ? [byLevel] : []), costShade(), ...scoreShades(), ...blocks.map(attentionShade)];
 }
 
 function costShade() {
@@ -45,6 +45,11 @@ function costShade() {
   const [low, high] = ends(values), range = high - low || 1;
   const words = levels.length ? `${percent(low, 0)} to ${percent(high, 0)} of the dense model's cost` : `${short(low)} to ${short(high)} FLOPs`;
   return { name: "cost", words, look: index => ({ kind: "kept", deep: (values[index] - low) / range }) };
+}
+
+// Of the levels that go by a threshold.
+function scoreShades() {
+  return levels.flatMap((level, index) => level.threshold === null ? [] : [scoreShade(level, index)]);
 }
 
 function scoreShade({ name, threshold }, level) {
