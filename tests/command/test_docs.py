@@ -20,11 +20,11 @@ from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, run
 
 import longwave
 from longwave import cli
-from longwave.blocks import BLOCKS
+from longwave.blocks import BLOCKS, PARTS
 from longwave.checkpoints import save
 from longwave.data.tokenizer import Tokenizer
-from longwave.mixers import MIXERS
 from longwave.model import Decoder
+from longwave.resamplers import BRACKETS
 from longwave.training.recipe import Recipe
 
 # --- the code ---------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tables() -> Iterator[None]:
     """What a page adds to the tables of parts is taken out again."""
-    kept = [(table, dict(table)) for table in (MIXERS, BLOCKS)]
+    kept = [(table, dict(table)) for table in (PARTS, BLOCKS, BRACKETS)]
     yield
     for table, content in kept:
         table.clear()
@@ -203,7 +203,9 @@ def test_the_site_describes_every_public_name(site: Path):
 
 def test_the_site_describes_every_table_of_a_recipe(site: Path):
     page = (site / "reference/recipes.html").read_text()
-    assert [one for one in tables_of(Recipe) if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
+    parts = {kind for part in (*PARTS.values(), *BRACKETS.values()) for kind in part.tables.values()}
+    assert len(parts) >= 6
+    assert [one for one in tables_of(Recipe) | parts if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
 
 
 def tables_of(kind: Any) -> set[type]:

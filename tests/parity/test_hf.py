@@ -21,6 +21,7 @@ from longwave.files import MANIFEST
 from longwave.hf import LongwaveCache, LongwaveConfig, LongwaveForCausalLM
 from longwave.hf.cache import NAME
 from longwave.model import Decoder
+from longwave.resamplers import Kept
 from longwave.stream import Stream
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -61,14 +62,15 @@ def test_model_from_a_config_is_drawn_by_longwave(model: Model):
 @every_layout
 def test_logits_are_those_of_the_decoder(model: Model, layout: str):
     ours = model(layout)
-    with torch.no_grad():
+    with torch.no_grad(), ours.decoder.watching(kept := Kept.of(ours.decoder.resamplers)):
         output = ours(ROWS)
     assert output.logits.shape == (4, 12, 31)
     assert output.loss is None
     for row, tokens in enumerate(ROWS):
         near(output.logits[row], alone(decoder(layout), tokens))
     if layout == "subllm":
-        assert all(0 < kept < met for kept, met in (level.kept_of for level in ours.decoder.resamplers))
+        assert len(kept.shares) == 2
+        assert all(0 < share < 1 for share in kept.shares)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
