@@ -110,8 +110,7 @@ ADDED = {
         3,
         "C",
         ["tests/test_laws.py", "tests/test_costs.py"],
-        "contract.NEEDS['C'], contract.CROSSED = {'attention': None}, 'C'\n"
-        "    contract.CASES.update(contract.cases_of('C', ['subllm']))\n",
+        "contract.CROSSED = 'C'\n    contract.CASES.update(contract.cases_of('C', ['subllm']))\n",
     ),
     "resampler": Added(
         2,
