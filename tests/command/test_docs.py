@@ -24,6 +24,7 @@ from longwave.blocks import BLOCKS, PARTS
 from longwave.checkpoints import save
 from longwave.data.tokenizer import Tokenizer
 from longwave.model import Decoder
+from longwave.ops.decay_linear import DECAY_LINEAR
 from longwave.resamplers import BRACKETS
 from longwave.training.recipe import Recipe
 
@@ -49,9 +50,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tables() -> Iterator[None]:
-    """What a page adds to the tables of parts is taken out again."""
+    """What a page adds to the tables of parts, or to the forms of an op, is taken out again."""
     kept = [(table, dict(table)) for table in (PARTS, BLOCKS, BRACKETS)]
+    forms = DECAY_LINEAR.forms
     yield
+    DECAY_LINEAR.forms = forms
     for table, content in kept:
         table.clear()
         table.update(content)
@@ -88,22 +91,61 @@ def test_a_block_that_is_wrong_is_found(language: str, text: str, tmp_path: Path
         run(Block(ROOT / "README.md", 1, language, None, text + "\n"), {})
 
 
-def test_the_mixer_of_the_how_to_keeps_the_contract(tmp_path: Path):
-    """The contract tests, started with the page's mixer in the tables, over the cases that hold its letter."""
-    code = [block.text for block in blocks(ROOT / "docs/how-to/mixer.md") if block.language == "python"]
-    (tmp_path / "added.py").write_text("\n".join(code[:2]))
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What a page adds to longwave's tables, and which contract tests it is held to.
+
+    blocks: how many of the page's first python blocks fill the tables. word: the one that the names of its cases have.
+    setting: what the page says that `contract.py` has to know, and the cases.
+    """
+
+    blocks: int
+    word: str
+    tests: list[str]
+    setting: str
+
+
+ADDED = {
+    "mixer": Added(
+        3,
+        "C",
+        ["tests/test_laws.py", "tests/test_costs.py"],
+        "contract.CROSSED = 'C'\n    contract.CASES.update(contract.cases_of('C', ['subllm']))\n",
+    ),
+    "resampler": Added(
+        2,
+        "scattered",
+        ["tests/test_laws.py"],
+        "contract.ARGUMENTS['scattered'] = '0.5'\n    contract.CASES.update(contract.cases_of('', ['scattered']))\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("page", ADDED)
+def test_what_a_how_to_adds_keeps_the_contract(page: str, tmp_path: Path):
+    """The contract tests, over the cases that hold what the page adds."""
+    added = ADDED[page]
     (tmp_path / "adding.py").write_text(
-        "def pytest_configure():\n    import added\n\n"  # once conftest.py has set up the checking of shapes
+        "def pytest_configure():\n"  # once conftest.py has set up the checking of shapes
+        "    import contract\n"
+        "    from doc_blocks import ROOT, blocks, run\n\n"
+        f"    code = [block for block in blocks(ROOT / 'docs/how-to/{page}.md') if block.language == 'python']\n"
+        "    names = {}\n"
+        f"    for block in code[:{added.blocks}]:\n"
+        "        run(block, names)\n"
+        f"    {added.setting}\n"
         "def pytest_collection_modifyitems(items):\n"
         "    names = [str(item.callspec.params.get('name')) if hasattr(item, 'callspec') else '' for item in items]\n"
-        "    items[:] = [item for item, name in zip(items, names) if 'C' in name.split()]\n"
+        f"    items[:] = [item for item, name in zip(items, names) if '{added.word}' in name.split()]\n"
     )
-    tests = ["-p", "adding", "-p", "no:cacheprovider", "tests/laws/test_laws.py", "tests/laws/test_costs.py"]
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", *tests],
+        [sys.executable, "-m", "pytest", "-x", "-p", "adding", "-p", "no:cacheprovider", *added.tests],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests" / "support")]),
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=500,
@@ -118,7 +160,8 @@ def test_the_readme_names_every_module_of_the_package():
     tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("longwave/\n"))
     lines = [line for line in tree.splitlines() if line.startswith("  ")]
     named = [name for line in lines for name in re.findall(r"[\w.]+(?:\.py|/)(?=,|\s|$)", line.split("  ", 2)[1])]
-    there = [path.name + "/" * path.is_dir() for path in (ROOT / "longwave").iterdir() if path.name[0] not in "_."]
+    inside = [path for path in (ROOT / "longwave").iterdir() if path.name[0] not in "_."]
+    there = [path.name + "/" * path.is_dir() for path in inside if path.is_dir() or path.suffix == ".py"]
     assert sorted(named) == sorted(there)
 
 
@@ -196,16 +239,17 @@ def test_the_site_tells_every_verb_and_option(site: Path):
 def test_the_site_describes_every_public_name(site: Path):
     page = (site / "reference/python.html").read_text() + (site / "reference/parts.html").read_text()
     page += (site / "reference/recipes.html").read_text()
-    homes = {name: f"longwave.{longwave._HOMES[name]}.{name}" for name in longwave._HOMES}
+    homes = {name: f"{getattr(longwave, name).__module__}.{name}" for name in longwave._HOMES}
     named = [name for name in homes if f'id="longwave.{name}"' in page or f'id="{homes[name]}"' in page]
     assert sorted(named) == sorted(homes)
 
 
 def test_the_site_describes_every_table_of_a_recipe(site: Path):
     page = (site / "reference/recipes.html").read_text()
-    parts = {kind for part in (*PARTS.values(), *BRACKETS.values()) for kind in part.tables.values()}
-    assert len(parts) >= 6
-    assert [one for one in tables_of(Recipe) | parts if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
+    tables = {table for part in (*PARTS.values(), *BRACKETS.values()) for table in part.tables.values()}
+    assert len(tables) >= 6
+    tables |= tables_of(Recipe)
+    assert [one for one in tables if f'id="{one.__module__}.{one.__qualname__}"' not in page] == []
 
 
 def tables_of(kind: Any) -> set[type]:

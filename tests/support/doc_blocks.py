@@ -2,7 +2,7 @@
 
 | language | what happens to it |
 |---|---|
-| `python` | run; the blocks of a page share their names, in order |
+| `python` | run; the blocks of a page share their names, in order; a title like `longwave/x.py` makes it a module |
 | `sh` | every command is run, `longwave` in this process and small (`SMALL`); `CHECKED` are looked at, not run |
 | `toml` | a whole recipe: read strictly, and written under its title so that commands after it find it |
 | `console` | a record of what was run once, with its date and machine; left alone |
@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from longwave import cli
@@ -77,13 +79,20 @@ def run(block: Block, names: dict[str, Any]) -> None:
     """Does what the block's language asks for, in the current folder."""
     if block.language == "python":
         code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec", dont_inherit=True)
-        exec(code, names)
+        exec(code, _module(block.title).__dict__ if block.title else names)
     elif block.language == "toml":
         _read(block)
     elif block.language == "sh":
         for line in block.text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
                 command(words, block.place)
+
+
+def _module(path: str) -> ModuleType:
+    """A new module that imports find where the file of this path would be; no file is written."""
+    name = path.removesuffix(".py").replace("/", ".")
+    sys.modules[name] = module = ModuleType(name)
+    return module
 
 
 def _read(block: Block) -> None:

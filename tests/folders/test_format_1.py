@@ -29,7 +29,7 @@ from longwave.mixers import WindowConfig
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.recipe import Recipe
 
-WRITTEN: dict[str, Any] = json.loads((Path(__file__).parent / "format_1.json").read_text())
+WRITTEN: dict[str, Any] = json.loads((Path(__file__).resolve().parents[1] / "support" / "format_1.json").read_text())
 TOKENS = [(7 * place * place + 3 * place) % 61 for place in range(24)]
 
 
