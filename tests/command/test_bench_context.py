@@ -45,6 +45,7 @@ from longwave.model import Decoder
 from longwave.resamplers import SubllmConfig
 
 CPU = torch.device("cpu")
+WINDOW = "[model.window]\nsize = 16\n"
 LAYOUTS = ["2F", "F W", "F subllm(0.64: F subllm(0.5: F)) W", "F 2L", "L subllm(0.64: L) F"]
 OPTIONS = ContextOptions(contexts=(24, 70, 150), chunk=16, decode_steps=4, device="cpu")
 
@@ -73,9 +74,7 @@ def recipe(tmp_path: Path) -> Path:
     """A recipe of a tiny model, beside a text to read."""
     path = tmp_path / "tiny.toml"
     text = '[model]\nvocab_size = 300\nhidden_size = 32\nlayout = "F W subllm(0.64: F)"\ncontext_window = 64\n'
-    path.write_text(
-        text + "[model.attention]\nheads = 4\nkv_heads = 2\n[model.window]\nsize = 16\n[model.mlp]\nsize = 48\n"
-    )
+    path.write_text(f"{text}[model.attention]\nheads = 4\nkv_heads = 2\n[model.mlp]\nsize = 48\n{WINDOW}")
     (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 9)
     return path
 
@@ -562,9 +561,7 @@ def test_mistakes_are_one_line(longwave, recipe: Path, arguments: list[str], say
 
 
 def test_models_that_cannot_be_measured_are_one_line(longwave, recipe: Path):
-    recipe.write_text(
-        recipe.read_text().replace("F W subllm(0.64: F)", "2F").replace("[model.window]\nsize = 16\n", "")
-    )
+    recipe.write_text(recipe.read_text().replace("F W subllm(0.64: F)", "2F").replace(WINDOW, ""))
     code, _, err = longwave("context", "RECIPE", "--text", "TEXT")
     assert code == 2
     assert "has full attention alone; give --against none" in err

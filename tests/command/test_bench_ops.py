@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from kernels import needs_kernels
+from op_inputs import of_stream
 from torch import Tensor
 
 import longwave.ops
@@ -23,10 +24,12 @@ from longwave.benchmarks.ops import OPS, OpsOptions, ops_options, run_ops
 from longwave.benchmarks.results.results import Row
 from longwave.costs import Peaks, visible_pairs
 from longwave.errors import MachineError, UserError
-from longwave.ops import block_sparse, compiled
-from longwave.ops.attention import FORMS, sdpa
+from longwave.ops import compiled
+from longwave.ops.attention import ATTENTION, CAUSAL, Attended, sdpa
 from longwave.ops.benchmark import Case, forms_here
+from longwave.ops.block_sparse import BLOCK_SPARSE
 from longwave.ops.cross_entropy import reference
+from longwave.ops.forms import Call, Form
 
 SIZES = {"heads": 4, "kv_heads": 2, "head_size": 32, "hidden_size": 32, "vocab_size": 50}
 OPTIONS = OpsOptions(contexts=(24,), batches=(2,), repeats=2, device="cpu", **SIZES)
@@ -112,9 +115,8 @@ def test_block_sparse_attention_is_timed_where_it_chooses(dtype: Any):
     """Work of 60 tokens, of which twelve choose 6 of their 7 or 8 blocks, and of one token after 59."""
     rows = rows_of(replace(OPTIONS, contexts=(60,), ops=("block_sparse",), dtype=dtype))
     beside = set(product(SPARSE[:2], ["dense attention"]))
-    assert {(quantity, form) for quantity, form in rows} == set(
-        product(SPARSE, forms_here(block_sparse.FORMS, torch.device("cpu")))
-    ) | beside
+    forms = forms_here(BLOCK_SPARSE, replace(OPTIONS, dtype=dtype).shape(60, 2))
+    assert {(quantity, form) for quantity, form in rows} == set(product(SPARSE, forms)) | beside
     seen = [t + 1 if t < 48 else 5 * 8 + t % 8 + 1 for t in range(60)]
     compared = [(t + 1 - 4) // 2 + 1 + (t + 1 - 16) // 8 + 1 for t in range(48, 60)]
     of_head = 2 * 4 * 32  # sequences, heads, head size
@@ -128,7 +130,8 @@ def test_block_sparse_attention_is_timed_where_it_chooses(dtype: Any):
 def test_forms_and_passes_are_chosen():
     rows = rows_of(replace(OPTIONS, ops=("block_sparse",), forms=("torch",), backward=False))
     assert {quantity for quantity, _ in rows} == {SPARSE[0], SPARSE[2]}
-    assert {form for _, form in rows} == {"torch", "dense attention", block_sparse.choose()[0]}
+    call = Call(torch.device("cpu"), torch.float32, 32)
+    assert {form for _, form in rows} == {"torch", "dense attention", BLOCK_SPARSE.resolve(call)[0]}
 
 
 def test_the_number_of_blocks_is_chosen():
@@ -150,7 +153,7 @@ def test_visible_pairs_are_those_of_a_mask(tokens: int, window: int | None):
 
 
 def test_a_form_that_is_registered_is_timed_against_the_one_that_models_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(FORMS, "other", sdpa.attention)
+    monkeypatch.setitem(ATTENTION.forms, "other", Form(sdpa.attention, "another"))
     monkeypatch.setattr(
         ops, "_timed", lambda case, *_: {name: Timing((1.0 + (name == "other"),)) for name in case.forms}
     )
@@ -172,21 +175,21 @@ def test_without_kernels_only_torch_is_timed(monkeypatch: pytest.MonkeyPatch):
     assert {row.subject for row in run_ops(replace(OPTIONS, ops=("attention",)))[0].rows} == {"torch"}
 
 
-def late(query: Tensor, *rest: Any) -> Tensor:
+def late(query: Tensor, *rest: Any) -> Attended:
     """Right but for the last query of many, which is left at zero."""
-    found = sdpa.attention(query, *rest)
-    return found if len(query) < 500 else torch.cat([found[:-1], torch.zeros_like(found[-1:])])
+    found = sdpa.attention(query, *rest).output
+    return Attended(found if len(query) < 500 else torch.cat([found[:-1], torch.zeros_like(found[-1:])]))
 
 
-def without_gradient(query: Tensor, keys: list[Tensor], *rest: Any) -> Tensor:
+def without_gradient(query: Tensor, key: Tensor, *rest: Any) -> Attended:
     """Right forward; the backward pass has forgotten the keys."""
-    return sdpa.attention(query, [key.detach() + 0 * key for key in keys], *rest)
+    return sdpa.attention(query, key.detach() + 0 * key, *rest)
 
 
-def blind(query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -> Tensor:
+def blind(query: Tensor, key: Tensor, *rest: Any) -> Attended:
     """The first key is not seen."""
-    hidden = [torch.cat([key[:, :1] - 100 * key[:, :1].sign(), key[:, 1:]], dim=1) for key in keys]
-    return sdpa.attention(query, hidden, values, *rest)
+    hidden = torch.cat([key[:, :1] - 100 * key[:, :1].sign(), key[:, 1:]], dim=1)
+    return sdpa.attention(query, hidden, *rest)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -195,9 +198,9 @@ def blind(query: Tensor, keys: list[Tensor], values: list[Tensor], *rest: Any) -
     [(late, (300,), ""), (without_gradient, (24,), "gradient of input 2"), (blind, (24,), "")],
 )
 def test_a_wrong_form_is_named_and_nothing_is_timed(
-    form: Callable[..., Tensor], contexts: tuple[int], part: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+    form: Callable[..., Attended], contexts: tuple[int], part: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setitem(FORMS, "wrong", form)
+    monkeypatch.setitem(ATTENTION.forms, "wrong", Form(form, "wrong"))
     monkeypatch.setattr(ops, "interleaved", lambda *_: pytest.fail("it was timed"))
     with pytest.raises(MachineError, match=f"attention prefill, form wrong: its {part}.*is off by"):
         run_ops(replace(OPTIONS, contexts=contexts, dtype=dtype))
@@ -216,13 +219,8 @@ def test_many_rows_are_sampled_and_the_sample_is_the_reference():
     assert prefill.checked == f"{len(prefill.rows)} rows, all of 128 tokens"
     assert 599 in prefill.rows.tolist()
     inputs = [one.double() for one in prefill.inputs]
-    whole = FORMS["reference"](
-        inputs[0],
-        *([one.transpose(0, 1) for one in part.split(300)] for part in inputs[1:]),
-        (300, 300),
-        None,
-        32**-0.5,
-    )
+    laid = of_stream(*inputs[1:], (300, 300))
+    whole = ATTENTION.forms["reference"].run(inputs[0], *laid, CAUSAL, 32**-0.5, ()).output
     torch.testing.assert_close(prefill.reference(*inputs), whole[prefill.rows], rtol=0, atol=1e-14)
     assert check_form(prefill, "torch") < 1e-5
 
@@ -284,7 +282,7 @@ def test_memory_of_an_earlier_run_is_not_counted_when_it_is_released():
 def test_sizes_come_from_a_model_and_options_go_before_them(tmp_path):
     path = tmp_path / "model.toml"
     text = '[model]\nvocab_size = 61\nhidden_size = 32\nlayout = "2W"\n[model.mlp]\nsize = 48\n'
-    path.write_text(f"{text}[model.attention]\nheads = 4\nwindow = 9\n")
+    path.write_text(f"{text}[model.window]\nsize = 9\n[model.attention]\nheads = 4\n")
     found = ops_options(path, {"head_size": 16})
     sizes = (found.heads, found.kv_heads, found.head_size, found.hidden_size, found.vocab_size, found.window)
     assert sizes == (4, 4, 16, 32, 61, 9)

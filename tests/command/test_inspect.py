@@ -14,12 +14,14 @@ import torch
 from contract import CASES, decoder
 from hypothesis import given
 from hypothesis import strategies as st
+from op_inputs import of_stream
 from test_report import HOSTILE, Page, drawn_file, is_ready
 
 import longwave as lw
 from longwave.blocks import BLOCKS
 from longwave.cli import main
 from longwave.config import build
+from longwave.costs import At
 from longwave.data.tokenizer import Tokenizer
 from longwave.inspection import attention as attention_module
 from longwave.inspection.agreement import Statistic, agreement
@@ -29,7 +31,7 @@ from longwave.inspection.inspect import block_before
 from longwave.inspection.source import pieces
 from longwave.inspection.trace import LevelTrace, by_token, trace_levels, watching_levels
 from longwave.model import Decoder
-from longwave.ops.attention import attention
+from longwave.ops.attention import Pattern, attention
 from longwave.ops.attention.weights import attention_weights
 from longwave.stream import Stream
 
@@ -39,8 +41,8 @@ SIBLINGS = "F subllm(0.64: F subllm(0.5: F)) subllm(0.7: W) F"
 
 def model_of(layout: str, dtype: torch.dtype = torch.float32, **values: Any) -> Decoder:
     """A tiny random model; half of the tokens of each level score above its threshold."""
-    shape = {"heads": 4, "kv_heads": 2, **({"window": 5} if "W" in layout else {})}
-    rest = {"vocab_size": runs.VOCABULARY, "hidden_size": 32, "attention": shape, "mlp": {"size": 48}}
+    shape = {"vocab_size": runs.VOCABULARY, "hidden_size": 32, "attention": {"heads": 4, "kv_heads": 2}}
+    rest = {**shape, "mlp": {"size": 48}, "window": {"size": 5} if "W" in layout else None}
     config = build(lw.ModelConfig, {"layout": layout, "context_window": 512, **rest, **values}, "test")
     return Decoder(config).to(dtype).eval()
 
@@ -80,7 +82,8 @@ def test_weights_times_values_are_attention(tokens: int, groups: int, window: in
     draw = torch.Generator().manual_seed(tokens)
     query = torch.randn(tokens, 4, 8, dtype=torch.float64, generator=draw)
     key, value = torch.randn(2, tokens, groups, 8, dtype=torch.float64, generator=draw)
-    expected = attention(query, key, value, (tokens,), window=window, scale=0.3, form="reference")
+    laid, pattern = of_stream(key, value, (tokens,)), Pattern(window)
+    expected = attention(query, *laid, pattern=pattern, scale=0.3, form="reference").output
     values = value.repeat_interleave(4 // groups, dim=1)
     rows = []
     for start, first, weights in attention_weights(query, key, window=window, scale=0.3, most=most):
@@ -99,7 +102,7 @@ def plain_weights(model: Decoder, ids: list[int], depth: int) -> tuple[torch.Ten
         key = key.repeat_interleave(mixer.heads // mixer.kv_heads, dim=1)
         logits = torch.einsum("qhk,nhk->hqn", query, key) * mixer.head_size**-0.5
         rows, columns = torch.arange(len(query)).unsqueeze(1), torch.arange(len(query))
-        outside = (columns > rows) | (columns <= rows - (mixer.window or len(query)))
+        outside = (columns > rows) | (columns <= rows - (mixer.pattern.window or len(query)))
         seen.append((inputs[1].order, logits.masked_fill(outside, -torch.inf).softmax(-1)))
 
     hook = model.blocks[depth].mixer.register_forward_pre_hook(note)
@@ -294,7 +297,7 @@ def test_flops_of_the_tokens_add_up_to_those_of_the_parts(layout: str):
     costs = token_flops(model, levels, tokens)
     counts = {-1: tokens, **{level.index: int(level.kept.sum()) for level in levels}}
     parts = {
-        n: {block.site.depth: block.costs(n, 1.0, torch.float32)[0].prefill_flops for block in model.blocks}
+        n: {block.site.depth: block.costs(At(n, torch.float32))[0].prefill_flops for block in model.blocks}
         for n in {*counts.values()}
     }
     assert float(costs.spent.sum()) == sum(parts[counts[block.site.level]][block.site.depth] for block in model.blocks)
@@ -305,8 +308,8 @@ def test_flops_of_the_tokens_add_up_to_those_of_the_parts(layout: str):
 
 @pytest.mark.parametrize("letter", BLOCKS)
 def test_writing_token_by_token_costs_what_reading_at_once_does(letter: str):
-    mixer = decoder(CASES[f"block {letter}"]).blocks[0].mixer
-    assert sum(mixer.decode_flops(context) for context in range(50)) == mixer.prefill_flops(50)
+    for part in decoder(CASES[f"block {letter}"]).blocks[0].parts:
+        assert sum(part.decode_flops(context) for context in range(50)) == part.prefill_flops(50)
 
 
 def test_a_dropped_token_pays_for_the_outer_blocks_alone():

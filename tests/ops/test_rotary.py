@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from longwave.config import ModelConfig, RotaryConfig, build
 from longwave.errors import UserError
 from longwave.layers.rotary import angles, attention_factor, cosines_and_sines, frequencies
+from longwave.model import Decoder
 
 SIZE, WINDOW = 16, 512
 SHORT, LONG = [1.0 + i / 10 for i in range(8)], [2.0 + i for i in range(8)]
@@ -121,4 +122,4 @@ def test_scaling_comes_back_from_its_plain_values(scaling: dict[str, Any] | None
 )
 def test_a_scaling_that_means_nothing_is_named(scaling: dict[str, Any], message: str):
     with pytest.raises(UserError, match=re.escape(message)):
-        config(scaling)
+        Decoder(config(scaling))  # whether the factors fit its heads is known once a model is made
