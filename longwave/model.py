@@ -170,7 +170,7 @@ class Decoder(nn.Module):
         """
         ops = {one.name: one for part in self.parts for one in part.ops if op in (None, one.name)}
         asked = [name for name, one in ops.items() if form in one.forms]
-        if form is not None and not asked:
+        if form is not None and ops and not asked:
             known = sorted({name for one in ops.values() for name in one.forms})
             raise UserError(f"form = {form!r}: use one of {', '.join(known)}")
         before = self._asked

@@ -109,13 +109,13 @@ ADDED = {
     "mixer": Added(
         3,
         "C",
-        ["tests/test_laws.py", "tests/test_costs.py"],
+        ["tests/laws/test_laws.py", "tests/laws/test_costs.py"],
         "contract.CROSSED = 'C'\n    contract.CASES.update(contract.cases_of('C', ['subllm']))\n",
     ),
     "resampler": Added(
         2,
         "scattered",
-        ["tests/test_laws.py"],
+        ["tests/laws/test_laws.py"],
         "contract.ARGUMENTS['scattered'] = '0.5'\n    contract.CASES.update(contract.cases_of('', ['scattered']))\n",
     ),
 }
