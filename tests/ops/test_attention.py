@@ -17,7 +17,7 @@ from longwave.config import RotaryConfig
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import angles, rotate
 from longwave.ops import cross_entropy as cross_entropy_op
-from longwave.ops.attention import ATTENTION, Attended, Pattern, attention
+from longwave.ops.attention import ATTENTION, Attended, Pattern, attention, sdpa
 from longwave.ops.cross_entropy import cross_entropy, reference
 from longwave.ops.forms import REFERENCE
 from longwave.stream import Places, Runs
@@ -282,6 +282,23 @@ def test_column_sums_of_a_causal_run_add_up_to_its_queries(form, dtype, window):
     for length, (begin, end) in zip(lengths, places.spans, strict=True):
         close(sums[:, begin:end].sum(1), torch.full((6,), length, dtype=sums.dtype), 1e-4)
     close(sums.sum(1), torch.full((6,), 40.0, dtype=sums.dtype), 1e-4)  # so what belongs to no run has none
+
+
+@pytest.mark.parametrize("held", [(5, 9, 3), (7, 7, 7), (1, 12)], ids=str)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("skips", [False, True])
+def test_single_queries_of_runs_side_by_side_in_one_call(held: tuple[int, ...], window: int | None, skips: bool):
+    """The form of decoding on a GPU: extents of one size, of which sequences fill different shares."""
+    lengths, room = [int(run == 0 or not skips) for run in range(len(held))], 12
+    begins = torch.arange(len(held)) * room + 3
+    places, runs = Places(begins, begins + torch.tensor(held)), Runs.of(lengths)
+    query = torch.randn(runs.tokens, 4, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, room * len(held) + 3, 8, dtype=torch.float64)
+    found = sdpa.single_queries(query, key, value, runs, places, window, 0.3)
+    options = {"pattern": Pattern(window), "scale": 0.3, "form": "reference"}
+    right = attention(query, key, value, runs, places, **options).output
+    torch.testing.assert_close(found, right, rtol=0, atol=1e-14)
+    assert sdpa.single_queries(query, key, value, runs, Places(begins.flip(0), begins.flip(0) + 1), window, 0.3) is None
 
 
 # --- cross-entropy ----------------------------------------------------------------------------------------------------
