@@ -277,7 +277,8 @@ class Decoder(nn.Module):
     def _activation_dtype(self) -> torch.dtype:
         weight = self.embed.weight
         device = weight.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # `meta` has no autocast
+        return torch.get_autocast_dtype(device) if mixed else weight.dtype
 
 
 @dataclass
