@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -104,6 +104,12 @@ class Decoder(nn.Module):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.origin.tokenizer = tokenizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tied head follows whatever becomes the embedding, such as a larger one or an adapter around it."""
+        super().__setattr__(name, value)
+        if name == "embed" and isinstance(self._modules.get("head"), TiedHead):
+            self.head = TiedHead(value)
 
     @property
     def head_weight(self) -> Tensor:
