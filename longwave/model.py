@@ -264,8 +264,11 @@ class Decoder(nn.Module):
         draws.fill()
 
     def _check_tables(self) -> None:
-        """UserError for a table of the config that no part reads."""
-        read = {name for part in self.parts for name in part.tables}
+        """UserError for a table of the config that no part reads, since it has one of its own or is not there."""
+        own = {letter: block.tables.keys() for letter, block in self.config.blocks.items()}
+        read = {name for bracket in self.brackets for name in bracket.tables}
+        for block in self.blocks:
+            read |= {name for part in block.parts for name in part.tables} - own.get(block.letter, set())
         for name in self.config.tables:
             where = f"{name}(...)" if name in BRACKETS else reading(name)
             require(name in read, f"{name} has no effect: the layout has no {where}")
