@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -104,6 +104,12 @@ class Decoder(nn.Module):
     @tokenizer.setter
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self.origin.tokenizer = tokenizer
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tied head follows whatever becomes the embedding, such as a larger one or an adapter around it."""
+        super().__setattr__(name, value)
+        if name == "embed" and isinstance(self._modules.get("head"), TiedHead):
+            self.head = TiedHead(value)
 
     @property
     def head_weight(self) -> Tensor:
@@ -258,8 +264,11 @@ class Decoder(nn.Module):
         draws.fill()
 
     def _check_tables(self) -> None:
-        """UserError for a table of the config that no part reads."""
-        read = {name for part in self.parts for name in part.tables}
+        """UserError for a table of the config that no part reads, since it has one of its own or is not there."""
+        own = {letter: block.tables.keys() for letter, block in self.config.blocks.items()}
+        read = {name for bracket in self.brackets for name in bracket.tables}
+        for block in self.blocks:
+            read |= {name for part in block.parts for name in part.tables} - own.get(block.letter, set())
         for name in self.config.tables:
             where = f"{name}(...)" if name in BRACKETS else reading(name)
             require(name in read, f"{name} has no effect: the layout has no {where}")

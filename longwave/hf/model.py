@@ -241,8 +241,10 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         return self._head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
 
     def _head(self, hidden: Tensor) -> Tensor:
-        plain = self._has_plain_head()
-        logits = F.linear(hidden, self.decoder.head_weight) if plain else self.decoder.head(hidden)
+        if self._has_plain_head():
+            logits = F.linear(hidden, self.decoder.head_weight)
+        else:
+            logits = self.decoder.head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
         return logits * self.decoder.config.scales.logits
 
     def _has_plain_head(self) -> bool:
@@ -297,8 +299,6 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed = cast(nn.Embedding, value)
-        if isinstance(self.decoder.head, TiedHead):
-            self.decoder.head = TiedHead(self.decoder.embed)
 
     def get_output_embeddings(self) -> nn.Module:
         """The head; with tied embeddings, the embedding."""

@@ -5,6 +5,8 @@ Legend: `T` rows, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
@@ -34,14 +36,14 @@ class Head(nn.Linear):
 class TiedHead(nn.Module):
     """A head that multiplies by the embedding's matrix and has no weights of its own; otherwise like `Head`."""
 
-    def __init__(self, embed: nn.Embedding) -> None:
+    def __init__(self, embed: nn.Module) -> None:
         super().__init__()
         self._embed = (embed,)  # in a tuple, so that the embedding is not registered, and saved, a second time
 
     @property
     def weight(self) -> Tensor:
         """The (V, D) matrix."""
-        return self._embed[0].weight
+        return cast(Tensor, self._embed[0].weight)
 
     def forward(
         self,
