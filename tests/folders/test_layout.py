@@ -101,7 +101,7 @@ def test_an_unknown_name_is_pointed_at(text: str, at: int, message: str):
     with pytest.raises(UserError) as caught:
         check_names(text, parse(text), BLOCKS, BRACKETS)
     assert str(caught.value).startswith(f"layout, character {at + 1}: {message}")
-    assert all(letter in str(caught.value) for letter in BLOCKS) or "resampler" in message
+    assert all(letter in str(caught.value) for letter in BLOCKS) or "bracket" in message
 
 
 @given(st.text(alphabet="F W5subllm0.(),:?\n", max_size=25))

@@ -392,7 +392,7 @@ def test_missing_windows_and_keys_are_noticed(form):
     query, keys = normals(form)(2, 2, 32), normals(form)(2, 60, 32)
     fine, coarse = compressed(keys, TINY)
     for few in ((fine[:, :-1], coarse), (fine, coarse[:, :-1])):
-        with pytest.raises(AssertionError, match="windows of the last keys are missing"):
+        with pytest.raises(AssertionError, match="compressed keys are missing"):
             select(query, *few, 58, TINY, scale=SCALE, form=form)
     with pytest.raises(AssertionError, match="keys of the last queries are missing"):
         attend(query, keys, keys, lists(2, 2, 59, 8, 3), 59, 8, scale=SCALE, form=form)
