@@ -35,7 +35,9 @@ def attention(
     """Attention as `longwave.ops.attention.attention` defines it: queries (T, H, K), keys and values (G, N, K)."""
     if places is None or not _is_for_kernel(query, key, value) or 1 not in runs.lengths:
         return sdpa.attention(query, key, value, runs, places, pattern, scale, want)
-    if runs.longest == 1:
+    if runs.longest == 1 and runs.tokens == runs.count:
+        output = _one_query(query, key, value, places, None, pattern.window, scale)
+    elif runs.longest == 1:
         output = _one_query(query, key, value, places, runs.of_token, pattern.window, scale)
     else:
         output = _mixed(query, key, value, runs, places, pattern.window, scale)
@@ -72,10 +74,12 @@ def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _one_query(
-    query: Tensor, key: Tensor, value: Tensor, places: Places, of_query: Tensor, window: int | None, scale: float
+    query: Tensor, key: Tensor, value: Tensor, places: Places, of_query: Tensor | None, window: int | None, scale: float
 ) -> Tensor:
-    """Outputs (S, H, K) of single queries (S, H, K); of_query: the run of each, (S)."""
-    begins, ends = places.begins.index_select(0, of_query), places.ends.index_select(0, of_query)
+    """Outputs (S, H, K) of single queries (S, H, K); of_query: the run of each (S), None for one of every run."""
+    begins, ends = places.begins, places.ends
+    if of_query is not None:
+        begins, ends = begins.index_select(0, of_query), ends.index_select(0, of_query)
     if window is not None:
         begins = torch.maximum(begins, ends - window)
     return torch.ops.longwave.one_query_attention.default(query, key, value, begins, ends, scale)
