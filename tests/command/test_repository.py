@@ -1,5 +1,6 @@
-"""The repository holds text that a person can review: no binaries, and no file too large to read."""
+"""The repository: text that people can review, no binaries or large files; rooms that do not import each other."""
 
+import ast
 import subprocess
 from pathlib import Path
 
@@ -36,3 +37,27 @@ def test_tracked_files_are_text_of_a_readable_size():
 @pytest.mark.parametrize("content", [b"x" * (LARGEST + 1), b"\x89PNG\r\n", b"PK\x03\x04\0\0"])
 def test_binaries_and_large_files_would_be_refused(content: bytes):
     assert refusal(content)
+
+
+def rooms_imported() -> dict[str, set[str]]:
+    """The rooms of the package (folders and modules) that each of them imports, within functions too."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "longwave").rglob("*.py"):
+        room = path.relative_to(ROOT / "longwave").parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module == "longwave":
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("longwave."):
+                names = [str(node.module).split(".")[1]]
+            found.setdefault(room, set()).update(name for name in names if name not in (room, "__version__"))
+    return found
+
+
+def test_no_rooms_import_each_other():
+    """Not around corners either: the rooms can be put in an order in which each imports earlier ones only."""
+    left = {room: others for room, others in rooms_imported().items() if room != "__init__"}
+    assert {"model", "states", "mixers"} <= set(left), "the package was found"
+    while free := {room for room, others in left.items() if not others & set(left)}:
+        left = {room: others for room, others in left.items() if room not in free}
+    assert left == {}, "these import each other"
