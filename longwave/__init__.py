@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from longwave.config import ModelConfig
     from longwave.errors import MachineError, UserError
     from longwave.model import Decoder
-    from longwave.stream import Stream
+    from longwave.streams import Stream
 
 _HOMES = {
     "load": "api",

@@ -21,7 +21,7 @@ from longwave.layers.norm import RMSNorm
 from longwave.mixers import FullAttention, InfllmAttention, LightningAttention, WindowAttention
 from longwave.part import Layer, Part, Site
 from longwave.states import State
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 PARTS: dict[str, type[Part]] = {
     "full": FullAttention,

@@ -2,7 +2,7 @@
 
 - One model for every system: embed, layers, norm, head; `config.layout` says which layers. Llama is `12F`; SUBLLM
   (arXiv 2406.06571) is `5F subllm(0.64: 5F subllm(0.64: 4F) 5F) 5F`.
-- Inside there are only streams: token runs laid end to end without padding (`stream.py`), hidden (T, D).
+- Inside there are only streams: token runs laid end to end without padding (`streams.py`), hidden (T, D).
 - Training, prefill, chunked prefill and decoding are the same forward over different pieces of a sequence; what is
   remembered between pieces lies in a `State` outside the model.
 - RMSNorm, rotary positions, SwiGLU, grouped KV heads, optional biases and QK norm, muP-style scales; logits only for
@@ -34,7 +34,7 @@ from longwave.origin import Origin
 from longwave.part import InitialDraws, Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
 from longwave.states import State
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 if TYPE_CHECKING:
     from longwave.data.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ from longwave.draws import key
 from longwave.laws import Laws
 from longwave.ops.forms import Call, Op
 from longwave.states import State, StateSpec
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from longwave.model import Decoder
 from longwave.progress import say
 from longwave.resamplers import Kept
 from longwave.states import State
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 Kind = Literal["inference", "training"]
 T = TypeVar("T")

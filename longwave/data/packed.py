@@ -27,7 +27,7 @@ from torch import Tensor
 from longwave import draws
 from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 NO_TARGET = -100  # the target that torch's cross-entropy ignores
 _ROUNDS = 6  # of the Feistel network; four are enough for a permutation that looks random (Luby and Rackoff 1988)

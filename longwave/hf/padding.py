@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longwave.errors import UserError
 from longwave.hf.cache import LongwaveCache
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 
 @dataclass(frozen=True)

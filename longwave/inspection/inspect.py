@@ -20,7 +20,7 @@ from longwave.inspection.trace import LevelTrace, TracedToken, by_token, watchin
 from longwave.model import Decoder
 from longwave.progress import say
 from longwave.resamplers import Resampler
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 _MOST_MAPS, _FEW_LAYERS, _FEW_HEADS = 64, 4, 2
 _PASSAGES, _PASSAGE_TOKENS = 3, 32

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longwave.model import Decoder
 from longwave.resamplers import Resampler, Selection
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from longwave.errors import require
 from longwave.layers.linear import Linear
 from longwave.part import Part, Site
 from longwave.states import State
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from longwave.config import (
     YarnScaling,
 )
 from longwave.errors import require
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from longwave.layers.rotary import Rotation
 from longwave.ops.attention import ATTENTION, CAUSAL, Pattern, attention
 from longwave.part import Part, Site
 from longwave.states import Memory, PerToken, State, StateSpec, memory_of
-from longwave.stream import Places, Runs, Stream
+from longwave.streams import Places, Runs, Stream
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from longwave.ops.block_sparse import (
 from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
 from longwave.part import Site
 from longwave.states import Memory, PerToken, StateSpec
-from longwave.stream import Places, Runs, Stream
+from longwave.streams import Places, Runs, Stream
 
 _LONGER_THAN_ANY = 1 << 62  # tokens; as the threshold below which queries attend densely, it makes all of them dense
 

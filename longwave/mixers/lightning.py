@@ -27,7 +27,7 @@ from longwave.mixers.full import AttentionConfig
 from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
 from longwave.part import Part, Site
 from longwave.states import PerSequence, State, StateSpec, memory_of
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 _SCALES = {"1/sqrt(d)": lambda size: size**-0.5, "1/d": lambda size: 1 / size, "1": lambda size: 1.0}
 

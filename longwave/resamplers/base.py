@@ -24,7 +24,7 @@ from longwave.config import ModelConfig
 from longwave.costs import At, Cost, weight_bytes
 from longwave.part import Layer, Part, Site
 from longwave.states import PerToken, State, StateSpec, memory_of
-from longwave.stream import Runs, Stream, Windows
+from longwave.streams import Runs, Stream, Windows
 
 
 @dataclass(frozen=True)

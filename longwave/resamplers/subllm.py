@@ -28,7 +28,7 @@ from longwave.part import InitialDraws, Site
 from longwave.resamplers.balancer import balance, limit, limits
 from longwave.resamplers.base import Clock, Resampler, Selection, kept_count, runs_above, runs_of
 from longwave.resamplers.selection import SAMPLERS, top_scores, window_keys
-from longwave.stream import Runs, Stream, Windows
+from longwave.streams import Runs, Stream, Windows
 
 _BALANCER_DRAW, _BYPASS_DRAW, _DISCARD_DRAW = range(3)
 _CAUSAL_ONLY = ("threshold_memory",)

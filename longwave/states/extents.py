@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from longwave.states.spec import PerToken, StateSpec
-from longwave.stream import Places, Spans, Stream
+from longwave.streams import Places, Spans, Stream
 
 _SMALLEST = 64  # tokens that an extent has room for, if for any
 _FEW = 8  # tokens of a run, on average, up to which those of all runs are written at once

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from longwave.states.spec import StateSpec
-from longwave.stream import Places, Spans, Stream
+from longwave.streams import Places, Spans, Stream
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from longwave.errors import UserError
 from longwave.states.extents import Extents
 from longwave.states.memory import Memory, NoMemory, Store
 from longwave.states.spec import StateSpec
-from longwave.stream import Stream
+from longwave.streams import Stream
 from longwave.units import LAST_PLACE
 
 

@@ -33,7 +33,7 @@ from longwave.evaluation.held_out import held_out_loss
 from longwave.machine import device_of
 from longwave.model import Decoder
 from longwave.resamplers import Resampler, Selection
-from longwave.stream import Stream
+from longwave.streams import Stream
 from longwave.training import checkpoints
 from longwave.training.metrics import MetricsFile, Observer, TensorBoard
 from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start

@@ -33,7 +33,7 @@ from longwave.inspection.trace import LevelTrace, by_token, trace_levels, watchi
 from longwave.model import Decoder
 from longwave.ops.attention import Pattern, attention
 from longwave.ops.attention.weights import attention_weights
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 NESTED = "F subllm(0.64: F subllm(0.64: F) F) F"
 SIBLINGS = "F subllm(0.64: F subllm(0.5: F)) subllm(0.7: W) F"

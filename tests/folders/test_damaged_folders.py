@@ -29,7 +29,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 FAST, ALL = 150, 1000
 SECONDS = 10.0  # no folder keeps a reader busy for longer, however odd it is

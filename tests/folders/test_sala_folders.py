@@ -25,7 +25,7 @@ from longwave.hf import LongwaveForCausalLM
 from longwave.mixers import InfllmAttention, InfllmConfig, LightningConfig
 from longwave.model import Decoder
 from longwave.plan import meta_model
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 TOKENS = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(3))
 ALWAYS_SPARSE = SPARSE_CONFIG | {"dense_len": -1}

@@ -20,7 +20,7 @@ from torch import nn
 import longwave as lw
 from longwave.layers.head import Head, TiedHead
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 TOKENS = list(range(20))
 

@@ -20,7 +20,7 @@ from longwave.costs import At, by_kind, total
 from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
 from longwave.resamplers import Bracket
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 SHAPES = {
     **CASES,

@@ -38,7 +38,7 @@ from longwave.errors import UserError
 from longwave.laws import ALL
 from longwave.model import Decoder
 from longwave.ops.attention import ATTENTION
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 CASES = {
     **cases_of(LETTERS, LEVELS),

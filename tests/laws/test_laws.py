@@ -49,7 +49,7 @@ from longwave.blocks import BLOCKS, PARTS
 from longwave.laws import ALL, Law
 from longwave.model import Decoder
 from longwave.resamplers import BRACKETS
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 FEWER = settings(max_examples=max(8, settings().max_examples // 3))
 SEARCH = settings(max_examples=1000, phases=[Phase.generate], derandomize=True, database=None)

@@ -45,7 +45,7 @@ from longwave.model import Decoder
 from longwave.part import Part
 from longwave.resamplers.subllm import Subllm
 from longwave.states import Extents, Memory, PerSequence, PerToken, State, StateSpec
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 every_case = pytest.mark.parametrize("name", CASES)
 KEY, ORDER, SUMS = PerToken(2, 3), PerToken(1, 1, torch.int32), PerToken(2, 3, width=3, every=2)

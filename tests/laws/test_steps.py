@@ -18,11 +18,11 @@ from contract import CASES, SPARSE, Case, decoder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import longwave.stream
+import longwave.streams
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
 from longwave.resamplers.subllm import SubllmConfig
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 WIDE = AttentionConfig(heads=4, kv_heads=2, head_size=32)  # as the compiled kernels take them
 SHAPES = {
@@ -80,7 +80,7 @@ def _is_mask(index: Any) -> bool:
 @contextmanager
 def recording(model: Decoder) -> Iterator[Recorded]:
     """Records all that the model's layers do."""
-    recorded, reads, tolist = Recorded(), longwave.stream.to_host, Tensor.tolist
+    recorded, reads, tolist = Recorded(), longwave.streams.to_host, Tensor.tolist
     modes: list[Recorder] = []
 
     def enter(*given: Any) -> None:
@@ -99,11 +99,11 @@ def recording(model: Decoder) -> Iterator[Recorded]:
         return tolist(numbers)
 
     hooks = [model.stack.register_forward_pre_hook(enter), model.stack.register_forward_hook(leave)]
-    longwave.stream.to_host, Tensor.tolist = waits, lists
+    longwave.streams.to_host, Tensor.tolist = waits, lists
     try:
         yield recorded
     finally:
-        longwave.stream.to_host, Tensor.tolist = reads, tolist
+        longwave.streams.to_host, Tensor.tolist = reads, tolist
         for hook in hooks:
             hook.remove()
 

@@ -20,7 +20,7 @@ from longwave.ops import cross_entropy as cross_entropy_op
 from longwave.ops.attention import ATTENTION, Attended, Pattern, attention, sdpa
 from longwave.ops.cross_entropy import cross_entropy, reference
 from longwave.ops.forms import REFERENCE
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 SCALE = 0.4
 GQA = [(4, 4), (6, 2), (4, 1)]  # query heads and KV heads: ratios 1, 3 and all

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave.ops.decay_linear import DECAY_LINEAR, chunked, decay_linear_attention
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 HEADS, SIZE = 4, 16
 FORMS = DECAY_LINEAR.forms_on(torch.device("cpu"), torch.float64, SIZE)

@@ -23,7 +23,7 @@ from longwave.ops.attention import ATTENTION
 from longwave.ops.block_sparse import BLOCK_SPARSE
 from longwave.ops.decay_linear import DECAY_LINEAR
 from longwave.ops.forms import REFERENCE, Call, Form, Op
-from longwave.stream import Stream
+from longwave.streams import Stream
 from longwave.training.recipe import recipe_path
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -18,7 +18,7 @@ from longwave.model import Decoder
 from longwave.ops.attention import Pattern, attention
 from longwave.ops.block_sparse import Geometry, block_sparse_attention
 from longwave.resamplers import SubllmConfig
-from longwave.stream import Places, Runs, Stream, Windows
+from longwave.streams import Places, Runs, Stream, Windows
 from longwave.training.loop import Interrupted
 from longwave.training.recipe import Recipe
 

@@ -24,7 +24,7 @@ from longwave.ops.attention.sdpa import attention as sdpa
 from longwave.ops.block_sparse import Compressed, block_sparse_attention
 from longwave.ops.decay_linear import decay_linear_attention
 from longwave.ops.forms import REFERENCE, Form, Op
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 HEADS, GROUPS, SIZE, SCALE = 4, 2, 32, 0.2
 STREAMS = [(1,), (67,), (5, 0, 33, 1), (1, 1, 1), (0,), (0, 0)]

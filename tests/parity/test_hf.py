@@ -22,7 +22,7 @@ from longwave.hf import LongwaveCache, LongwaveConfig, LongwaveForCausalLM
 from longwave.hf.cache import NAME
 from longwave.model import Decoder
 from longwave.resamplers import Kept
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 

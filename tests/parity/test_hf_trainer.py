@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.model import Decoder
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 every_layout = pytest.mark.parametrize("layout", [*LAYOUTS, "causal"])
 

@@ -19,7 +19,7 @@ from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig, InfllmAttention, InfllmConfig
 from longwave.model import Decoder
 from longwave.ops.block_sparse import compress
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 TINY = InfllmConfig(kernel_size=4, kernel_stride=2, block_size=8, window_size=16, topk=4, dense_len=64)
 TOKENS = [(7 * place * place + 3 * place) % 61 for place in range(90)]

@@ -17,7 +17,7 @@ from longwave.layers.rotary import Rotation, angles
 from longwave.mixers import LightningAttention, LightningConfig
 from longwave.mixers.lightning import slopes
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 TOKENS = [3, 17, 5, 41, 8, 22, 60, 1, 13, 29, 2, 2]
 

@@ -42,7 +42,7 @@ from longwave.resamplers.selection import (
 )
 from longwave.resamplers.subllm import retention_of
 from longwave.states import State
-from longwave.stream import Runs, Stream, Windows
+from longwave.streams import Runs, Stream, Windows
 
 SEEDS = [0, 1, 2]
 NESTED = "F subllm(0.64: F subllm(0.64: F) F) F"
@@ -1051,7 +1051,7 @@ from longwave.config import ModelConfig
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig, WindowConfig
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 tables = {"attention": AttentionConfig(4), "mlp": MLPConfig(40)}
 model = Decoder(ModelConfig(61, 32, "F subllm(0.64: F subllm(0.64: F) F) F", **tables))
 model.set_step(0)

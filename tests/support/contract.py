@@ -28,7 +28,7 @@ from longwave.part import Part
 from longwave.resamplers import BRACKETS
 from longwave.resamplers.subllm import Subllm, SubllmConfig
 from longwave.states import State
-from longwave.stream import Stream, Windows
+from longwave.streams import Stream, Windows
 
 VOCABULARY, WIDTH, WINDOW = 61, 32, 5
 EXACT, CLOSE, LEAK = 1e-12, 1e-10, 1e-6  # the last bit of one product; what rounding explains; what it cannot

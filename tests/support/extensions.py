@@ -25,7 +25,7 @@ from longwave.part import Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Resampler, Selection
 from longwave.resamplers.base import runs_above
 from longwave.states import PerSequence, State, StateSpec, memory_of
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,14 @@ def decoder(values: Values, seed: int) -> Model:
 
 def training_stream(lengths: Sequence[int], sizes: Sequence[int], samples: Sequence[int]) -> Any:
     """The stream of documents in training windows, which are known by their places in the data."""
-    from longwave.stream import Stream, Windows
+    from longwave.streams import Stream, Windows
 
     return Stream.of(lengths, windows=Windows(tuple(sizes), tuple(samples)))
 
 
 def stream(lengths: Sequence[int]) -> Any:
     """The stream of whole sequences."""
-    from longwave.stream import Stream
+    from longwave.streams import Stream
 
     return Stream.of(lengths)
 
@@ -169,7 +169,7 @@ class NewOps:
         form: str, heads: Sequence[Tensor], decay: Tensor, lengths: Lengths, states: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         from longwave.ops.decay_linear import decay_linear_attention
-        from longwave.stream import Runs
+        from longwave.streams import Runs
 
         query, key, value = heads
         return decay_linear_attention(query, key, value, decay, Runs.of(lengths), scale=0.3, states=states, form=form)
@@ -177,7 +177,7 @@ class NewOps:
 
 def _head_major(keys: ByRun, values: ByRun, lengths: Lengths) -> tuple[Any, ...]:
     """Keys and values (G, N, K) of all runs, the runs, and where their keys lie if some have a past."""
-    from longwave.stream import Places, Runs
+    from longwave.streams import Places, Runs
 
     ends = torch.tensor([key.shape[1] for key in keys]).cumsum(0)
     begins = ends - torch.tensor([key.shape[1] for key in keys])

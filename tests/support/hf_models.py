@@ -11,7 +11,7 @@ from longwave.checkpoints import save
 from longwave.config import ModelConfig, build
 from longwave.hf import LongwaveConfig, LongwaveForCausalLM
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": {"layout": "3F", "attention": {"heads": 4, "kv_heads": 2}, "tie_embeddings": True},

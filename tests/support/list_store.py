@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longwave.states import StateSpec
-from longwave.stream import Places, Spans, Stream
+from longwave.streams import Places, Spans, Stream
 
 
 class ListStore:

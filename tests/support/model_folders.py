@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from longwave.config import ModelConfig, build
 from longwave.files import MANIFEST
 from longwave.model import Decoder
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 TOKENS = torch.randint(0, 29, (23,), generator=torch.Generator().manual_seed(0))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 _GAP = 3  # entries between two runs
 

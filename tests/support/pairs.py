@@ -77,7 +77,7 @@ def model_of(recipe: str, dtype: torch.dtype) -> Model:
 
 def training_stream(windows: int, size: int) -> Any:
     """The stream of training windows of one document each."""
-    from longwave.stream import Stream, Windows
+    from longwave.streams import Stream, Windows
 
     return Stream.of([size] * windows, windows=Windows((size,) * windows, tuple(range(windows))))
 

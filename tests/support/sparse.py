@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, Geometry, compress, select
 from longwave.ops.forms import REFERENCE
-from longwave.stream import Spans
+from longwave.streams import Spans
 
 PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 TINY = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)

@@ -24,7 +24,7 @@ from longwave.inference.sampling import Sampling, choose_token
 from longwave.inference.text import Piece, _Writer, complete, generate_text
 from longwave.model import Decoder
 from longwave.resamplers import Kept
-from longwave.stream import Stream
+from longwave.streams import Stream
 from longwave.training.recipe import Recipe
 
 WINDOW = runs.WINDOW

@@ -16,7 +16,7 @@ from torch import Tensor
 from longwave.errors import MachineError
 from longwave.model import Decoder
 from longwave.ops.benchmark import Case
-from longwave.stream import Stream
+from longwave.streams import Stream
 
 _FP32_DIFFERENCE, _LOW_PRECISION_COSINE = 1e-3, 0.999
 _LOSS_DIFFERENCE = {"fp32": 1e-3, "bf16": 1e-2}

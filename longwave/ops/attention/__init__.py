@@ -18,7 +18,7 @@ from longwave.ops.attention import one_query, reference, sdpa
 from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
 from longwave.ops.attention.weights import with_extras
 from longwave.ops.forms import Form, Op, on_cpu
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 __all__ = ["ATTENTION", "CAUSAL", "Attended", "Extra", "Pattern", "attention"]
 

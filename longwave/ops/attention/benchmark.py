@@ -14,7 +14,7 @@ from torch import Tensor
 from longwave.costs import Work, visible_pairs
 from longwave.ops.attention import ATTENTION, Pattern, attention
 from longwave.ops.benchmark import Beside, Case, Shape, forms_here
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 _OF_ONE_QUERY = ("compiled",)  # forms with a kernel for single queries only, which in a prompt would time torch again
 _FEW, _SAMPLED = 512, 24  # up to so many queries all are checked; of more, a sample of so many

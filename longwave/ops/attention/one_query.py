@@ -17,7 +17,7 @@ from longwave.ops import compiled
 from longwave.ops.attention import sdpa
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
 from longwave.ops.attention.weights import with_extras
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 _DTYPES = (torch.bfloat16, torch.float32)
 

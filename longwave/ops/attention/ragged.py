@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 # PyTorch 2.11 accepts grouped heads without an option; later versions need enable_gqa.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 
 def attention(

@@ -16,7 +16,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from longwave.ops.attention import ragged
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
 from longwave.ops.attention.weights import with_extras
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 
 def attention(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
-from longwave.stream import Places, Runs
+from longwave.streams import Places, Runs
 
 _MOST = 1 << 23  # weights held at once
 _SHORTEST = 64  # the least queries of a chunk with a short sliding window, whose chunks would be too many otherwise

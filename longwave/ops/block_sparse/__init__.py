@@ -26,7 +26,7 @@ from longwave.ops.attention import attention
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, compressed_count, scored_pairs
 from longwave.ops.forms import Form, Op, on_cpu
-from longwave.stream import Places, Runs, Spans
+from longwave.streams import Places, Runs, Spans
 
 __all__ = [
     "BLOCK_SPARSE",

@@ -17,7 +17,7 @@ from longwave.ops.attention.benchmark import dense, remembered, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, block_sparse_attention, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
-from longwave.stream import Places, Runs, Spans
+from longwave.streams import Places, Runs, Spans
 
 _PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 _SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)

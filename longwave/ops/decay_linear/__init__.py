@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longwave.ops.decay_linear import chunked, reference
 from longwave.ops.forms import Form, Op
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Runs, float, Tensor], "tuple[Tensor, Tensor]"]
 

@@ -14,7 +14,7 @@ from longwave.costs import Work
 from longwave.ops.attention.benchmark import dense, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 
 def cases(shape: Shape) -> list[Case]:

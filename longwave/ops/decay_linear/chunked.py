@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.decay_linear.chunks import Chunks, Decays
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 CHUNK = 64
 SPAN = 2048  # tokens processed at a time, so that the memory for intermediate results does not grow with the stream

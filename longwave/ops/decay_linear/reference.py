@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longwave.stream import Runs
+from longwave.streams import Runs
 
 
 def decay_linear_attention(
