@@ -36,10 +36,11 @@ from longwave.inspection.trace import by_token, trace_levels
 from longwave.machine import dtype_of
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
+from longwave.recipes import recipe_path
 from longwave.reports import report as page
 from longwave.training.loop import Trainer
 from longwave.training.metrics import read_metrics, write_metrics
-from longwave.training.recipe import Recipe, read_recipe, recipe_path
+from longwave.training.recipe import Recipe, read_recipe
 
 NAMES = {"llama": "Llama", "subllm": "SUBLLM"}
 TIMED = {"transformers": "transformers Llama", "llama": "longwave Llama", "subllm": "SUBLLM"}

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from longwave.cli import bench, doctor, evaluate, generate, inspect, plan, prepare, quickstart, train
+from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan, prepare, quickstart, recipes, train
 from longwave.cli.parser import Parser, add_verbs
 from longwave.errors import MachineError, UserError
 from longwave.version import __version__
@@ -20,6 +20,8 @@ VERBS = (
     evaluate.VERB,
     generate.VERB,
     plan.VERB,
+    recipes.VERB,
+    init.VERB,
     inspect.VERB,
     bench.VERBS,
 )

@@ -9,10 +9,10 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from longwave import recipes
 from longwave.checkpoints import load_config
 from longwave.config import ModelConfig, Strict, build
 from longwave.errors import UserError, require
@@ -96,17 +96,20 @@ class Recipe(Strict):
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file and applies `key.path=value` overrides; a UserError names the file, key and value."""
+    """Reads a recipe and applies `key.path=value` overrides; a UserError names the file, key and value.
+
+    path: of a TOML file, or the name of a recipe that comes with the package.
+    """
     return build(Recipe, read_values(path, overrides), str(path))
 
 
 def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain values of a TOML file with overrides applied.
+    """The plain values of a TOML file, given by its path or by the name of a recipe, with overrides applied.
 
     `[model]` is completed from the folder that `training.start_from` names. UserError for a file that is not TOML.
     """
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf8"))
+        values = tomllib.loads(recipes.find(path).read_text(encoding="utf8"))
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; give a recipe file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -114,11 +117,6 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     for override in overrides:
         _override(values, override)
     return _with_start(values)
-
-
-def recipe_path(name: str) -> Path:
-    """The path of a recipe that comes with the package."""
-    return Path(str(files("longwave"))) / "recipes" / f"{name}.toml"
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -285,7 +285,7 @@ def test_recipes_are_compared_and_results_are_plain(tmp_path: Path, monkeypatch:
 
 def test_recipes_for_the_record_are_of_the_stated_size():
     from longwave.plan import meta_model, model_config
-    from longwave.training.recipe import recipe_path
+    from longwave.recipes import recipe_path
 
     for name in ("bench-llama", "bench-llama-24", "bench-subllm-24"):
         costs = total(meta_model(model_config(recipe_path(name))).costs(1))

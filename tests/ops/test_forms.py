@@ -23,8 +23,8 @@ from longwave.ops.attention import ATTENTION
 from longwave.ops.block_sparse import BLOCK_SPARSE
 from longwave.ops.decay_linear import DECAY_LINEAR
 from longwave.ops.forms import REFERENCE, Call, Form, Op
+from longwave.recipes import recipe_path
 from longwave.streams import Stream
-from longwave.training.recipe import recipe_path
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 OPS = [ATTENTION, BLOCK_SPARSE, DECAY_LINEAR]

@@ -57,7 +57,7 @@ def run(options: Context) -> dict[str, Any]:
 
 def _measured(options: Context, config: ContextOptions, traces: Traces) -> Iterator[ContextResults]:
     from longwave.benchmarks.context.run import Run
-    from longwave.training.recipe import recipe_path
+    from longwave.recipes import recipe_path
 
     other = None if options.against == "none" else options.against
     growing = Run(options.model or recipe_path(DEFAULT_MODEL), other, config)
