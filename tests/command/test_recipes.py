@@ -1,4 +1,4 @@
-"""Recipes by name: every one is found, listed in a line, planned, and copied; what is neither file nor name is refused."""
+"""Recipes by name: every one is found, listed in a line, and copied; what is no file either is refused."""
 
 from __future__ import annotations
 
