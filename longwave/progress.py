@@ -26,9 +26,10 @@ class TrainingProgress:
 
     def record(self, entry: dict[str, Any]) -> None:
         """Shows the entry of one step."""
-        facts = f"loss {entry['loss']:.3f}  {entry['tokens_per_second']:,.0f} tokens/s"
+        facts = f"loss {shown_loss(entry['loss'])}  {entry['tokens_per_second']:,.0f} tokens/s"
         if "held_out_loss" in entry:
-            facts += f"  held-out {entry['held_out_loss']:.3f}"
+            facts += f"  held-out {shown_loss(entry['held_out_loss'])}"
+        self._warn(entry)
         if self._bar is not None:
             self._bar.update(self._task, completed=entry["step"], facts=facts)
         elif time.monotonic() - self._spoken >= self._every or entry["step"] == self._steps:
@@ -38,6 +39,17 @@ class TrainingProgress:
                 file=sys.stderr,
             )
 
+    def _warn(self, entry: dict[str, Any]) -> None:
+        """A line for a step that went wrong, wherever it falls between the others."""
+        warnings = []
+        if entry.get("skipped"):
+            warnings.append("its gradient is not finite (NaN or infinity), so its update was skipped")
+        if entry.get("held_out_loss", 0.0) is None:
+            warnings.append("the held-out loss is not finite")
+        for warning in warnings:
+            line = f"{self._name}: step {entry['step']}: {warning}"
+            self._bar.console.print(line, markup=False) if self._bar is not None else say(line)
+
     def close(self) -> None:
         """Stops the bar, which stays on the screen."""
         if self._bar is not None:
@@ -46,6 +58,11 @@ class TrainingProgress:
     def _left(self, step: int) -> str:
         pace = (time.monotonic() - self._started) / max(1, step - self._first)
         return f"{pace * (self._steps - step):.0f} s left"
+
+
+def shown_loss(loss: float | None, digits: int = 3) -> str:
+    """A loss for people; None is one that is not finite."""
+    return "not finite" if loss is None else f"{loss:.{digits}f}"
 
 
 def _bar() -> Progress:

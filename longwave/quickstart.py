@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from longwave import files, machine
 from longwave.api import load
+from longwave.benchmarks.measure.others import OtherWork, other_work
 from longwave.benchmarks.measure.roofline import measure_peaks
 from longwave.benchmarks.models import BenchOptions, Longwave, TimedModel, Transformers, bench_inference, bench_training
 from longwave.benchmarks.results.results import Row
@@ -29,6 +31,7 @@ from longwave.data.sources import Source, documents, is_held_out, standard_libra
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
+from longwave.files.jsonfile import finite
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
@@ -38,6 +41,7 @@ from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.recipes import recipe_path
 from longwave.reports import report as page
+from longwave.training.clock import Seconds, read_seconds
 from longwave.training.loop import Trainer
 from longwave.training.metrics import read_metrics, write_metrics
 from longwave.training.recipe import Recipe, read_recipe
@@ -48,12 +52,21 @@ _PROMPT_TOKENS, _NEW_TOKENS, _PASSAGE_TOKENS = 48, 64, 700
 _DECODE_STEPS, _REPEATS = 64, 5
 
 
-def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def quickstart(
+    text: str | None, output: Path, overrides: Sequence[str] = (), measure_again: bool = False
+) -> dict[str, Any]:
     """Runs or continues the comparison and returns its figures.
 
-    text: the user's file or folder of text, or None for the Python standard library.
-    Raises UserError for text that cannot be used, and for an output folder that holds another comparison.
+    text: the user's file or folder of text, or None for the Python standard library. measure_again: times the models
+    anew, where an earlier run has timed them, on a machine that was busy for example.
+    Raises UserError for text that cannot be used, and for an output folder that holds another comparison or to which
+    another process is writing.
     """
+    with files.locked(output):
+        return _quickstart(text, output, overrides, measure_again)
+
+
+def _quickstart(text: str | None, output: Path, overrides: Sequence[str], measure_again: bool) -> dict[str, Any]:
     started = time.monotonic()
     info = _prepared(text, output / "data", overrides)
     recipes = {name: _recipe(name, output / "data", overrides) for name in NAMES}
@@ -61,15 +74,17 @@ def quickstart(text: str | None, output: Path, overrides: Sequence[str] = ()) ->
     say("evaluating, generating and timing both, and transformers' Llama with the same weights")
     models = {name: load(output / name / "model") for name in NAMES}
     results = {name: _evaluate(models[name], recipes[name], info) for name in NAMES}
-    facts = _run_facts(text, info, recipes, {**seconds, "everything": time.monotonic() - started})
-    speed = _speed(models, recipes["llama"])
+    speed = _measured(models, recipes["llama"], output, measure_again)
+    facts = _run_facts(text, info, recipes, seconds, time.monotonic() - started)
     data = _report(models, recipes, results, speed, output, facts, _command(text, output, overrides))
     page.write_report(data, output / "report.html")
     _merge_metrics(output)
     figures = _figures(data)
-    (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (output / "results.json").write_text(json.dumps(finite(figures), indent=2) + "\n")
     for line in page.headline(data):
         print(f"{line.label}: {line.value}. {line.sentence}")
+    if speed.disturbed:
+        print(f"{speed.note} {_again(output)}")
     print(f"{output / 'report.html'}: open it in a browser ({time.monotonic() - started:.0f} s in all)")
     return figures
 
@@ -107,17 +122,16 @@ def _held_out_share(source: Source) -> float:
     return next(held, shares[-1])
 
 
-def _train(name: str, recipe: Recipe, output: Path) -> float:
-    """Trains one of the two models, or continues; returns the seconds of training by the median pace of its steps."""
+def _train(name: str, recipe: Recipe, output: Path) -> Seconds:
+    """Trains one of the two models, or continues; returns the time that passed, over all sessions."""
     folder = output / name
     trainer = Trainer(recipe, folder)
+    for line in trainer.notes():
+        say(f"{NAMES[name]}: {line}")
     if not (trainer.finished and (folder / "model" / files.MANIFEST).exists()):
         trainer.watch(TrainingProgress(NAMES[name], recipe.training.steps, trainer.step))
         trainer.run()
-    tokens = recipe.training.batch_windows * recipe.training.window
-    entries = read_metrics(folder / "metrics.jsonl")
-    pace = sorted(entry["tokens_per_second"] for entry in entries)[len(entries) // 2]
-    return recipe.training.steps * tokens / pace
+    return read_seconds(folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +170,37 @@ def _held_out(recipe: Recipe, count: int) -> list[Any]:
     return sorted(some, key=lambda document: len(document) < 2 * _PROMPT_TOKENS)[:count]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """What was timed, as `speed.json` keeps it. models: the checksums of the folders of the models."""
+
+    when: str
+    models: dict[str, dict[str, str]]
+    speed: page.Speed
+
+
+def _measured(models: dict[str, Decoder], recipe: Recipe, output: Path, again: bool) -> page.Speed:
+    """The speed of the models: as it was measured before, or measured now, which takes a minute."""
+    path, checksums = output / "speed.json", {name: files.checksums(output / name / "model") for name in NAMES}
+    known = TypeAdapter(_Measured)
+    if path.exists() and not again:
+        earlier = known.validate_json(path.read_bytes())
+        if earlier.models == checksums:
+            say(f"speed: as measured {earlier.when}; {_again(output)}")
+            return earlier.speed
+    speed = _speed(models, recipe)
+    files.write_file(path, known.dump_json(_Measured(_now(), checksums, speed), indent=1) + b"\n")
+    return speed
+
+
+def _again(output: Path) -> str:
+    return f"`longwave quickstart --output {shlex.quote(str(output))} --measure-again` measures it again"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 def _speed(models: dict[str, Decoder], recipe: Recipe) -> page.Speed:
     """Times prefill, decoding and the training step of the three models in turn, once their outputs are checked."""
     run = recipe.training
@@ -163,12 +208,24 @@ def _speed(models: dict[str, Decoder], recipe: Recipe) -> page.Speed:
     options = BenchOptions(contexts=(run.window - steps,), decode_steps=steps, repeats=_REPEATS)
     llama = Longwave("llama", models["llama"])
     compared: list[TimedModel] = [Longwave("subllm", models["subllm"]), Transformers(models["llama"]), llama]
-    rows = bench_inference(compared, measure_peaks(torch.float32), options)
     trained = dataclasses.replace(options, contexts=(run.window,), dtype=run.precision)
-    rows += bench_training(compared, measure_peaks(dtype_of(run.precision)), trained)
+    with other_work() as others:
+        rows = bench_inference(compared, measure_peaks(torch.float32), options)
+        rows += bench_training(compared, measure_peaks(dtype_of(run.precision)), trained)
     by_quantity = {row.quantity: [one for one in rows if one.quantity == row.quantity] for row in rows}
     shown = [_speed_row(found) for found in by_quantity.values()]
-    return page.Speed(TIMED, [*shown, _memory_row(by_quantity["decode"])])
+    return page.Speed(TIMED, [*shown, _memory_row(by_quantity["decode"])], _load_words(others), others.disturbs)
+
+
+def _load_words(others: OtherWork) -> str:
+    """A sentence on how busy the machine was while it timed the models."""
+    found = others.words()
+    if not others.disturbs:
+        return f"{found[0].upper()}{found[1:]}."
+    return (
+        f"This machine was busy: {found}. Ratios are taken within rounds and suffer least; times, shares of bounds and "
+        "small differences are not to be trusted."
+    )
 
 
 def _speed_row(rows: list[Row]) -> page.SpeedRow:
@@ -189,8 +246,9 @@ def _figure(row: Row) -> page.Figure:
     bound = None
     if row.subject == "subllm" and row.bound_ratio:
         kept = " and ".join(f"{share:.0%}" for share in row.retention) or "the nominal retention"
-        bound = page.Bound(1 / row.bound_ratio, f"least FLOPs and bytes, keeping {kept}")
-    return page.Figure(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, bound)
+        bound = page.Bound(1 / row.bound_ratio, f"least FLOPs and bytes, keeping {kept} of the text that was timed")
+    rounds = [1e3 * seconds for seconds in timing.seconds]
+    return page.Figure(1e3 * timing.median, 1e3 * timing.low, 1e3 * timing.high, bound, rounds)
 
 
 def _memory_row(rows: list[Row]) -> page.SpeedRow:
@@ -212,7 +270,7 @@ def _report(
     metrics = {name: read_metrics(output / name / "metrics.jsonl") for name in NAMES}
     return page.Report(
         title="longwave quickstart",
-        created=datetime.now().astimezone().isoformat(timespec="seconds"),
+        created=_now(),
         machine=[page.Fact(label, value) for label, value in machine.facts().items()],
         run=facts,
         models=[_model_run(name, models[name], metrics[name], results[name]) for name in NAMES],
@@ -221,6 +279,7 @@ def _report(
         speed=speed,
         passage=_passage(models["subllm"], recipes["subllm"]),
         notes=_notes(recipes["subllm"], results),
+        curve_note=_curve_note(recipes["llama"]),
         command=command,
         subtitle="A Llama and a SUBLLM of one shape, trained on the same tokens.",
     )
@@ -279,14 +338,30 @@ def _notes(recipe: Recipe, results: dict[str, _Evaluation]) -> list[str]:
         f"Both models saw the same {trained:,} tokens in the same order. That is a few minutes of training: enough to "
         "show that everything works and what it costs, not what either model can learn.",
         "SUBLLM ran in threshold mode, as it does when it generates: of the tokens entering each level it kept "
-        f"{kept}.",
+        f"{kept} of all held-out text. The retention charts follow training windows, and the bounds of speed count "
+        "what was kept of the text that was timed: other texts, so the shares differ a little.",
         "Timings are medians of interleaved repeats on this machine; a model this small spends much of its time "
         "outside matrix products, so gains lie below those of a larger one.",
     ]
 
 
+def _curve_note(recipe: Recipe) -> str:
+    """Why the last points of the held-out curves are not the final figures, where they are not."""
+    run, total = (
+        recipe.training,
+        len(PackedTokens(recipe.data.folder, "held_out", recipe.training.window, keep_last=True)),
+    )
+    reasons = []
+    if 0 < run.evaluate_windows < total:
+        reasons.append(f"of the first {run.evaluate_windows} of {total} held-out windows")
+    if run.precision != "fp32":
+        reasons.append(f"computed in {run.precision}")
+    words = "The held-out curves and the gap are {}; the table, the cards and `longwave eval` take all, in fp32."
+    return words.format(" and ".join(reasons)) if reasons else ""
+
+
 def _run_facts(
-    text: str | None, info: PreparedInfo, recipes: dict[str, Recipe], seconds: dict[str, float]
+    text: str | None, info: PreparedInfo, recipes: dict[str, Recipe], seconds: dict[str, Seconds], session: float
 ) -> list[page.Fact]:
     run, shape = recipes["llama"].training, recipes["llama"].model
     facts = {
@@ -297,7 +372,8 @@ def _run_facts(
         "training": f"{run.steps:,} steps of {run.batch_windows} windows of {run.window:,} tokens, {run.precision}",
         "optimizer": f"{recipes['llama'].optimizer.kind}, {recipes['llama'].schedule.kind}",
         "shape": f"hidden {shape.hidden_size}, {shape.attention.heads} heads, MLP {shape.mlp.size}",
-        **{f"time, {NAMES.get(name, name)}": f"{value:.0f} s" for name, value in seconds.items()},
+        **{f"time, {NAMES[name]}": spent.words() for name, spent in seconds.items()},
+        "time, last session": f"{session:.0f} s up to this page, whatever it did of all this",
     }
     return [page.Fact(label, value) for label, value in facts.items()]
 
@@ -315,13 +391,15 @@ def _merge_metrics(output: Path) -> None:
 
 def _figures(data: page.Report) -> dict[str, Any]:
     """The figures of the comparison as plain values."""
+    speed = data.speed
     llama, subllm = data.models
     return {
         "held_out_loss": {model.name: model.final_loss for model in data.models},
         "relative_gap": page.relative_gap(subllm, llama),
         "retention": [level.final for level in data.retention.levels],
         "training_selection_loss": data.retention.top_k_loss,
-        "speed": [_speed_figures(row) for row in data.speed.rows],
+        "speed": [_speed_figures(row) for row in speed.rows],
+        "machine_was_busy": speed.disturbed,
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan, prepare, quickstart, recipes, train
 from longwave.cli.parser import Parser, add_verbs
 from longwave.errors import MachineError, UserError
+from longwave.files.jsonfile import finite
 from longwave.version import __version__
 
 VERBS = (
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb, options = command_line().read(arguments)
         result = verb.run(options)
         if options.json and result is not None:
-            print(json.dumps(result))
+            print(json.dumps(finite(result)))
         sys.stdout.flush()
         return 0
     except UserError as error:

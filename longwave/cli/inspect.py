@@ -36,10 +36,10 @@ class Inspect(OnDevice):
 def run(options: Inspect) -> dict[str, Any]:
     """Inspects, writes the page, prints the short form and returns its figures."""
     from longwave import machine
+    from longwave.files.jsonfile import finite
     from longwave.inspection.inspect import Choice, inspect
     from longwave.inspection.source import read_text
     from longwave.reports.inspect import write_inspection
-    from longwave.reports.page import finite
 
     output = Path(options.output)
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")

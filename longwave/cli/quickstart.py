@@ -18,6 +18,7 @@ class Quickstart(Options):
     text: str | None = argument("a text file or folder; the Python standard library by default", default=None)
     overrides: tuple[str, ...] = argument("recipe values for both, training.steps=50", default=(), metavar="key=value")
     output: str = option("folder of models, metrics.jsonl and report.html", default="quickstart")
+    measure_again: bool = option("time the trained models anew, as after a busy hour", default=False)
 
 
 def run(options: Quickstart) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run(options: Quickstart) -> dict[str, Any]:
     if len(texts) > 1:
         raise UserError(f"{texts[1]!r}: one text has been given ({texts[0]}); an override reads key.path=value")
     overrides = [word for word in given if word not in texts]
-    return quickstart(texts[0] if texts else None, Path(options.output), overrides)
+    return quickstart(texts[0] if texts else None, Path(options.output), overrides, options.measure_again)
 
 
 VERB = Verb("quickstart", "train a Llama and a SUBLLM on real text and compare them", Quickstart, run)

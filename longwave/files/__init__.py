@@ -15,18 +15,21 @@ POSIX only, standard library only: importing this package does not import torch.
 
 from longwave.files.faults import faults, reading
 from longwave.files.leftovers import delete, folder_names, recover, sweep
+from longwave.files.lock import Lock, locked
 from longwave.files.manifest import MANIFEST, checksums
 from longwave.files.verification import refuse_damaged, verify
 from longwave.files.writing import add_to, folder, write_file
 
 __all__ = [
     "MANIFEST",
+    "Lock",
     "add_to",
     "checksums",
     "delete",
     "faults",
     "folder",
     "folder_names",
+    "locked",
     "reading",
     "recover",
     "refuse_damaged",

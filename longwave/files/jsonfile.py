@@ -1,8 +1,9 @@
-"""JSON files that somebody else wrote, read strictly: one object, finite numbers, no key twice."""
+"""JSON without NaN: files that somebody else wrote, read strictly (one object, no key twice), and values to write."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,15 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a JSON object")
     return content
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None in place of NaN and infinity, which JSON lacks; charts draw a diverged loss as a gap."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(name: str) -> str:

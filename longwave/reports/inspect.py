@@ -15,10 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from longwave import files
+from longwave.files.jsonfile import finite
 from longwave.inspection.agreement import STRETCH, Agreement
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
-from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite
+from longwave.reports.page import Fact, Headline, Kind, PassageToken
 from longwave.units import short
 
 _PAGE = Kind("inspect", ("passage", "heatmap"))

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,15 +82,6 @@ class Kind:
         }
         # All placeholders are replaced in one pass, so that a placeholder's name inside the data stays as it is.
         return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], self._text("page.html"))
-
-
-def finite(value: Any) -> Any:
-    """Plain values with None in place of NaN and infinity, which JSON lacks; charts draw a diverged loss as a gap."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _embed(payload: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ function drawQuality() {
     switches: [["late", "second half"], ["logX", "log steps"], ["logY", "log loss"]],
   });
   drawGap();
+  find("curve-words").textContent = report.curve_note;
   const head = ["Model", "Parameters", "Held-out loss", "Bits per byte", "Perplexity", "Gap in loss", "Layout"];
   fillTable(find("models"), head, report.models.map((model, index) => [
     element("span", {}, swatch({ color: modelColor(index) }), model.name), count(model.parameters), fixed(model.final_loss, 4),
@@ -94,7 +95,7 @@ function drawLevel(level) {
   find("retention-charts").append(host);
   const final = level.final === null ? "not measured" : percent(level.final);
   new Chart(host, {
-    title: level.name, note: `target ${percent(level.target)}, held-out text at the end ${final}`, unit: "step", domain: [0, 1],
+    title: level.name, note: `target ${percent(level.target)}; the curve is of training windows; all held-out text at the end ${final}`, unit: "step", domain: [0, 1],
     tick: value => percent(value, 0), format: value => percent(value), lines: [{ value: level.target, name: "target" }], switches: [["logX", "log steps"]],
     series: shares.map(([key, name], index) => ({ name, color: shareColor(index), points: level.steps.map((step, at) => [step, level[key][at]]) })),
   });
@@ -113,6 +114,8 @@ function gapSentence() {
 function drawSpeed() {
   const rows = report.speed.rows.map((row, index) => [row.label, ...cells[index].map(speedCell)]), table = find("speed-table");
   find("speed-baseline").textContent = report.speed.columns[report.baseline] ?? baseline.name;
+  find("speed-words").textContent = report.speed.note;
+  find("speed-words").classList.toggle("alarm", report.speed.disturbed);
   table.style.setProperty("--columns", columns.length);
   fillTable(table, ["", ...columns], rows);
   return rows.length;
@@ -121,7 +124,7 @@ function drawSpeed() {
 function speedCell(cell) {
   if (cell.missing !== undefined)
     return element("span", { class: "missing", tabindex: 0, "data-tip": cell.missing }, "—", element("small", { class: "print-only" }, cell.missing));
-  const ratio = cell.ratio === null ? null : element("span", { class: "ratio" }, `×${cell.ratio.toFixed(2)}`);
+  const ratio = cell.ratio === null ? null : element("span", { class: "ratio", ...(cell.ratios ? { tabindex: 0, "data-tip": `${cell.ratios} over the rounds` } : {}) }, `×${cell.ratio.toFixed(2)}`);
   return element("div", { class: "figure" }, element("span", { class: "median" }, cell.value), ratio,
     cell.spread ? element("small", {}, cell.spread) : null, cell.bound ? boundBar(cell) : null);
 }
@@ -129,7 +132,7 @@ function speedCell(cell) {
 function boundBar({ bound, kind, basis, share }) {
   const fill = element("i");
   fill.style.width = `${Math.min(share ?? 0, 1) * 100}%`;
-  const over = share > 1 ? " Above its bound: the bound leaves something out, or the measurement is noisy." : "";
+  const over = share > 1 ? " Beyond its bound: the timing is noisy, or the baseline is further from its own bound." : "";
   const words = `${kind === "floor" ? "floor" : "bound"} ${bound}${share === null ? "" : `, ${percent(share, 0)} of it reached`}`;
   return element("span", { class: "bound", tabindex: 0, "data-tip": basis + over }, share === null ? null : element("span", { class: "bar" }, fill), element("small", {}, words));
 }

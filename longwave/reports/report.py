@@ -11,10 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from longwave import files
-from longwave.reports.page import Fact, Headline, Kind, PassageToken, finite
+from longwave.files.jsonfile import finite
+from longwave.reports.page import Fact, Headline, Kind, PassageToken
 
 _PAGE = Kind("report", ("passage",))
 
@@ -111,12 +113,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured quantity: the median, the smallest and the largest of its repeats. Less is always better."""
+    """A measured quantity: the median, the smallest and the largest of its repeats. Less is always better.
+
+    rounds: the repeats in order, for figures that were measured in turn; those of one row are compared round by round,
+    so that what slows the machine for a while does not count.
+    """
 
     median: float
     low: float
     high: float
     bound: Bound | None = None
+    rounds: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -141,11 +148,14 @@ class Speed:
     """Speed and memory of models. columns: the titles of the models' columns by key, in order.
 
     Models that were timed but not trained here, such as another library's, have a column too. Every row needs a figure
-    for every column (ValueError).
+    for every column (ValueError). note: how busy the machine was with other work. disturbed: whether that was enough to
+    disturb the figures.
     """
 
     columns: Mapping[str, str]
     rows: Sequence[SpeedRow]
+    note: str = ""
+    disturbed: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -166,7 +176,10 @@ class Passage:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a report. baseline: the key of the model among `models` with which the others are compared."""
+    """The content of a report. baseline: the key of the model among `models` with which the others are compared.
+
+    curve_note: how the held-out losses along the training differ from the final ones, where they do.
+    """
 
     title: str
     created: str
@@ -180,6 +193,7 @@ class Report:
     notes: Sequence[str]
     command: str
     subtitle: str = ""
+    curve_note: str = ""
 
     def __post_init__(self) -> None:
         keys = [model.key for model in self.models]
@@ -191,6 +205,8 @@ def write_report(data: Report, path: Path) -> None:
     """Writes the page of `data` to `path`; a reader sees the old page or the whole new one."""
     files.write_file(path, _PAGE.render(data.title, _payload(data)).encode())
 
+
+_BEYOND = "the timing is noisy, or the baseline is further from its own bound"
 
 # The headline: figures in words ---------------------------------------------------------------------------------------
 
@@ -229,7 +245,7 @@ def _loss_headline(label: str, model: ModelRun, baseline: ModelRun) -> Headline:
         return Headline(label, "—", "A loss is not a finite number: training diverged.", "unknown")
     sentence = (
         f"{model.name} ends at {model.final_loss:.3f} on held-out text, {baseline.name} at "
-        f"{baseline.final_loss:.3f}; lower is better. One run each, so a small gap can be chance."
+        f"{baseline.final_loss:.3f}, over all of it; lower is better. One run each, so a small gap can be chance."
     )
     shown = f"{abs(gap):.1%}"
     if shown == "0.0%":
@@ -257,17 +273,46 @@ def _speed_headline(label: str, kind: str, speed: Speed, baseline: str, model: s
     return Headline(label, "—", why, "unknown")
 
 
+class _Gain(NamedTuple):
+    """How many times less a figure is than the baseline's: the median, the least and the most."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the figure was always on the same side of the baseline's."""
+        return self.low > 1 or self.high < 1
+
+
+def _gain(figure: Figure, baseline: Figure) -> _Gain | None:
+    """The gain over the baseline: round by round where both have rounds, else of the medians; None where one is 0."""
+    if figure.rounds and len(figure.rounds) == len(baseline.rounds):
+        gains = [_ratio(theirs, own) for own, theirs in zip(figure.rounds, baseline.rounds, strict=True)]
+        known = [gain for gain in gains if gain is not None]
+        return _Gain(median(known), min(known), max(known)) if len(known) == len(gains) else None
+    pairs = ((baseline.median, figure.median), (baseline.low, figure.high), (baseline.high, figure.low))
+    found = [_ratio(*pair) for pair in pairs]
+    return None if None in found else _Gain(*(gain for gain in found if gain is not None))
+
+
 def _compare(label: str, row: SpeedRow, baseline: _Column, model: _Column) -> Headline:
     own, reference = model.figure, baseline.figure
     shown = (f"{one.title} {_show(one.figure.median, row.kind)}" for one in (model, baseline))
-    parts = [f"{row.label}: {', '.join(shown)}."]
-    overlap = own.low <= reference.high and reference.low <= own.high
-    if overlap and reference.median != own.median:
-        parts.append("The spreads of the two overlap, so the difference may be noise.")
+    parts, gain = [f"{row.label}: {', '.join(shown)}."], _gain(own, reference)
+    if gain is not None and not gain.is_certain and reference.median != own.median:
+        parts.append(_doubt_words(gain, bool(own.rounds)))
     if own.bound:
         parts.append(_bound_words(own, reference, row.kind))
-    value, verdict = _gain_words(_ratio(reference.median, own.median), row.kind)
-    return Headline(label, value, " ".join(parts), "same" if overlap else verdict)
+    value, verdict = _gain_words(gain and gain.median, row.kind)
+    return Headline(label, value, " ".join(parts), "same" if gain and not gain.is_certain else verdict)
+
+
+def _doubt_words(gain: _Gain, by_round: bool) -> str:
+    if by_round:
+        return f"From round to round it was ×{gain.low:.2f} to ×{gain.high:.2f}, so the difference may be noise."
+    return "The spreads of the two overlap, so the difference may be noise."
 
 
 def _gain_words(gain: float | None, kind: str) -> tuple[str, Literal["better", "worse", "same", "unknown"]]:
@@ -284,6 +329,8 @@ def _bound_words(figure: Figure, baseline: Figure, kind: str) -> str:
     assert figure.bound
     bound, share = figure.bound, _share_of_bound(figure, baseline)
     limit = f"×{bound.value:.2f}" if bound.kind == "gain" else _show(bound.value, kind)
+    if share is not None and share > 1:
+        return f"That is beyond the computed bound of {limit} ({bound.basis}): {_BEYOND}."
     reached = f", of which {share:.0%} was reached" if share is not None else ""
     return f"The computed bound is {limit}{reached} ({bound.basis})."
 
@@ -295,10 +342,12 @@ def _cell(figure: Figure | Missing, reference: Figure | Missing | None, kind: st
     if isinstance(figure, Missing):
         return {"missing": figure.reason}
     bound, baseline = figure.bound, reference if isinstance(reference, Figure) else None
+    gain = None if baseline is None or figure is baseline else _gain(figure, baseline)
     return {
         "value": _show(figure.median, kind),
         "spread": None if figure.low == figure.high else f"{_show(figure.low, kind)} to {_show(figure.high, kind)}",
-        "ratio": None if baseline is None or figure is baseline else _ratio(baseline.median, figure.median),
+        "ratio": gain and gain.median,
+        "ratios": f"×{gain.low:.2f} to ×{gain.high:.2f}" if gain and figure.rounds and gain.low != gain.high else None,
         "bound": bound and (f"×{bound.value:.2f}" if bound.kind == "gain" else _show(bound.value, kind)),
         "kind": bound and bound.kind,
         "basis": bound and bound.basis,
@@ -312,8 +361,8 @@ def _share_of_bound(figure: Figure, baseline: Figure | None) -> float | None:
         return None
     if figure.bound.kind == "floor":
         return _ratio(figure.bound.value, figure.median)
-    gain = None if baseline is None else _ratio(baseline.median, figure.median)
-    return None if gain is None else _ratio(gain, figure.bound.value)
+    gain = None if baseline is None else _gain(figure, baseline)
+    return None if gain is None else _ratio(gain.median, figure.bound.value)
 
 
 def _ratio(over: float, under: float) -> float | None:

@@ -59,16 +59,18 @@ def newest_undamaged(parent: Path) -> Checkpoint | None:
     return found
 
 
-def prune(parent: str | os.PathLike[str], keep: int) -> list[Checkpoint]:
+def prune(parent: str | os.PathLike[str], keep: int, newest: int | None = None) -> list[Checkpoint]:
     """Deletes all but the `keep` newest complete checkpoints, oldest first, and returns the deleted ones.
 
-    To be called after a save, when the newest checkpoint is safe. Each folder is renamed out of sight before its
+    To be called after a save, when the newest checkpoint is safe. newest: the step that was saved; folders of higher
+    steps, which this run did not write, do not count and are left alone. Each folder is renamed out of sight before its
     content is deleted, so that a crash leaves it whole or invisible. Raises UserError if `keep` is below 1,
     MachineError if the machine fails.
     """
     if keep < 1:
         raise UserError(f"keep = {keep}: 1 or more; fewer would delete every checkpoint")
-    doomed = complete(parent)[:-keep]
+    ours = [one for one in complete(parent) if newest is None or one.step <= newest]
+    doomed = ours[:-keep]
     with files.faults(f"pruning {parent}", "every newer checkpoint is untouched"):
         for checkpoint in doomed:
             files.delete(checkpoint.path)

@@ -1,25 +1,26 @@
 """The training loop: runs a recipe, and continues an interrupted run so that the result is the same to the bit.
 
-- A checkpoint is the weights, the optimizer's tensors and two integers, step and tokens. There is no random generator
-to
-  save: the position in the data and the learning rate follow from the integers, and random draws are keyed by the step.
+- A checkpoint is the weights, the optimizer's tensors and a few integers, step and tokens among them. There is no
+  random generator to save: the position in the data and the learning rate follow from the integers, and random draws
+  are keyed by the step.
 - Every checkpoint is also a model folder that `longwave.load` takes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from longwave import files
 from longwave.checkpoints import find, load, native
@@ -28,18 +29,21 @@ from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import require
 from longwave.evaluation.held_out import held_out_loss
+from longwave.files.jsonfile import finite
 from longwave.machine import device_of
 from longwave.model import Decoder
 from longwave.resamplers import Resampler, Selection
 from longwave.streams import Stream
 from longwave.training import checkpoints
-from longwave.training.metrics import MetricsFile, Observer, TensorBoard
-from longwave.training.recipe import Recipe, TrainingConfig, flat, require_start
-
-# Settings of [training] that may differ when a run continues, since they do not change what is learned.
-_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic"}
+from longwave.training.clock import Clock, Seconds, read_seconds
+from longwave.training.divergence import RunEnded, buffers_kept, not_finite, require_finite, weights_of
+from longwave.training.metrics import METRICS, MetricsFile, Observer, TensorBoard, read_metrics
+from longwave.training.notes import notes
+from longwave.training.optimizers import StepReport
+from longwave.training.progress import Progress, read_progress, write_progress
+from longwave.training.recipe import Recipe, TrainingConfig, require_start
 
 
 class Interrupted(KeyboardInterrupt):
@@ -66,11 +70,31 @@ class _LevelFigures:
         }
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """The outcome of a run.
+
+    model: the folder of the trained model. step, tokens: updates, and tokens trained on. loss, held_out_loss: the last
+    ones, in nats per token; None where one is not finite. retention: for each level the share of the tokens entering it
+    that it kept on held-out text. skipped: updates that were skipped since their gradient was not finite. seconds: the
+    time that passed, over all sessions of the run.
+    """
+
+    model: Path
+    step: int
+    tokens: int
+    loss: float | None
+    held_out_loss: float | None
+    retention: tuple[float, ...]
+    skipped: int
+    seconds: Seconds
+
+
 class Trainer:
-    """A training run in an output folder: `checkpoints/`, `metrics.jsonl`, and at the end `model/`.
+    """A training run in an output folder: `checkpoints/`, `metrics.jsonl`, `times.json`, and at the end `model/`.
 
     A folder with checkpoints of the same recipe is continued. Raises UserError for data that does not fit the model,
-    and for checkpoints that are damaged or of another run.
+    for checkpoints that are damaged or of another run, and for a folder to which another run is writing.
     """
 
     def __init__(self, recipe: Recipe, output: str | Path) -> None:
@@ -84,11 +108,12 @@ class Trainer:
         self.data = PackedTokens(recipe.data.folder, "train", run.window)
         self.sampler = WindowSampler(len(self.data), run.seed)
         self.held_out = PackedTokens(recipe.data.folder, "held_out", run.window, keep_last=True)
-        self.step = self.tokens = 0
-        self.model = self._resumed_model() or self._first_model()
-        self.model.train().checkpoint_blocks(run.recompute)
-        self.optimizer = recipe.optimizer.build(self.model)
-        self._resume_optimizer()
+        self.progress = Progress()
+        with files.locked(self.output) if self.output.exists() else nullcontext():
+            self.model = self._resumed_model() or self._first_model()
+            self.model.train().checkpoint_blocks(run.recompute)
+            self.optimizer = recipe.optimizer.build(self.model)
+            self._resume_optimizer()
         self._observers: list[Observer] = []
 
     def watch(self, observer: Observer) -> None:
@@ -96,15 +121,50 @@ class Trainer:
         self._observers.append(observer)
 
     @property
+    def step(self) -> int:
+        """Number of steps that have been run."""
+        return self.progress.step
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that have been trained on."""
+        return self.progress.tokens
+
+    @property
     def finished(self) -> bool:
         """Whether all steps have been run."""
         return self.step >= self.recipe.training.steps
 
+    def notes(self) -> list[str]:
+        """Lines for people about the data, and about settings that do less with them than they seem to."""
+        return [*self.data.notes(), *notes(self.recipe, len(self.data), len(self.held_out))]
+
+    def result(self) -> TrainingResult:
+        """The outcome of the finished run."""
+        last = read_metrics(self.output / METRICS)[-1]
+        progress, losses = self.progress, (last.get("loss"), last.get("held_out_loss"))
+        facts = (tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
+        return TrainingResult(self.output / "model", progress.step, progress.tokens, *losses, *facts)
+
     def run(self) -> Decoder:
         """Trains to the last step, writes `model/` and returns the model.
 
-        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written.
+        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written; Diverged once numbers are not finite
+        (`training.divergence`); MachineError if the machine fails, or if the folder is moved away meanwhile.
         """
+        was_finished = self.finished
+        with files.locked(self.output) as self._lock:
+            self._require_newest()
+            self._clock = Clock(self.output, self._logged_seconds())
+            try:
+                self._run_steps()
+                self._write_model()
+            finally:
+                if self._lock.in_place() and not was_finished:
+                    self._clock.save()
+        return self.model.eval()
+
+    def _run_steps(self) -> None:
         run = self.recipe.training
         self._observers += self._own_observers()
         self._compile()
@@ -119,30 +179,36 @@ class Trainer:
         finally:
             for observer in self._observers:
                 observer.close()
-        self._write_model()
-        return self.model.eval()
 
     def _one_step(self) -> None:
-        run, started = self.recipe.training, time.perf_counter()
-        before, figures = self.tokens, _LevelFigures()
-        logged = _due(self.step + 1, run.log_every, run.steps)
+        run, started, before = self.recipe.training, time.perf_counter(), self.tokens
+        figures, logged = _LevelFigures(), _due(self.step + 1, run.log_every, run.steps)
         with self.model.watching(figures) if logged else nullcontext():
             loss, report, lr = self._update()
-        self.step += 1
-        self.model.set_step(self.step, run.seed)
-        tokens = self.tokens - before
+        tokens, pace = self.tokens - before, time.perf_counter() - started
         entry: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": loss, "lr_scale": lr}
-        entry |= {"grad_norm": report.grad_norm, "clip": report.clip}
-        entry |= {"tokens_per_second": tokens / (time.perf_counter() - started)}
+        entry |= {"grad_norm": report.grad_norm, "clip": report.clip, "tokens_per_second": tokens / pace}
+        entry |= {"skipped": True} if report.skipped else {}
         entry |= figures.by_name()
         if _due(self.step, run.evaluate_every, run.steps):
             entry |= self._evaluation()
-        for observer in self._observers:
-            observer.record(entry)
+        self._record(finite(entry | {"seconds": round(self._clock.seconds.total, 3)}), logged)
         if _due(self.step, run.checkpoint_every, run.steps):
             self._checkpoint()
 
-    def _update(self) -> tuple[float, Any, float]:
+    def _record(self, entry: dict[str, Any], logged: bool) -> None:
+        """Tells the observers, and ends the run where it has diverged or its folder is gone."""
+        for observer in self._observers:
+            observer.record(entry)
+        self._require_in_place()
+        if logged or None in entry.values():
+            self._require_finite(weights_of(self.model))
+        run = self.recipe.training
+        if self.progress.in_a_row >= min(run.max_skipped, run.steps):
+            skipped = f"{self.progress.in_a_row} updates in a row were skipped, since their gradients are not finite"
+            raise self._ended(f"{skipped}: try a lower optimizer.lr")
+
+    def _update(self) -> tuple[float, StepReport, float]:
         """One optimizer step: returns the mean loss per target, the optimizer's report and the schedule's factor."""
         run = self.recipe.training
         batches = self._batches()
@@ -155,29 +221,37 @@ class Trainer:
             part.backward()
             loss += part.detach()
         scale = self.recipe.schedule.scale(self.step, self.tokens, run.steps)
-        self.tokens += sum(batch.tokens.numel() for batch in batches)
         report = self.optimizer.step(scale)
         self.optimizer.zero_grad()
+        self._advance(sum(batch.tokens.numel() for batch in batches), report.skipped)
         return float(loss), report, scale
+
+    def _advance(self, tokens: int, skipped: bool) -> None:
+        """On to the next step; what the model would learn from a skipped one without gradients is undone as well."""
+        self.progress = self.progress.after(tokens, skipped)
+        with buffers_kept(self.model) if skipped else nullcontext():
+            self.model.set_step(self.step, self.recipe.training.seed)
 
     def _batches(self) -> list[Batch]:
         run = self.recipe.training
         first, size = self.step * run.batch_windows, run.micro_windows or run.batch_windows
         starts = range(first, first + run.batch_windows, size)
-        return [self.data.batch(range(start, start + size), self.sampler) for start in starts]
+        batches = [self.data.batch(range(start, start + size), self.sampler) for start in starts]
+        largest, entries = max(int(batch.tokens.max()) for batch in batches), self.recipe.model.vocab_size
+        if largest >= entries:
+            raise self._ended(f"{self.recipe.data.folder}: damaged: it has a token id {largest}, beyond {entries - 1}")
+        return batches
 
     def _evaluation(self) -> dict[str, Any]:
         run = self.recipe.training
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        computing = torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+        with self._clock.during("evaluation"), computing:
             result = held_out_loss(self.model, self.held_out, windows=run.evaluate_windows)
         retention = {"retention": list(result.retention)} if result.retention else {}
         return {"held_out_loss": result.loss, **retention}
 
     def _own_observers(self) -> list[Observer]:
-        self.output.mkdir(parents=True, exist_ok=True)
-        observers: list[Observer] = [
-            MetricsFile(self.output / "metrics.jsonl", self.step, self.recipe.training.log_every)
-        ]
+        observers: list[Observer] = [MetricsFile(self.output / METRICS, self.step, self.recipe.training.log_every)]
         if self.recipe.training.tensorboard:
             observers.append(TensorBoard(self.output / "tensorboard", self.step))
         return observers
@@ -189,35 +263,62 @@ class Trainer:
                     part.compile(dynamic=True)
 
     def _checkpoint(self) -> None:
-        parent = self.output / "checkpoints"
-        files.sweep(parent)
-        with files.folder(checkpoints.step_folder(parent, self.step)) as staging:
-            self._write_folder(staging)
-            write(self.optimizer.tensors(), staging / "optimizer.safetensors")
-            progress = {"step": self.step, "tokens": self.tokens, "recipe": self.recipe.to_dict()}
-            progress["tokenizer"] = self.tokenizer.fingerprint
-            (staging / "trainer.json").write_text(json.dumps(progress, indent=2) + "\n")
-        checkpoints.prune(parent, self.recipe.training.keep)
+        with self._clock.during("checkpoints"):
+            self._require_in_place()
+            self._require_finite(weights_of(self.model) | _moments(self.optimizer.tensors()))
+            files.sweep(self._checkpoints)
+            with files.folder(checkpoints.step_folder(self._checkpoints, self.step)) as staging:
+                self._write_folder(staging)
+                write(self.optimizer.tensors(), staging / "optimizer.safetensors")
+                write_progress(self.progress, self.recipe, self.tokenizer, staging)
+            checkpoints.prune(self._checkpoints, self.recipe.training.keep, self.step)
+        self._clock.save()
 
     def _write_model(self) -> None:
-        with files.folder(self.output / "model") as staging:
-            self._write_folder(staging)
+        with self._clock.during("checkpoints"):
+            self._require_in_place()
+            self._require_finite(weights_of(self.model))
+            with files.folder(self.output / "model") as staging:
+                self._write_folder(staging)
 
     def _write_folder(self, staging: Path) -> None:
         native.write_model(self.model, staging)
         self.tokenizer.save(staging)
         write_generation(completed(self.model.origin.generation, self.tokenizer), staging)
 
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _ended(self, why: str) -> RunEnded:
+        newest = checkpoints.newest(self._checkpoints)
+        return RunEnded(self.step, why, newest and newest.path)
+
+    def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
+        if (name := not_finite(tensors)) is not None:
+            raise self._ended(f"{name} holds NaN or infinity: try a lower optimizer.lr")
+
+    def _require_in_place(self) -> None:
+        self._lock.require_in_place("once it is back, the same command goes on from its newest checkpoint")
+
+    def _require_newest(self) -> None:
+        """UserError if another run has gone on in the folder since this one read it."""
+        newest = checkpoints.newest(self._checkpoints)
+        step = 0 if newest is None else newest.step
+        require(step == self.step, f"{self.output}: has gone on from step {self.step} to {step} since it was read")
+
+    def _logged_seconds(self) -> float:
+        logged = read_metrics(self.output / METRICS)
+        return float(logged[-1].get("seconds", 0)) if logged else 0.0
+
     def _resumed_model(self) -> Decoder | None:
-        newest = checkpoints.newest_undamaged(self.output / "checkpoints")
+        newest = checkpoints.newest_undamaged(self._checkpoints)
         if newest is None:
             return None
-        progress = json.loads((newest.path / "trainer.json").read_text())
-        _check_same_run(progress, self.recipe, self.tokenizer, newest.path)
-        self.step = int(progress["step"])
-        run = self.recipe.training  # older checkpoints hold no token count; all their training windows were full
-        self.tokens = int(progress.get("tokens", self.step * run.batch_windows * run.window))
-        return load(newest.path, device=self.device)
+        self.progress = read_progress(newest, self.recipe, self.tokenizer)
+        model = load(newest.path, device=self.device)
+        require_finite(model, str(newest.path), "remove the folder to go on from an earlier one")
+        return model
 
     def _first_model(self) -> Decoder:
         """The model before the first step: with random weights, or with those of `start_from` in fp32."""
@@ -226,6 +327,7 @@ class Trainer:
             return Decoder(config, run.seed).to(self.device)
         folder = find(run.start_from)
         start = load(folder, dtype=torch.float32, device=self.device)
+        require_finite(start, f"training.start_from = {run.start_from}", "give another folder")
         require_start(config, start.config, run.start_from)
         if (folder / "tokenizer.json").exists():
             self.info.require_tokenizer(Tokenizer.load(folder))
@@ -237,26 +339,18 @@ class Trainer:
 
     def _resume_optimizer(self) -> None:
         if self.step:
-            folder = checkpoints.step_folder(self.output / "checkpoints", self.step)
+            folder = checkpoints.step_folder(self._checkpoints, self.step)
             saved = WeightFiles(folder, "optimizer.safetensors")
             self.optimizer.load_tensors({name: tensor.clone() for name, tensor in saved.load(saved.names()).items()})
 
 
+def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an optimizer but for the bounds of its clipping, which are infinite while there are none."""
+    return {f"optimizer.{name}": state[name] for name in state if not name.startswith("clipping.")}
+
+
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _check_same_run(progress: dict[str, Any], recipe: Recipe, tokenizer: Tokenizer, path: Path) -> None:
-    """Raises UserError unless a checkpoint was written by a run of this recipe and tokenizer."""
-    written, ours = progress["recipe"], flat(json.loads(json.dumps(recipe.to_dict())))
-    theirs = flat({**written, "model": native.from_format_1(written["model"])})
-    free = {f"training.{name}" for name in _FREE_TO_CHANGE}
-    for name in sorted({*theirs, *ours} - free):
-        if theirs.get(name) != ours.get(name):
-            values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
-            raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
-    if progress["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{path}: trained with another tokenizer than {recipe.data.folder} has; give another output")
 
 
 @contextmanager

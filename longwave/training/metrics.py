@@ -12,6 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from longwave import files
 from longwave.errors import UserError
+from longwave.files.jsonfile import finite
+
+METRICS = "metrics.jsonl"
 
 
 @runtime_checkable
@@ -19,7 +22,7 @@ class Observer(Protocol):
     """A receiver of a run's metrics, such as the metrics file, a progress bar or TensorBoard."""
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Takes the entry of one step: a `step`, and figures by name."""
+        """Takes the entry of one step: a `step`, and figures by name, None for one that is not finite."""
         ...
 
     def close(self) -> None:
@@ -41,11 +44,11 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf8")
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Writes the entry as a line, and flushes it, if its step is due."""
-        if entry["step"] % self._every and entry["step"] != 1 and "held_out_loss" not in entry:
-            return
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        """Writes the entry as a line, and flushes it, if its step is due; a skipped update is always told."""
+        is_due = entry["step"] == 1 or not entry["step"] % self._every
+        if is_due or "held_out_loss" in entry or "skipped" in entry:
+            self._file.write(_line(entry))
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
@@ -67,7 +70,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_metrics(path: Path, entries: Iterable[dict[str, Any]]) -> None:
     """Writes a whole metrics file; a reader sees the old one or the new one, never a part."""
-    files.write_file(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    files.write_file(path, "".join(map(_line, entries)).encode())
+
+
+def _line(entry: dict[str, Any]) -> str:
+    """An entry as a line of JSON, which has null where a figure is not finite."""
+    return json.dumps(finite(entry), allow_nan=False) + "\n"
 
 
 class TensorBoard:

@@ -44,6 +44,7 @@ class TrainingConfig(Strict):
     log_every, evaluate_every, checkpoint_every: in steps; 0 means only at the end. evaluate_windows: held-out windows
     of
         one evaluation; 0 for all. keep: number of newest checkpoints kept.
+    max_skipped: so many updates in a row that are skipped, since a gradient is not finite, end the run.
     """
 
     steps: int
@@ -63,9 +64,10 @@ class TrainingConfig(Strict):
     evaluate_windows: int = 0
     checkpoint_every: int = 0
     keep: int = 2
+    max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "window", "batch_windows", "log_every", "keep"):
+        for name in ("steps", "window", "batch_windows", "log_every", "keep", "max_skipped"):
             require(getattr(self, name) > 0, f"training.{name} = {getattr(self, name)}: 1 or more")
         for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")

@@ -145,5 +145,5 @@ def _check_warmup(warmup_steps: int) -> None:
 
 
 def _check_fit(warmup_steps: int, limit: int, total_steps: int) -> None:
-    would_do = f"fewer than {limit} steps in a run of {total_steps}"
-    require(warmup_steps < limit, f"warmup_steps = {warmup_steps}: {would_do}")
+    would_do = f"give schedule.warmup_steps below {limit}, or more training.steps"
+    require(warmup_steps < limit, f"schedule.warmup_steps = {warmup_steps}: a run of {total_steps} steps; {would_do}")

@@ -131,9 +131,12 @@ def trained(recipe: Recipe, folder: Path, *observers: Any) -> Trainer:
 
 
 def losses(folder: Path) -> list[dict[str, Any]]:
-    """Every logged entry, without its pace."""
+    """Every logged entry, without its pace and the time that had passed."""
     entries = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in entry.items() if name != "tokens_per_second"} for entry in entries]
+    return [
+        {name: value for name, value in entry.items() if name not in ("tokens_per_second", "seconds")}
+        for entry in entries
+    ]
 
 
 def contents(trainer: Trainer) -> dict[str, Tensor]:

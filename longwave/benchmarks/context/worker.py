@@ -49,11 +49,13 @@ class Worker:
     """
 
     def __init__(self, job: Job, report: Callable[[int], object]) -> None:
-        self.name, self._report, self._seen = job.name, report, 0
+        self.name, self._job, self._report, self._seen = job.name, job, report, 0
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which shows results
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        # Ctrl-C is for this process, which shows results. The job is sent later: it fills the pipe until the new
+        # process has imported torch, seconds in which Ctrl-C would be ignored here too.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             self._process.start()
         finally:
@@ -61,7 +63,9 @@ class Worker:
         theirs.close()
 
     def load(self) -> Model:
-        """Loads the model, checks its logits, and returns its layout and size."""
+        """Sends the job, loads the model, checks its logits, and returns its layout and size."""
+        with self._alive():
+            self._pipe.send(self._job)
         return self._ask("load")
 
     def grow(self, context: int) -> Reading:
@@ -108,11 +112,12 @@ class Worker:
         return f"its process {how} after {self._seen:,} tokens{guess}"
 
 
-def _serve(pipe: Connection, job: Job) -> None:
-    """Runs in the process: answers calls until the pipe is closed."""
-    torch.set_num_threads(job.threads)
-    served = Served(job, pipe.send)
+def _serve(pipe: Connection) -> None:
+    """Runs in the process: takes a job, and answers calls until the pipe is closed."""
     with suppress(EOFError, BrokenPipeError):
+        job = pipe.recv()
+        torch.set_num_threads(job.threads)
+        served = Served(job, pipe.send)
         while True:
             name, *arguments = pipe.recv()
             pipe.send(answer(getattr(served, name), arguments))

@@ -1,0 +1,28 @@
+"""Settings of a recipe that do less than they seem to in a run over these data: lines for people, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from longwave.training.recipe import Recipe
+
+
+def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
+    """Notes on the recipe for data of so many training windows and held-out windows."""
+    run = recipe.training
+    needed = run.steps * run.batch_windows
+    if needed > windows:
+        yield (
+            f"training.steps = {run.steps}: the run goes through its {windows:,} training windows "
+            f"{needed / windows:.1f} times; prepare more text, or train fewer steps, to see each once"
+        )
+    if run.evaluate_windows > held_out:
+        yield f"training.evaluate_windows = {run.evaluate_windows}: only {held_out} are held out, which all count"
+    if 0 < run.steps <= recipe.schedule.warmup_steps:
+        yield (
+            f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: the {run.steps} steps end before the full "
+            f"learning rate is reached; give schedule.warmup_steps below {run.steps}, or more training.steps"
+        )
+    for name in ("evaluate_every", "checkpoint_every"):
+        if (every := getattr(run, name)) > run.steps:
+            yield f"training.{name} = {every}: more than the {run.steps} steps, so it happens once, at the end"

@@ -1,0 +1,88 @@
+"""How far a run has come, as its checkpoints keep it (`trainer.json`), and whether a checkpoint is of this very run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longwave import files
+from longwave.checkpoints import native
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+from longwave.training.checkpoints import Checkpoint
+from longwave.training.recipe import Recipe, flat
+
+FILE = "trainer.json"
+# Settings that may differ when a run continues, since they do not change what is learned.
+_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic", "max_skipped"}
+_MOST_NAMED = 3  # files of the data that a message names
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    step, tokens: updates done, and tokens trained on. skipped: updates that were skipped; in_a_row: those at the end.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def after(self, tokens: int, skipped: bool) -> Progress:
+        """The progress after another step."""
+        in_a_row = self.in_a_row + 1 if skipped else 0
+        return Progress(self.step + 1, self.tokens + tokens, self.skipped + skipped, in_a_row)
+
+
+def write_progress(progress: Progress, recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the progress into a checkpoint, with all that a run has to agree in to go on from it."""
+    identity = {"recipe": recipe.to_dict(), "tokenizer": tokenizer.fingerprint, "data": files.checksums(_data(recipe))}
+    (folder / FILE).write_text(json.dumps(asdict(progress) | identity, indent=2) + "\n")
+
+
+def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) -> Progress:
+    """The progress in a checkpoint. UserError unless it was written by a run of this recipe, tokenizer and data."""
+    path = checkpoint.path
+    try:
+        kept = json.loads((path / FILE).read_text())
+        step = int(kept["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no checkpoint of a run (no {FILE} to go by); remove the folder") from None
+    if step != checkpoint.step:
+        raise UserError(f"{path}: is a checkpoint of step {step}, whatever its name says; remove the folder")
+    _require_recipe(kept["recipe"], recipe, path, frozenset({"data.folder"} if "data" in kept else ()))
+    if kept["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{path}: trained with another tokenizer than {_data(recipe)} has; give another output")
+    _require_data(kept.get("data"), recipe, path)
+    run = recipe.training  # older checkpoints hold no token count; all their training windows were full
+    tokens = int(kept.get("tokens", step * run.batch_windows * run.window))
+    return Progress(step, tokens, int(kept.get("skipped", 0)), int(kept.get("in_a_row", 0)))
+
+
+def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, free: frozenset[str]) -> None:
+    ours = flat(json.loads(json.dumps(recipe.to_dict())))
+    theirs = flat({**written, "model": native.from_format_1(written["model"])})
+    for name in sorted({*theirs, *ours} - free - {f"training.{name}" for name in _FREE_TO_CHANGE}):
+        if theirs.get(name) != ours.get(name):
+            values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
+            raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
+
+
+def _require_data(then: dict[str, str] | None, recipe: Recipe, path: Path) -> None:
+    """UserError if the prepared data are not those that the run began with; older checkpoints cannot tell."""
+    now = files.checksums(_data(recipe))
+    if then is None or then == now:
+        return
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
+    named = ", ".join(changed[:_MOST_NAMED]) + more
+    advice = "prepare the same data again, or give another output folder"
+    raise UserError(f"{_data(recipe)}: other data than {path} was trained on ({named} changed); {advice}")
+
+
+def _data(recipe: Recipe) -> str:
+    return recipe.data.folder
