@@ -15,8 +15,9 @@ from longwave import files
 from longwave.checkpoints import huggingface, native, subllm
 from longwave.checkpoints.families import FAMILIES, Family
 from longwave.checkpoints.foreign import respelled
-from longwave.checkpoints.generation import completed, read_generation, write_generation
+from longwave.checkpoints.generation import IDS, completed, read_generation, write_generation
 from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
+from longwave.checkpoints.located import refuse_adapter
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, shown
@@ -68,6 +69,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     quantised family, a file that differs from its checksum.
     """
     folder = find(path)
+    refuse_adapter(folder)
     files.verify(folder, unread=".safetensors")  # weights are compared while they are read
     values = read_object(_config_file(folder))
     generation = read_generation(folder, values)
@@ -89,8 +91,9 @@ def save(
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
     generation = completed(model.origin.generation, tokenizer)
+    own = {name: model.origin.config[name] for name in IDS if name in model.origin.config}
     with files.folder(path) as staging:
-        FORMATS[format].write(model, staging, generation)
+        FORMATS[format].write(model, staging, own | generation)
         if format == model.origin.format != native.MODEL_TYPE:
             _respell(staging / "config.json", model.origin.config, FORMATS[format])
         write_generation(generation, staging)

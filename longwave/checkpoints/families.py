@@ -42,6 +42,9 @@ TABLE = (
     Row("lm_head.weight", "head.weight"),
 )
 EMBEDDING, HEAD = TABLE[0].theirs, TABLE[-1].theirs
+# Keys that `transformers` heeds in every family: attention to the future, layers with settings of their own, and layers
+# that share their keys and values.
+IN_TRANSFORMERS: Mapping[str, tuple[Any, ...]] = {"is_causal": (True,), "per_layer_config": (), "kv_sharing_modes": ()}
 BUFFERS = "rotary_emb.inv_freq"  # older folders keep it beside the weights
 
 
@@ -60,7 +63,8 @@ class Family:
     scalings: the kinds of rotary scaling that its code knows and that depend on the position alone.
     in_transformers: `transformers` has the class; its rotary scaling then takes an `attention_factor`.
     also: other names that folders give the class.
-    fixed: keys that may be there with these values (or null) only, since any other would make another model.
+    fixed: keys that may be there with these values (or null) only, since any other would make another model; those of
+        every family of `transformers` are in `IN_TRANSFORMERS`.
     defaults: the values of keys that are left out, where those are not the same for all families.
     """
 

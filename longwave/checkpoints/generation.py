@@ -2,6 +2,7 @@
 
 `transformers` keeps them there, and ids also in `config.json`; a tokenizer may know fewer (Llama 3 ends a turn with one
 token and a text with another; Qwen names its bos in the config only). They stay with the model and are written back.
+As in `transformers`, an eos of `config.json` counts only where there is no `generation_config.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_generation(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """The content of `generation_config.json`, completed by the ids in `config.json` (its parsed `values`).
+    """The content of `generation_config.json`, completed by ids in `config.json` (its parsed `values`).
 
     UserError for an id that is neither a number nor a list of numbers.
     """
@@ -33,6 +34,8 @@ def read_generation(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
                 type(one) is int for one in (value if isinstance(value, list) else [value]) if value is not None
             ):
                 raise UserError(f"{where}: {name} = {shown(value)}: a token id, or a list of them")
+    if path.exists():
+        ids.pop("eos_token_id", None)
     return ids | {name: value for name, value in given.items() if value is not None}
 
 
@@ -49,7 +52,8 @@ def write_generation(generation: dict[str, Any], folder: Path) -> None:
 
 
 def end_ids(generation: dict[str, Any], tokenizer: Tokenizer | None) -> set[int]:
-    """Every token that ends a text."""
+    """Every token that ends a text: those that the settings name, or else the tokenizer's eos."""
     ends = generation.get("eos_token_id")
-    known = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    return known | (set() if tokenizer is None or tokenizer.eos_id is None else {tokenizer.eos_id})
+    if ends is None:
+        return set() if tokenizer is None or tokenizer.eos_id is None else {tokenizer.eos_id}
+    return set(ends if isinstance(ends, list) else [ends])

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from longwave.checkpoints.families import BUFFERS, EMBEDDING, HEAD, TABLE, Family
+from longwave.checkpoints.families import BUFFERS, EMBEDDING, HEAD, IN_TRANSFORMERS, TABLE, Family
 from longwave.checkpoints.filling import ReadOptions
 from longwave.checkpoints.foreign import ForeignConfig, assemble, disassemble, refuse_unless
-from longwave.checkpoints.rope import read_rotary, write_rotary
-from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
+from longwave.checkpoints.located import WEIGHTS, weights_file
+from longwave.checkpoints.rope import read_rotary, read_window, write_rotary, write_window
+from longwave.checkpoints.weights import WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError, shown
 from longwave.layout import Blocks, Layout
@@ -30,7 +31,7 @@ def read_model(family: Family, folder: Path, values: dict[str, Any], dtype: torc
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
     config_from(family, values, source)  # a config that is refused is refused before any file of weights is opened
-    files = WeightFiles(folder, ignoring=BUFFERS)
+    files = WeightFiles(folder, weights_file(folder, values), ignoring=BUFFERS)
     _refuse_quantised(files)
     config = config_from(family, values, source, files.found)
     stated = values.get("dtype") or values.get("torch_dtype")
@@ -56,15 +57,16 @@ def config_from(
     _refuse_other_models(family, theirs)
     width, depth = theirs.positive("hidden_size"), theirs.positive("num_hidden_layers")
     letters = list(_letters(family, theirs, depth))
-    window = theirs.positive("max_position_embeddings")
+    stated = theirs.positive("max_position_embeddings")
+    rotary = read_rotary(theirs, family, stated)
     described = {
         "vocab_size": theirs.positive("vocab_size"),
         "hidden_size": width,
         "layout": " ".join(str(Blocks(len(list(run)), letter)) for letter, run in groupby(letters)),
         "attention": _attention(family, theirs, letters, stored or ()),
         "mlp": {"size": theirs.positive("intermediate_size"), "bias": _flag(family.mlp_bias, theirs, "mlp_bias")},
-        "context_window": window,
-        "rotary": read_rotary(theirs, family, window),
+        "context_window": read_window(theirs, rotary.get("scaling", {}), stated),
+        "rotary": rotary,
         "scales": _scales(theirs, width, depth) if family.mup else {},
         "init": {"std": theirs.get("initializer_range", float, 0.02)},
         "norm_eps": theirs.get("rms_norm_eps", float, 1e-6),
@@ -99,7 +101,7 @@ def config_json(family: Family, model: Decoder, ids: dict[str, Any]) -> dict[str
         "num_key_value_heads": attention.groups,
         **({} if family.head_size == "shared" and not family.hybrid else {"head_dim": size}),
         "hidden_act": "silu",
-        "max_position_embeddings": config.context_window,
+        **write_window(config),
         "initializer_range": config.init.std,
         "rms_norm_eps": config.norm_eps,
         **write_rotary(config, family),
@@ -120,7 +122,7 @@ def _refuse_other_models(family: Family, theirs: ForeignConfig) -> None:
         raise theirs.error("quantization_config", "quantised folders are not read; supported: fp32, bf16, fp16 weights")
     theirs.only("architectures", *([name] for name in (family.architecture, *family.also)))
     theirs.only("hidden_act", "silu")
-    for key, supported in family.fixed.items():
+    for key, supported in {**(IN_TRANSFORMERS if family.in_transformers else {}), **family.fixed}.items():
         theirs.only(key, *supported)
 
 
@@ -167,6 +169,8 @@ def _letters(family: Family, theirs: ForeignConfig, depth: int) -> Iterator[str]
     types = theirs.values.get("layer_types")
     if family.hybrid:
         yield from _typed(theirs, "mixer_types", family.hybrid.mixers, depth)
+    elif family.windows == "none" and types is not None:
+        yield from _typed(theirs, "layer_types", {"full_attention": "F"}, depth)
     elif family.windows == "none" or (family.windows == "all" and theirs.values.get("sliding_window") is None):
         yield from "F" * depth
     elif family.windows == "all":

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from longwave.checkpoints.filling import ReadOptions, StoredTensor, empty, fill
+from longwave.checkpoints.located import WEIGHTS
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import WEIGHTS, WeightFiles, write
+from longwave.checkpoints.weights import WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError, shown
 from longwave.model import Decoder

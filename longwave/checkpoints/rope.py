@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from longwave.checkpoints.families import Family
 from longwave.checkpoints.foreign import ForeignConfig, refuse_unless
-from longwave.config import LongRopeScaling, ModelConfig, RotaryScaling
+from longwave.config import MOST, LinearScaling, LongRopeScaling, ModelConfig, RotaryScaling
 from longwave.layers.rotary import attention_factor
 
 _KEYS = {  # ours -> theirs, by kind; the remaining fields of a kind are read and written by code below
@@ -24,6 +25,8 @@ _KEYS = {  # ours -> theirs, by kind; the remaining fields of a kind are read an
 }
 _OPTIONAL = ("beta_fast", "beta_slow", "truncate")
 _ORIGINAL = "original_max_position_embeddings"
+_STRETCHED = ("linear", "llama3", "yarn")  # kinds whose recipes may leave max_position_embeddings as it was before
+_WINDOW = "max_sequence_length"  # FastChat's key beside a linear recipe, which vLLM reads too
 _GIVEN = {"attention_factor", "factor"}  # what LongRoPE's factor on cosines and sines may be given by
 _ALSO = {  # further keys of a kind
     "default": set(),
@@ -51,6 +54,33 @@ def read_rotary(theirs: ForeignConfig, family: Family, context_window: int) -> d
     for unknown in sorted(rope.values.keys() - known):
         rope.only(unknown)
     return {"base": base} | ({} if kind == "default" else {"scaling": _scaling(kind, theirs, rope, context_window)})
+
+
+def read_window(theirs: ForeignConfig, scaling: Mapping[str, Any], stated: int) -> int:
+    """The context window of a model: `max_position_embeddings`, stretched where a recipe left it as it was before.
+
+    Qwen's recipe for YaRN and transformers' own for linear scaling add the scaling and leave that key; transformers then
+    runs past it. scaling: the plain values of a `RotaryScaling`, if any. stated: `max_position_embeddings`.
+    """
+    original = scaling.get("original_window", stated)
+    if scaling.get("kind") not in _STRETCHED or (scaling["kind"] == "llama3" and original < stated):
+        return stated
+    if theirs.values.get(_WINDOW) is not None:
+        return theirs.positive(_WINDOW)
+    stretched = original * scaling["factor"]
+    if not stretched <= MOST:
+        raise theirs.error("max_position_embeddings", f"{scaling['factor']} times as much is more than {MOST}")
+    return max(stated, int(stretched))
+
+
+def write_window(config: ModelConfig) -> dict[str, Any]:
+    """The keys of `config.json` from which `read_window` reads the context window again."""
+    window, scaling = config.context_window, config.rotary.scaling
+    stated = math.ceil(window / scaling.factor) if isinstance(scaling, LinearScaling) else window
+    written = {"max_position_embeddings": stated}
+    plain = {} if scaling is None else dataclasses.asdict(scaling)
+    exact = read_window(ForeignConfig(written, "config.json"), plain, stated) == window
+    return written if exact else written | {_WINDOW: window}
 
 
 def _scaling(kind: str, theirs: ForeignConfig, rope: ForeignConfig, context_window: int) -> dict[str, Any]:

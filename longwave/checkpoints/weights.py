@@ -25,11 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longwave import files
+from longwave.checkpoints.located import weights_file
 from longwave.errors import UserError, shown
 from longwave.files.checksum import joined
 from longwave.files.jsonfile import brief, plain, read_object
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _BLOCK = 1 << 22  # bytes read at a time: what was read is summed while it lies in a cache
 _LARGE = 1 << 22  # bytes from which memory is asked for in huge pages: filling it is then several times as fast
@@ -88,17 +87,18 @@ class Stored:
 
 
 class WeightFiles:
-    """The tensors of a folder, in `model.safetensors` or in the shards of its index.
+    """The tensors of a folder, in one file or in the shards of an index.
 
-    ignoring: the end of the names of tensors that count as absent. UserError for a file that is missing, is no
-    safetensors file, or holds other tensors than its index says.
+    file: the name of either; by default the one that `weights_file` finds. ignoring: the end of the names of tensors
+    that count as absent. UserError for a file that is missing, is no safetensors file, or holds other tensors than its
+    index says.
     """
 
-    def __init__(self, folder: Path, file: str = WEIGHTS, ignoring: str | None = None) -> None:
-        sharded = file == WEIGHTS and (folder / INDEX).exists()
-        self.source = str(folder / (INDEX if sharded else file))
+    def __init__(self, folder: Path, file: str | None = None, ignoring: str | None = None) -> None:
+        path = folder / (file or weights_file(folder))
+        self.source = str(path)
         self._saved = files.checksums(folder)
-        self._files = _shards(folder) if sharded else {folder / file: _stored(folder / file)}
+        self._files = _shards(path) if path.suffix == ".json" else {path: _stored(path)}
         stored = {name: one for tensors in self._files.values() for name, one in tensors.items()}
         self.found = {name: one for name, one in stored.items() if not (ignoring and name.endswith(ignoring))}
 
@@ -194,7 +194,7 @@ def _memory(size: int) -> Tensor:
 def _stored(path: Path) -> dict[str, Stored]:
     """Every tensor in a file, by its header; safetensors refuses one that does not describe the file to the byte."""
     if not path.exists():
-        raise UserError(f"{path.parent}: no {path.name}" + (f" and no {INDEX}" if path.name == WEIGHTS else ""))
+        raise UserError(f"{path.parent}: no {path.name}")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
@@ -211,27 +211,27 @@ def _stored(path: Path) -> dict[str, Stored]:
     return stored
 
 
-def _shards(folder: Path) -> dict[Path, dict[str, Stored]]:
-    """The tensors of every shard that the index names, which must be those that the index puts there."""
-    listed = read_object(folder / INDEX).get("weight_map")
+def _shards(index: Path) -> dict[Path, dict[str, Stored]]:
+    """The tensors of every shard that an index names, which must be those that the index puts there."""
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise UserError(f"{folder / INDEX}: not an index of safetensors shards: weight_map names no files")
-    shards = {file: _stored(_shard(folder, file)) for file in sorted(set(listed.values()))}
+        raise UserError(f"{index}: not an index of safetensors shards: weight_map names no files")
+    shards = {file: _stored(_shard(index, file)) for file in sorted(set(listed.values()))}
     for name, file in listed.items():
         if name not in shards[file]:
-            raise UserError(f"{folder / Path(file).name}: missing tensor {plain(name)}, which {INDEX} puts there")
+            raise UserError(f"{index.parent / file}: missing tensor {plain(name)}, which {index.name} puts there")
     for file, tensors in shards.items():
         for name in tensors:
             if listed.get(name) != file:
-                raise UserError(f"{folder / Path(file).name}: unexpected tensor {plain(name)}: not in {INDEX}")
-    return {folder / Path(file).name: tensors for file, tensors in shards.items()}
+                raise UserError(f"{index.parent / file}: unexpected tensor {plain(name)}: not in {index.name}")
+    return {index.parent / file: tensors for file, tensors in shards.items()}
 
 
-def _shard(folder: Path, file: str) -> Path:
-    path = folder / Path(file).name
-    if not path.is_file():
-        raise UserError(f"{folder / INDEX}: names {shown(file)}, which is missing")
-    return path
+def _shard(index: Path, file: str) -> Path:
+    """The path of a shard, which lies beside its index."""
+    if file != Path(file).name or not (index.parent / file).is_file():
+        raise UserError(f"{index}: names {shown(file)}, which is missing")
+    return index.parent / file
 
 
 def check(expected: Mapping[str, torch.Size], found: Mapping[str, Described], source: str) -> None:

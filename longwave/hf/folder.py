@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from longwave import files
 from longwave.checkpoints import native
+from longwave.checkpoints.located import INDEX
 from longwave.checkpoints.names import flat_names
-from longwave.checkpoints.weights import INDEX, check, write
+from longwave.checkpoints.weights import check, write
 from longwave.errors import UserError
 from longwave.hf.config import LongwaveConfig
 from longwave.model import Decoder
