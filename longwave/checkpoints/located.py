@@ -1,8 +1,8 @@
-"""Which file of a folder holds its weights: the one that `transformers` takes, whatever else an earlier save left there.
+"""Which file of a folder holds its weights: the one that `transformers` takes, whatever else earlier saves left.
 
 The order is that of `transformers` 5.24 (`modeling_utils._get_resolved_checkpoint_files`): shards of a distributed
-checkpoint, which longwave refuses; the file that `config.json` names by `transformers_weights`; one whole file; an index
-of shards. An index beside a whole file, and shards that no index names, say nothing.
+checkpoint, which longwave refuses; the file that `config.json` names by `transformers_weights`; one whole file; an
+index of shards. An index beside a whole file, and shards that no index names, say nothing.
 """
 
 from __future__ import annotations

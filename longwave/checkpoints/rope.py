@@ -59,8 +59,8 @@ def read_rotary(theirs: ForeignConfig, family: Family, context_window: int) -> d
 def read_window(theirs: ForeignConfig, scaling: Mapping[str, Any], stated: int) -> int:
     """The context window of a model: `max_position_embeddings`, stretched where a recipe left it as it was before.
 
-    Qwen's recipe for YaRN and transformers' own for linear scaling add the scaling and leave that key; transformers then
-    runs past it. scaling: the plain values of a `RotaryScaling`, if any. stated: `max_position_embeddings`.
+    Qwen's recipe for YaRN and transformers' own for linear scaling add the scaling and leave that key; transformers
+    then runs past it. scaling: the plain values of a `RotaryScaling`, if any. stated: `max_position_embeddings`.
     """
     original = scaling.get("original_window", stated)
     if scaling.get("kind") not in _STRETCHED or (scaling["kind"] == "llama3" and original < stated):

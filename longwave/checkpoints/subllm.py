@@ -25,7 +25,7 @@ from torch import Tensor
 from longwave.checkpoints.filling import ReadOptions
 from longwave.checkpoints.foreign import ForeignConfig, Row, assemble, disassemble, refuse_unless
 from longwave.checkpoints.generation import IDS
-from longwave.checkpoints.located import INDEX, PICKLES, WEIGHTS
+from longwave.checkpoints.located import INDEX, WEIGHTS
 from longwave.checkpoints.weights import WeightFiles, Weights, write
 from longwave.config import ModelConfig, ScalesConfig, build
 from longwave.errors import UserError
@@ -54,6 +54,7 @@ TABLE = (
     Row("decoder.output_projection.weight", "head.weight"),
 )
 _BUFFERS = "position.inv_freq"
+_PICKLES = (".pt", ".pth", ".bin")
 
 
 def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
@@ -204,10 +205,10 @@ def _weights(folder: Path) -> Weights:
     """The tensors of a folder, in safetensors or in the one file that `torch.save` wrote."""
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
         return WeightFiles(folder, ignoring=_BUFFERS)
-    found = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
     if len(found) != 1:
         listed = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: no {WEIGHTS}, so exactly one *{', *'.join(PICKLES)} is needed; found: {listed}")
+        raise UserError(f"{folder}: no {WEIGHTS}, so exactly one *{', *'.join(_PICKLES)} is needed; found: {listed}")
     tensors = {name: tensor for name, tensor in _state_dict(found[0]) if not name.endswith(_BUFFERS)}
     return _Pickled(str(found[0]), tensors)
 

@@ -1,4 +1,4 @@
-"""Folders in the shapes that people have them: what we load is what `transformers` loads, or one line names the file."""
+"""Folders in shapes that people have: what is loaded is what `transformers` loads, or one line names the file."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "per_layer_config",
     ),
     "shared keys and values": ("whole", {"kv_sharing_modes": ["own", "reuse"]}, "kv_sharing_modes"),
-    "a table of text beside": ("whole", {"text_config": {"hidden_size": 99}}, None),
+    "a table of text beside": ("whole", {"text_config": {"hidden_size": 99}}, "text_config"),
     "all in a table of text": (
         "whole",
         {"model_type": "llava", "text_config": {"model_type": "llama"}},
@@ -289,7 +289,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "a table of text of a llama": (
         "whole",
         {"text_config": {"model_type": "llama", "hidden_size": 32}, "hidden_size": ...},
-        "config.json: hidden_size is missing",
+        "config.json: text_config",
     ),
     "no kind": ("whole", {"model_type": ...}, "config.json: model_type"),
     "quantised": ("whole", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
