@@ -42,11 +42,15 @@ TABLE = (
     Row("lm_head.weight", "head.weight"),
 )
 EMBEDDING, HEAD = TABLE[0].theirs, TABLE[-1].theirs
-# Keys that `transformers` heeds in every family: attention to the future, layers with settings of their own, layers that
-# share their keys and values, and tables of a model within the model.
+# Keys that `transformers` heeds in every family: attention to the future, layers with settings of their own, layers
+# that share their keys and values, and tables of a model within the model.
 IN_TRANSFORMERS: Mapping[str, tuple[Any, ...]] = {
-    "is_causal": (True,), "per_layer_config": (), "kv_sharing_modes": (),
-    "text_config": (), "decoder": (), "generator": (),
+    "is_causal": (True,),
+    "per_layer_config": (),
+    "kv_sharing_modes": (),
+    "text_config": (),
+    "decoder": (),
+    "generator": (),
 }
 BUFFERS = "rotary_emb.inv_freq"  # older folders keep it beside the weights
 
