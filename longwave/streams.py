@@ -101,6 +101,8 @@ class Runs:
     def places(self) -> Int64[Tensor, " T"]:
         """The place of each row in its run, counted from 0."""
         rows = torch.arange(self.tokens, device=self.bounds.device)
+        if self.count == 1:
+            return rows
         return rows - self.bounds.index_select(0, self.of_token)
 
     @cached_property
@@ -191,6 +193,18 @@ def _window_of_runs(lengths: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[i
 
 
 @dataclass(frozen=True)
+class Continued:
+    """The sequences of a state that the runs of a stream continue.
+
+    slots: of the state. rows: where their memory lies, as integers of the host and, as `index`, on the device.
+    """
+
+    slots: tuple[int, ...]
+    rows: tuple[int, ...]
+    index: Int64[Tensor, " R"]
+
+
+@dataclass(frozen=True)
 class Stream:
     """The description of the rows of `hidden (T, D)` that all layers share.
 
@@ -198,8 +212,7 @@ class Stream:
         never leaves it.
     order: each token's place in its sequence, which causality goes by.
     positions: what rotation goes by; the same tensor as `order` unless a position scheme says otherwise.
-    slots: the state slot that each run continues, or None without a state. rows: where that slot's memory lies, on the
-        device.
+    continued: the sequences that the runs continue, or None without a state.
     windows: the training windows, or None outside training.
     outputs: rows whose outputs are needed, or None for all.
     passengers: per-token tensors (T, ...) that travel along when a resampler gathers tokens.
@@ -208,8 +221,7 @@ class Stream:
     runs: Runs
     order: Int64[Tensor, " T"]
     positions: Int64[Tensor, " T"]
-    slots: tuple[int, ...] | None = None
-    rows: Int64[Tensor, " R"] | None = None
+    continued: Continued | None = None
     windows: Windows | None = None
     outputs: Int64[Tensor, " O"] | None = None
     passengers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -226,7 +238,9 @@ class Stream:
         """A stream of runs, run `r` beginning at place `starts[r]` (0 by default) of its sequence."""
         runs = Runs.of(lengths, device)
         order = runs.places
-        if starts is not None and any(starts):
+        if starts is not None and len(starts) == 1:
+            order = order + starts[0]
+        elif starts is not None and any(starts):
             order = order + torch.tensor(list(starts), device=device).index_select(0, runs.of_token)
         return cls(runs, order, order, windows=None if windows is None else windows.over(runs))
 
@@ -257,4 +271,4 @@ class Stream:
         order = self.order.index_select(0, rows)
         positions = order if self.positions is self.order else self.positions.index_select(0, rows)
         passengers = {name: value.index_select(0, rows) for name, value in self.passengers.items()}
-        return Stream(runs, order, positions, self.slots, self.rows, windows, None, passengers)
+        return Stream(runs, order, positions, self.continued, windows, None, passengers)

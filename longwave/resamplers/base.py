@@ -206,6 +206,10 @@ def kept_count(tokens: int, retention: Fraction) -> int:
 
 def runs_above(kept: Tensor, runs: Runs) -> tuple[Int64[Tensor, " K"], Runs]:
     """The rows where `kept` (T) is true, and how they fall into runs; the host reads one vector of the device."""
+    if runs.count == 1:  # a sequence by itself, whose steps are made of small operations
+        rows = kept.nonzero().flatten()
+        tokens = rows.shape[0]
+        return rows, Runs(runs.bounds.clamp(max=tokens), tokens, (tokens,))
     counts = F.pad(kept.cumsum(0), (1, 0))
     inner = Runs(counts.index_select(0, runs.bounds), 0)
     tokens = sum(inner.lengths)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from longwave.states.spec import PerToken, StateSpec
-from longwave.streams import Places, Spans, Stream
+from longwave.streams import Places, Runs, Spans, Stream
 
 _SMALLEST = 64  # tokens that an extent has room for, if for any
 _FEW = 8  # tokens of a run, on average, up to which those of all runs are written at once
@@ -79,10 +79,10 @@ class Extents:
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def memory(self, part: str, stream: Stream, rows: Sequence[int]) -> _PartMemory:
+    def memory(self, part: str, stream: Stream) -> _PartMemory:
         """The memory of one part for the stream at hand; the first part of a step makes room for all of them."""
         if self._step is None or self._step.runs is not stream.runs:
-            self._step = self._open(stream, rows)
+            self._step = self._open(stream)
         return _PartMemory(self, part, self._step)
 
     def begin(self) -> None:
@@ -103,8 +103,10 @@ class Extents:
             self._counts = self._counts.index_add(1, step.index, step.runs.sizes.expand(2, -1))
             self._step = None
 
-    def _open(self, stream: Stream, rows: Sequence[int]) -> _Step:
+    def _open(self, stream: Stream) -> _Step:
+        assert stream.continued is not None, "the stream comes from state.stream(...)"
         self._upload()
+        rows, index = stream.continued.rows, stream.continued.index
         table, lengths = [self._rows[row] for row in rows], stream.runs.lengths
         if self._arrays:
             largest = 4 * _SMALLEST if self.window else 1 << 62  # beyond it a window may give its extent back
@@ -116,7 +118,7 @@ class Extents:
             self._make_room(tight)
         firsts = [self._offsets[row] for row in rows]
         ends = [first + one.length - one.start + n for first, one, n in zip(firsts, table, lengths, strict=True)]
-        return _Step(stream, rows, self._firsts, self._counts, list(zip(firsts, ends, strict=True)))
+        return _Step(stream.runs, rows, index, self._firsts, self._counts, list(zip(firsts, ends, strict=True)))
 
     # --- room ---------------------------------------------------------------------------------------------------------
 
@@ -327,7 +329,8 @@ class Extents:
         if len(step.rows) > 1 and step.runs.tokens <= _FEW * len(step.rows):
             return array.index_copy_(1, step.at, entries)
         lengths = step.runs.lengths  # a run's tokens follow each other, and one copy of many is 10x as fast on a CPU
-        for (_, end), count, piece in zip(step.places.spans, lengths, entries.split(lengths, 1), strict=True):
+        pieces = (entries,) if len(lengths) == 1 else entries.split(lengths, 1)
+        for (_, end), count, piece in zip(step.places.spans, lengths, pieces, strict=True):
             array[:, end - count : end] = piece
         return array
 
@@ -372,10 +375,9 @@ class _Step:
     """
 
     def __init__(
-        self, stream: Stream, rows: Sequence[int], firsts: Tensor, counts: Tensor, spans: Sequence[tuple[int, int]]
+        self, runs: Runs, rows: tuple[int, ...], index: Tensor, firsts: Tensor, counts: Tensor, spans: Spans
     ) -> None:
-        assert stream.rows is not None
-        self.runs, self.rows, self.index = stream.runs, rows, stream.rows
+        self.runs, self.rows, self.index = runs, rows, index
         self._before, self._lengths = counts.index_select(1, self.index)
         self.places = Places(firsts[0].index_select(0, self.index), self._before + self.runs.sizes, spans)
         self.summed: dict[Name, list[int]] = {}
@@ -395,11 +397,11 @@ class _Step:
     def block(self) -> slice | None:
         """The rows as a slice of a pool, if they follow each other."""
         first = self.rows[0] if self.rows else 0
-        follow = list(self.rows) == list(range(first, first + len(self.rows)))
+        follow = self.rows == tuple(range(first, first + len(self.rows)))
         return slice(first, first + len(self.rows)) if follow else None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _PartMemory:
     """`states.memory.Memory` of one part: its arrays, and the step that all parts of the store share."""
 

@@ -108,8 +108,8 @@ class Store(Protocol):
         """Ready for a step; one that was begun and not closed has not happened."""
         ...
 
-    def memory(self, part: str, stream: Stream, rows: Sequence[int]) -> Memory:
-        """The memory of one part for a stream whose runs continue these rows (on the device: `stream.rows`)."""
+    def memory(self, part: str, stream: Stream) -> Memory:
+        """The memory of one part for a stream that continues sequences (`stream.continued` has their rows)."""
         ...
 
     def close(self) -> None:

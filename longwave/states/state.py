@@ -14,7 +14,7 @@ from longwave.errors import UserError
 from longwave.states.extents import Extents
 from longwave.states.memory import Memory, NoMemory, Store
 from longwave.states.spec import StateSpec
-from longwave.streams import Stream
+from longwave.streams import Continued, Stream
 from longwave.units import LAST_PLACE
 
 
@@ -98,8 +98,7 @@ class State:
 
     def part(self, part: str, stream: Stream) -> Memory:
         """The memory of one part for the stream at hand."""
-        assert stream.slots is not None, "the stream comes from state.stream(...)"
-        return self._store_of[part].memory(part, stream, [self._sequences[slot].row for slot in stream.slots])
+        return self._store_of[part].memory(part, stream)
 
     def stream(self, lengths: Sequence[int], slots: Sequence[int] | None = None) -> Stream:
         """The stream of `lengths[r]` new tokens that continue slot `slots[r]` (0, 1, ... by default)."""
@@ -114,13 +113,14 @@ class State:
             raise UserError(f"a sequence of {longest:,} tokens: places are counted up to {LAST_PLACE:,}")
         for store in self._stores:
             store.begin()
-        rows = torch.tensor([self._sequences[slot].row for slot in slots], dtype=torch.int64, device=self.device)
-        return replace(Stream.of(lengths, starts=starts, device=self.device), slots=tuple(slots), rows=rows)
+        rows = tuple([self._sequences[slot].row for slot in slots])
+        continued = Continued(tuple(slots), rows, torch.tensor(rows, dtype=torch.int64, device=self.device))
+        return replace(Stream.of(lengths, starts=starts, device=self.device), continued=continued)
 
     def advance(self, stream: Stream) -> None:
         """Counts the tokens of `stream` as seen, once every part has run them."""
-        assert stream.slots is not None
-        for slot, length in zip(stream.slots, stream.lengths, strict=True):
+        assert stream.continued is not None
+        for slot, length in zip(stream.continued.slots, stream.lengths, strict=True):
             self._sequences[slot].seen += length
         for store in self._stores:
             store.close()

@@ -45,7 +45,7 @@ from longwave.model import Decoder
 from longwave.part import Part
 from longwave.resamplers.subllm import Subllm
 from longwave.states import Extents, Memory, PerSequence, PerToken, State, StateSpec
-from longwave.streams import Stream
+from longwave.streams import Continued, Stream
 
 every_case = pytest.mark.parametrize("name", CASES)
 KEY, ORDER, SUMS = PerToken(2, 3), PerToken(1, 1, torch.int32), PerToken(2, 3, width=3, every=2)
@@ -57,7 +57,8 @@ def tokens_from(seed: int, count: int) -> list[int]:
 
 def stream_of(rows: Sequence[int], lengths: Sequence[int]) -> Stream:
     """The stream of so many new tokens of these rows of a store."""
-    return replace(Stream.of(lengths), slots=tuple(rows), rows=torch.tensor(rows, dtype=torch.int64))
+    rows = tuple(rows)
+    return replace(Stream.of(lengths), continued=Continued(rows, rows, torch.tensor(rows, dtype=torch.int64)))
 
 
 def extents_of(spec: StateSpec, rows: int = 1, dtype: torch.dtype = torch.float32) -> Extents:
@@ -68,7 +69,7 @@ def extents_of(spec: StateSpec, rows: int = 1, dtype: torch.dtype = torch.float3
 def stepping(extents: Extents, lengths: Sequence[int], rows: Sequence[int] = (0,)) -> Iterator[Memory]:
     """The memory of the part for a step, which is closed behind the block."""
     extents.begin()
-    yield extents.memory("part", stream_of(rows, lengths), rows)
+    yield extents.memory("part", stream_of(rows, lengths))
     extents.close()
 
 
@@ -166,7 +167,7 @@ class ExtentsAreLists(RuleBasedStateMachine):
         pieces, self.numbers = [list(range(*ends)) for ends in pairwise(bounds)], bounds[-1]
         stream = stream_of(rows, sizes)
         self.store.begin()
-        self.check_step(rows, pieces, *(self.store.memory(part, stream, rows) for part in "ab"))
+        self.check_step(rows, pieces, *(self.store.memory(part, stream) for part in "ab"))
         if closes:
             self.store.close()
             for row, piece in zip(rows, pieces, strict=True):
@@ -239,7 +240,7 @@ class ExtentsAreLists(RuleBasedStateMachine):
         self.store.reserve({row: self.store.held(row) + more})
         reserved = self.store.reserved_bytes()
         self.store.begin()
-        self.store.memory("a", stream_of([row], [more]), [row])
+        self.store.memory("a", stream_of([row], [more]))
         assert self.window is not None or self.store.reserved_bytes() == reserved
 
     @precondition(lambda self: len(self.rows) < 5)

@@ -28,9 +28,9 @@ class ListStore:
     def begin(self) -> None:
         self.step = None
 
-    def memory(self, part: str, stream: Stream, rows: Sequence[int]) -> ListMemory:
+    def memory(self, part: str, stream: Stream) -> ListMemory:
         if self.step is None or self.step.runs is not stream.runs:
-            self.step = ListMemory(self, part, stream, rows)
+            self.step = ListMemory(self, part, stream)
         return self.step.of(part)
 
     def close(self) -> None:
@@ -96,7 +96,9 @@ class ListStore:
 class ListMemory:
     """See `longwave.states.Memory`. after: what every run's row holds once the step is closed."""
 
-    def __init__(self, store: ListStore, part: str, stream: Stream, rows: Sequence[int]) -> None:
+    def __init__(self, store: ListStore, part: str, stream: Stream) -> None:
+        assert stream.continued is not None
+        rows = stream.continued.rows
         self.part, self.runs, self.rows = part, stream.runs, rows
         self.after = [dict(store.rows[row]) for row in rows]
         before = torch.tensor([store.length(row) for row in rows], dtype=torch.int64)
