@@ -11,7 +11,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from datetime import datetime
-from itertools import islice
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from longwave.benchmarks.models import BenchOptions, Longwave, TimedModel, Trans
 from longwave.benchmarks.results.results import Row
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo, iter_documents, prepare
-from longwave.data.sources import Source, documents, is_held_out, standard_library
+from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
@@ -104,22 +103,10 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
         return PreparedInfo.read(folder)
     vocabulary = _recipe("llama", folder, overrides).model.vocab_size
     documents_of = standard_library if text is None else text
-    share = _held_out_share(documents_of)
     say(f"preparing {source}: tokenizer of {vocabulary:,} entries, packed tokens")
     folder.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(source, encoding="utf8")
-    return prepare(documents_of, folder, vocab_size=vocabulary, held_out=share)
-
-
-def _held_out_share(source: Source) -> float:
-    """The share of documents to hold out: 2 %, or more where 2 % of a few documents would hold none out.
-
-    A single document is cut in two at any share.
-    """
-    names = [document.name for document in islice(documents(source), 200)]
-    shares = [percent / 100 for percent in range(2, 100, 2)]
-    held = (share for share in shares if len(names) == 1 or any(is_held_out(name, share) for name in names))
-    return next(held, shares[-1])
+    return prepare(documents_of, folder, vocab_size=vocabulary)
 
 
 def _train(name: str, recipe: Recipe, output: Path) -> Seconds:

@@ -44,3 +44,8 @@ def short_bytes(number: float) -> str:
             return f"{number:.4g} {unit}"
         number /= 1024
     return f"{number:.4g} TiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: `1 document`, `1,200 documents`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
+from longwave.units import counted
 
 if TYPE_CHECKING:
     from longwave.data.shards import PreparedInfo
@@ -18,13 +19,15 @@ class Prepare(Options):
     """Options of `longwave prepare`."""
 
     source: str = argument(
-        "a text file, a .jsonl file of texts or chats, a folder of them; 'stdlib' for Python's own sources"
+        "text, or rows of texts or chats (.jsonl, .json, .csv, .parquet; also .gz, .zst), or a folder of them; "
+        "'stdlib' for Python's own sources"
     )
     output: str = argument("a new folder")
     vocab_size: int | None = option("entries of the tokenizer to train (8192)")
     tokenizer: str | None = option("a folder with tokenizer.json to use instead of training one")
-    held_out: float = option("share of documents kept from training", default=0.02)
-    text_field: str | None = option("field of the text in JSONL rows, whatever else they hold (text)")
+    held_out: float | None = option("share of documents kept from training (0.02, one document at least)")
+    text_field: str | None = option("field of the text in rows, whatever else they hold (text)")
+    ignore: tuple[str, ...] = option("a key of rows and messages to pass over; repeat for more", default=())
     loss_on: Literal["assistant", "all"] | None = option("what is learned of conversations (assistant)")
     seed: int = option("of the draw of what is held out", default=0)
 
@@ -32,18 +35,19 @@ class Prepare(Options):
 def run(options: Prepare) -> dict[str, Any]:
     """Prepares, and prints how much there is of it."""
     from longwave.data.shards import prepare
-    from longwave.data.sources import documents, standard_library
+    from longwave.data.sources import standard_library
     from longwave.data.tokenizer import Tokenizer
 
-    source = standard_library if options.source == "stdlib" else lambda: documents(options.source, options.text_field)
     info = prepare(
-        source,
+        standard_library if options.source == "stdlib" else options.source,
         options.output,
         tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
         vocab_size=options.vocab_size,
         held_out=options.held_out,
         seed=options.seed,
         loss_on=options.loss_on,
+        text_field=options.text_field,
+        ignore=options.ignore,
     )
     _show(info, options.output)
     return json.loads(info.to_json())
@@ -51,10 +55,12 @@ def run(options: Prepare) -> dict[str, Any]:
 
 def _show(info: PreparedInfo, output: str) -> None:
     print(f"{output}: {info.train.tokens:,} training tokens and {info.held_out.tokens:,} held out, ", end="")
-    print(f"{info.train.documents + info.held_out.documents:,} documents, vocabulary of {info.vocab_size:,}")
+    print(f"{counted(info.documents, 'document')}, vocabulary of {info.vocab_size:,}")
     if info.kind == "chat":
         learned = f"{info.train.targets / info.train.tokens:.0%} of the training tokens are learned"
         print(f"conversations: {learned}; left out, for want of an answer: {info.left_out:,}")
+    for one in info.not_read:
+        print(f"left out: {one}")
 
 
 VERB = Verb("prepare", "turn text or conversations into tokenised shards", Prepare, run)

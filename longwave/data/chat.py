@@ -13,15 +13,16 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from longwave.data.conversations import ASSISTANT, Message
+from longwave.data.conversations import ASSISTANT, is_label
+from longwave.data.documents import Conversation, Message
 from longwave.data.encoding import Encoded, Kind
 from longwave.data.marks import Marked, Marks, Span
-from longwave.data.sources import Conversation
 from longwave.data.template import Rendered, Template
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, require
+from longwave.files.jsonfile import plain
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -50,9 +51,11 @@ class Chat:
     def prompt(self, messages: Sequence[Message], where: str = "prompt") -> list[int]:
         """The ids of a conversation and of the beginning of the assistant's next turn.
 
-        Raises UserError for a conversation that the template refuses.
+        Raises UserError for a conversation that the template refuses, or does not read all fields of.
         """
-        [encoded] = self._marks.encode([self._template.render(messages, where, prompt=True).text])
+        rendered = self._template.render(messages, where, prompt=True)
+        _require_asked(messages, rendered.asked, where)
+        [encoded] = self._marks.encode([rendered.text])
         return encoded.ids
 
     @cached_property
@@ -65,37 +68,51 @@ class Chat:
         ids = {id for id, start in zip(marked.ids, marked.starts, strict=True) if start in closing}
         return frozenset({self._eos_id, *ids})
 
-    def texts(self, messages: Sequence[Message], where: str, loss_on: LossOn = "assistant") -> list[Rendered]:
+    def texts(self, conversation: Conversation, loss_on: LossOn = "assistant") -> list[Rendered]:
         """The marked texts that a model learns a conversation from, each with the spans to learn; [] without an answer.
 
-        where: the file and line that error messages name. Raises UserError for a conversation that the template
-        refuses, and for a template that leaves open which part of its text is the assistant's.
+        Raises UserError for a conversation that the template refuses or does not read all of, and for a template that
+        leaves open which part of its text is the assistant's.
         """
+        where, messages = conversation.name, conversation.messages
+        skipped = f"{where}: a message with weight 0 cannot be left out of a loss on all; use --loss-on assistant"
+        require(loss_on == "assistant" or not conversation.unlearned, skipped)
         if loss_on == "all" or self._template.names_answers:
-            text, answers = self._template.render(messages, where)
-            answers = [(0, len(text))] if loss_on == "all" else answers
-            return [Rendered(text, answers)] if answers else []
-        answers = [place for place, message in enumerate(messages) if message["role"] == ASSISTANT]
-        return _shared([self._turn(messages, place, where) for place in answers])
+            whole = self._template.render(messages, where, variables=self._variables(conversation))
+            _require_asked(messages, whole.asked, where)
+            answers = [(0, len(whole.text))] if loss_on == "all" else _learned(conversation, whole.answers)
+            return [Rendered(whole.text, answers)] if answers else []
+        turns = [self._turn(conversation, place) for place, one in enumerate(messages) if one["role"] == ASSISTANT]
+        seen = messages[: turns[-1].place + 1] if turns else ()
+        _require_asked(seen, frozenset().union(*(turn.asked for turn in turns)), where)
+        return _shared([turn for turn in turns if turn.place not in conversation.unlearned])
 
     def encode(self, texts: Sequence[Rendered]) -> list[Encoded]:
         """The ids of texts, and the spans of ids that are learned: ids whose text begins within an answer."""
         pairs = zip(texts, self._marks.encode([one.text for one in texts]), strict=True)
         return [self._encoded(rendered, marked) for rendered, marked in pairs]
 
-    def _turn(self, messages: Sequence[Message], place: int, where: str) -> _Turn:
+    def _variables(self, conversation: Conversation) -> dict[str, Any]:
+        """What the data gives the template to read. Raises UserError for what it neither reads nor may pass over."""
+        given, known = conversation.variables, self._template.variables
+        unread = [name for name in given if name not in known and not is_label(name)]
+        require(not unread, _unread(conversation.name, unread))
+        return {name: value for name, value in given.items() if name in known}
+
+    def _turn(self, conversation: Conversation, place: int) -> _Turn:
         """The answer at `place` by comparing two renderings: the prompt for it, and the conversation up to its end."""
-        prompt = self._template.render(messages[:place], where, prompt=True).text
-        text = self._template.render(messages[: place + 1], where).text
+        where, messages, variables = conversation.name, conversation.messages, self._variables(conversation)
+        prompt = self._template.render(messages[:place], where, prompt=True, variables=variables)
+        whole = self._template.render(messages[: place + 1], where, variables=variables)
         remedy = "enclose what is learned in {% generation %} and {% endgeneration %} in the template"
-        begins = text.startswith(prompt)
+        begins = whole.text.startswith(prompt.text)
         require(begins, f"{where}: the chat template does not begin an answer as it prompts for one; {remedy}")
-        ends = [end for _, end in self._marks.closing(text, len(prompt))]
+        ends = [end for _, end in self._marks.closing(whole.text, len(prompt.text))]
         require(bool(ends), f"{where}: the chat template ends an answer with no token of its own; {remedy}")
-        return _Turn(text, len(prompt), ends)
+        return _Turn(place, whole.text, len(prompt.text), ends, whole.asked)
 
     def _encoded(self, rendered: Rendered, marked: Marked) -> Encoded:
-        text, answers = rendered
+        text, answers = rendered.text, rendered.answers
         spans = [(bisect_left(marked.starts, start), bisect_left(marked.starts, end)) for start, end in answers]
         said = self._marks.unmark("".join(text[start:end] for start, end in answers))
         return Encoded(marked.ids, [span for span in spans if span[0] < span[1]], len(said.encode()))
@@ -104,13 +121,16 @@ class Chat:
 class _Turn(NamedTuple):
     """A conversation up to the end of one answer.
 
-    start: the character where the answer begins. ends: the characters behind each special token that closes it, of
-    which a template may drop the last ones once another turn follows.
+    place: of the answer among the messages. start: the character where it begins. ends: the characters behind each
+    special token that closes it, of which a template may drop the last ones once another turn follows.
+    asked: the fields of messages that the template looked for.
     """
 
+    place: int
     text: str
     start: int
     ends: list[int]
+    asked: frozenset[tuple[str, str]]
 
     def within(self, text: str) -> Span | None:
         """The span of the answer in a longer rendering of the conversation; None where that shows it differently."""
@@ -130,6 +150,30 @@ def _shared(turns: list[_Turn]) -> list[Rendered]:
         texts.append(Rendered(text, [span for span in spans if span]))
         turns = [turn for turn, span in zip(turns, spans, strict=True) if not span]
     return texts
+
+
+def _learned(conversation: Conversation, answers: list[Span]) -> list[Span]:
+    """Of the answers that a template encloses, those that the data does not exclude from the loss."""
+    if not conversation.unlearned:
+        return answers
+    places = [place for place, one in enumerate(conversation.messages) if one["role"] == ASSISTANT]
+    apart = f"{conversation.name}: weight 0: the chat template encloses {len(answers)} answers of {len(places)}"
+    require(len(answers) == len(places), f"{apart}, which leaves open whose they are; leave the conversation out")
+    return [span for place, span in zip(places, answers, strict=True) if place not in conversation.unlearned]
+
+
+def _require_asked(messages: Sequence[Message], asked: frozenset[tuple[str, str]], where: str) -> None:
+    """Raises UserError for fields of messages that the template did not look for, unless they are labels."""
+    for place, message in enumerate(messages):
+        others = (key for key in message if key not in ("role", "content") and not is_label(key))
+        unread = [key for key in others if (message["role"], key) not in asked]
+        require(not unread, _unread(f"{where}: messages[{place}]", unread))
+
+
+def _unread(where: str, names: Sequence[str]) -> str:
+    some = [plain(name) for name in names[:5]]
+    ways = " ".join(f"--ignore {name}" for name in some)
+    return f"{where}: {', '.join(some)}: not read by the chat template; leave it out, or pass it over ({ways})"
 
 
 class ChatEncoder:
@@ -161,7 +205,7 @@ class ChatEncoder:
 
         Several, where the template shows an earlier answer differently once others follow.
         """
-        texts = [self._chat.texts(one.messages, one.name, self._loss_on) for one in documents]
+        texts = [self._chat.texts(one, self._loss_on) for one in documents]
         encoded = iter(self._chat.encode([text for some in texts for text in some]))
         return [[self._learned(next(encoded)) for _ in some] for some in texts]
 

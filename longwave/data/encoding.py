@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
+from longwave.data.documents import Document
 from longwave.data.marks import Span
-from longwave.data.sources import Document
 from longwave.data.tokenizer import Tokenizer
 
 Kind = Literal["text", "chat"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -27,8 +27,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from longwave import files
 from longwave.data.chat import ChatEncoder, LossOn
+from longwave.data.documents import Conversation, Document
 from longwave.data.encoding import Encoded, Encoder, Kind, TextEncoder
-from longwave.data.sources import Conversation, Document, Source, documents, split_held_out
+from longwave.data.sources import Census, LeftOut, Source, documents
+from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
@@ -74,7 +76,8 @@ class PreparedInfo:
 
     tokenizer: the fingerprint of the tokenizer that made the ids.
     kind: `chat` where the documents are conversations, which training windows do not cut.
-    left_out: number of conversations left out, since they have no answer.
+    left_out: number of conversations left out, since they have no answer that is learned.
+    not_read: the files and rows of the source that hold nothing to learn, by the reason.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -87,6 +90,22 @@ class PreparedInfo:
     held_out: SplitInfo
     kind: Kind = "text"
     left_out: int = 0
+    not_read: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def documents(self) -> int:
+        """Number of documents of both splits."""
+        return self.train.documents + self.held_out.documents
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of both splits."""
+        return self.train.tokens + self.held_out.tokens
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the learned text of both splits."""
+        return self.train.bytes + self.held_out.bytes
 
     @classmethod
     def read(cls, folder: str | Path) -> PreparedInfo:
@@ -136,28 +155,38 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     vocab_size: int | None = None,
-    held_out: float = 0.02,
+    held_out: float | None = None,
     seed: int = 0,
     loss_on: LossOn | None = None,
+    text_field: str | None = None,
+    ignore: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> PreparedInfo:
     """Turns documents into a prepared folder, in memory that does not grow with the source.
 
     tokenizer: by default a new one of `vocab_size` entries (8192 unless given), trained on the first GiB of the
         training documents.
-    held_out: share of the documents kept from training; `seed` draws them (`sources.split_held_out`).
+    held_out: share of the documents kept from training, which `seed` draws (`splitting`); by default two in a hundred,
+        and one at least.
     loss_on: which tokens of a conversation are learned; only the assistant's by default.
+    text_field, ignore: how the rows of a path are read (`sources.documents`).
     Raises UserError when `out` exists, for a source that cannot be read, for conversations or a chat template that
     cannot be used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
     """
     if tokenizer is not None and vocab_size is not None:
         raise UserError(f"vocab_size = {vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
-    is_chat = isinstance(next(documents(source)), Conversation)
+    census = Census()
+
+    def found(census: Census | None = None) -> Iterator[Document]:
+        return documents(source, text_field, ignore=ignore, census=census)
+
+    is_chat = isinstance(next(found()), Conversation)
     if loss_on is not None and not is_chat:
         raise UserError(f"loss_on = {loss_on}: has no effect on texts, of which every token is learned; leave it out")
+    share = default_share(found(), seed) if held_out is None else held_out
 
-    def read(stage: str) -> Iterator[tuple[Document, bool]]:
-        pairs = split_held_out(documents(source), held_out, seed)
+    def read(stage: str, census: Census | None = None) -> Iterator[tuple[Document, bool]]:
+        pairs = split_held_out(found(census), share, seed)
         return _reporting(pairs, stage, progress) if progress else pairs
 
     with files.folder(out, overwrite=False) as folder:
@@ -165,7 +194,9 @@ def prepare(
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
             tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)
         encoder = ChatEncoder(tokenizer, loss_on or "assistant") if is_chat else TextEncoder(tokenizer)
-        return _write(folder, read("tokens"), encoder)
+        info = replace(_write(folder, read("tokens", census), encoder), not_read=census.found())
+        (folder / META_FILE).write_bytes(info.to_json())
+        return info
 
 
 class SplitTokens:
@@ -314,7 +345,6 @@ def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encode
     info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, *splits, encoder.kind, left_out)
     if not info.train.targets:
         raise UserError(f"nothing to learn: {left_out} of the conversations have no answer of the assistant")
-    (folder / META_FILE).write_bytes(info.to_json())
     return info
 
 

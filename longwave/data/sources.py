@@ -1,136 +1,102 @@
-"""Documents read from text files, folders, JSONL files of texts or of conversations, and Python's standard library."""
+"""Documents read from files and folders (`formats.py` says of which kinds), and Python's standard library."""
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import json
-import math
+import io
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-from longwave.data.conversations import Message, messages_of
-from longwave.errors import UserError
+from longwave.data import formats
+from longwave.data.documents import Conversation, Document
+from longwave.data.formats import NotRead
+from longwave.data.rows import Rules
+from longwave.errors import UserError, require
+from longwave.files.jsonfile import plain
 
-# A longer text file becomes several documents. A document is tokenised whole, in about 150 bytes of memory per byte of
-# text, and this much text is a million tokens.
-PIECE_CHARACTERS = 4 << 20
-_BLOCK_BYTES = 1 << 20
 _NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text and the name it is known by: its path below the source, with a line or piece number where needed."""
-
-    name: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation(Document):
-    """Messages of a conversation; `text` is their contents joined, without the form that a chat template adds."""
-
-    messages: tuple[Message, ...]
-
+_SHOWN = 5  # names of files that are told for each reason why some were left out
+_WHAT_WOULD_DO = "give text in UTF-8, .jsonl, .json, .csv or .parquet, or a folder of them"
 
 Source = str | Path | Callable[[], Iterator[Document]]
 """A path, or a function that yields documents (such as `standard_library`); preparing data reads it more than once."""
 
 
-def documents(source: Source, text_field: str | None = None) -> Iterator[Document]:
-    """The non-empty documents of a text file, a `.jsonl` file, or a folder of both, in a fixed order.
+@dataclass
+class LeftOut:
+    """Files and rows that were not read for one reason. names: the first of them, below the source."""
 
-    A folder is read recursively in the order of names, without hidden files and files that are not UTF-8 text. A text
-    file longer than `PIECE_CHARACTERS` gives several documents, cut at line ends.
+    reason: str
+    count: int
+    names: list[str]
 
-    text_field: the field of a JSONL line that holds the text. By default a line in one of the forms of
-        `conversations.FORMS` is a conversation, and any other line holds its text in `text`.
-    Raises UserError for a path that is missing (at once), for a path that holds no text, for a bad JSONL line, and for
-    texts mixed with conversations (when reading reaches them).
+    def __str__(self) -> str:
+        more = f" and {self.count - len(self.names):,} more" if self.count > len(self.names) else ""
+        return f"{self.count:,} ({self.reason}): {', '.join(map(plain, self.names))}{more}"
+
+
+class Census:
+    """Takes note of what is left out of a source."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, LeftOut] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        found = self._found.setdefault(reason, LeftOut(reason, 0, []))
+        found.count += 1
+        if len(found.names) < _SHOWN:
+            found.names.append(name)
+
+    def found(self) -> list[LeftOut]:
+        """For each reason what was left out, in the order of the reasons."""
+        return [self._found[reason] for reason in sorted(self._found)]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.found()))
+
+
+def documents(
+    source: Source, text_field: str | None = None, *, ignore: tuple[str, ...] = (), census: Census | None = None
+) -> Iterator[Document]:
+    """The documents of a file of text or rows, or of a folder of both, in a fixed order.
+
+    A folder is read recursively in the order of names. Nothing in it is passed over in silence: hidden entries, links
+    to folders, and files that hold neither text nor rows are noted. A long text gives several documents, cut at line
+    ends.
+
+    text_field: the field of a row that holds the text, whatever else the row holds. By default a row in one of the
+        forms of `conversations.FORMS` is a conversation, and any other holds its text in `text`.
+    ignore: keys of rows and of messages that are passed over. census: notes what is left out.
+    Raises UserError for a path that is missing (at once), for a path that holds no text, for a bad row, and for texts
+    mixed with conversations (when reading reaches them).
     """
+    census = census or Census()
     if callable(source):
-        return _of_one_kind(_at_least_one(source(), getattr(source, "__name__", "the source")))
-    path = Path(source)
+        return _of_one_kind(_at_least_one(source(), getattr(source, "__name__", "the source"), census))
+    path, rules = Path(source), Rules(text_field, frozenset(ignore))
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a text file, a .jsonl file or a folder of them")
-    found = _walk(path, text_field) if path.is_dir() else _file(path, path.name, text_field)
-    return _of_one_kind(_at_least_one(found, str(path)))
+        raise UserError(f"{shown_name(path)}: no such file or folder; {_WHAT_WOULD_DO}")
+    if path.is_dir():
+        found = _each(_files(path, census), rules, census)
+        return _of_one_kind(_at_least_one(found, shown_name(path), census))
+    again = f"{shown_name(path)}: not a file that can be read more than once; {_WHAT_WOULD_DO}"
+    require(path.is_file(), again)
+    return _of_one_kind(_at_least_one(_single(path, rules, census), shown_name(path), census))
 
 
 def standard_library() -> Iterator[Document]:
     """The sources of Python's standard library, without its tests: about 12 MB of real text on any machine."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path, name in _files(root, without=_NOT_LIBRARY):
-        if path.suffix == ".py" and _is_text(path):
-            yield from _text(path, name)
+    root, census = Path(sysconfig.get_path("stdlib")), Census()
+    found = _files(root, census, without=_NOT_LIBRARY)
+    return _each(((path, name) for path, name in found if path.suffix == ".py"), Rules(), census)
 
 
-def split_held_out(documents: Iterable[Document], fraction: float, seed: int = 0) -> Iterator[tuple[Document, bool]]:
-    """Each document, and whether it is held out of training, which its name and the seed alone decide.
-
-    A single document is cut in two at a line end, and its end is held out.
-
-    fraction: the expected share of documents held out, 0 <= fraction < 1.
-    Raises UserError for another fraction, and when all documents have gone to one side.
-    """
-    if not 0 <= fraction < 1:
-        raise UserError(f"held_out = {fraction}: at least 0 and less than 1")
-    documents = iter(documents)
-    first = list(islice(documents, 2))
-    if len(first) == 1 and fraction > 0:
-        return iter(_cut(first[0], fraction))
-    return _split(chain(first, documents), fraction, seed)
-
-
-def is_held_out(name: str, fraction: float, seed: int = 0) -> bool:
-    """Whether the document of this name is held out."""
-    return _draw(name, seed) < fraction
-
-
-def _split(documents: Iterator[Document], fraction: float, seed: int) -> Iterator[tuple[Document, bool]]:
-    count, lowest, highest = 0, 1.0, 0.0
-    for document in documents:
-        draw = _draw(document.name, seed)
-        count, lowest, highest = count + 1, min(lowest, draw), max(highest, draw)
-        yield document, draw < fraction
-    if count and 0 < fraction <= lowest:
-        enough = math.floor(lowest * 1000 + 1) / 1000
-        raise UserError(f"held_out = {fraction}: none of {count} documents is held out; {enough} holds one out, 0 none")
-    if count and highest < fraction:
-        raise UserError(f"held_out = {fraction}: all {count} documents are held out, none is left to train; give less")
-
-
-def _draw(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the name and the seed alone."""
-    digest = hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def _cut(document: Document, fraction: float) -> list[tuple[Document, bool]]:
-    """A single document cut in two: the text to train on, and its end, held out."""
-    text = document.text
-    if isinstance(document, Conversation):
-        raise UserError(f"held_out = {fraction}: {document.name} is the only conversation; give more of them, or 0")
-    middle = int(len(text) * (1 - fraction))
-    middle = text.rfind("\n", 0, middle) + 1 or middle
-    if not 0 < middle < len(text):
-        raise UserError(f"held_out = {fraction}: {document.name} is too short to be cut in two; give more text, or 0")
-    return [(Document(document.name, text[:middle]), False), (Document(f"{document.name}#end", text[middle:]), True)]
-
-
-def _at_least_one(found: Iterator[Document], where: str) -> Iterator[Document]:
+def _at_least_one(found: Iterator[Document], where: str, census: Census) -> Iterator[Document]:
     first = next(found, None)
     if first is None:
-        raise UserError(
-            f"{where}: holds no text (empty, or not UTF-8); give a text file, a .jsonl file or a folder of them"
-        )
+        raise UserError(f"{where}: holds no text ({str(census) or 'empty'}); {_WHAT_WOULD_DO}")
     yield first
     yield from found
 
@@ -146,88 +112,79 @@ def _of_one_kind(found: Iterator[Document]) -> Iterator[Document]:
         yield document
 
 
-def _walk(folder: Path, text_field: str | None) -> Iterator[Document]:
-    for path, name in _files(folder):
-        yield from _file(path, name, text_field)
+def _each(paths: Iterable[tuple[Path, str]], rules: Rules, census: Census) -> Iterator[Document]:
+    """The documents of files, with the names that they go by."""
+    for path, name in paths:
+        try:
+            yield from _file(path, name, rules, census)
+        except NotRead as error:
+            census.add(error.reason, name)
 
 
-def _files(root: Path, without: frozenset[str] = frozenset()) -> Iterator[tuple[Path, str]]:
-    """The regular files below a folder, sorted, with their paths relative to it; hidden files are left out."""
-    for folder, folders, names in os.walk(root, onerror=_refuse):
-        folders[:] = sorted(name for name in folders if name not in without and not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                yield path, path.relative_to(root).as_posix()
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); make it readable or move it away") from error
-
-
-def _file(path: Path, name: str, text_field: str | None) -> Iterator[Document]:
-    if path.suffix == ".jsonl":
-        return _jsonl(path, name, text_field)
-    return _text(path, name) if _is_text(path) else iter(())
-
-
-def _is_text(path: Path) -> bool:
-    """Whether the whole file is UTF-8 without a NUL byte."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+def _single(path: Path, rules: Rules, census: Census) -> Iterator[Document]:
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                if "\0" in decoder.decode(block):
-                    return False
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
+        yield from _file(path, shown_name(path.name), rules, census)
+    except NotRead as error:
+        raise UserError(f"{shown_name(path)}: holds no text ({error}); {_WHAT_WOULD_DO}") from error
 
 
-def _text(path: Path, name: str) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        pieces = iter(lambda: file.read(PIECE_CHARACTERS) + file.readline(PIECE_CHARACTERS), "")
-        for number, piece in enumerate(pieces):
+def _files(root: Path, census: Census, without: frozenset[str] = frozenset()) -> Iterator[tuple[Path, str]]:
+    """The regular files below a folder, sorted, with their names below it; first a folder's files, then its folders."""
+    waiting = [root]
+    while waiting:
+        files, folders = list[tuple[Path, str]](), list[Path]()
+        for entry in _entries(waiting.pop(), without):
+            path, name = Path(entry.path), shown_name(os.path.relpath(entry.path, root))
+            if entry.name.startswith("."):
+                census.add("hidden", name)
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif os.path.isdir(path):
+                census.add("a link to a folder", name)
+            elif os.path.isfile(path):
+                files.append((path, name))
+            else:
+                census.add("not a regular file", name)
+        yield from files
+        waiting += folders[::-1]
+
+
+def _entries(folder: Path, without: frozenset[str]) -> list[os.DirEntry[str]]:
+    """What stands in a folder, sorted by name."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if entry.name not in without), key=lambda entry: entry.name)
+    except OSError as error:
+        said = f"{shown_name(folder)}: cannot be read ({error.strerror}); make it readable or move it away"
+        raise UserError(said) from error
+
+
+def _file(path: Path, name: str, rules: Rules, census: Census) -> Iterator[Document]:
+    """The documents of a file. Raises NotRead, before any, for a file that holds neither text nor rows."""
+    some = False
+    for number, piece in enumerate(formats.read(path, rules)):
+        if isinstance(piece, str):
             yield Document(f"{name}#{number}" if number else name, piece)
+        else:
+            document = rules.document(piece.content, f"{name}{piece.place}", f"{shown_name(path)}{piece.place}")
+            if document.text or isinstance(document, Conversation):
+                yield from _pieces(document)
+            else:
+                census.add("rows without text", document.name)
+        some = True
+    if not some:
+        raise NotRead("empty")
 
 
-def _jsonl(path: Path, name: str, text_field: str | None) -> Iterator[Document]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                document = _document(line, text_field, f"{name}:{number}", f"{path}:{number}")
-                if document.text or isinstance(document, Conversation):
-                    yield document
+def _pieces(document: Document) -> Iterator[Document]:
+    """A document, cut at line ends where it is a long text."""
+    if isinstance(document, Conversation) or len(document.text) <= formats.PIECE_CHARACTERS:
+        yield document
+    else:
+        for number, piece in enumerate(formats.pieces(io.StringIO(document.text, newline=""))):
+            yield Document(f"{document.name}#{number}" if number else document.name, piece)
 
 
-def _document(line: bytes, text_field: str | None, name: str, where: str) -> Document:
-    with _json_faults(where):
-        row = json.loads(line.decode("utf-8-sig"))
-    document = _read(row, text_field, name, where)
-    with _json_faults(where):
-        chat = isinstance(document, Conversation)
-        said = json.dumps(document.messages, ensure_ascii=False) if chat else document.text
-        said.encode()  # fails on half a surrogate pair, which JSON can write as an escape and UTF-8 cannot
-    return document
-
-
-@contextmanager
-def _json_faults(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
-
-
-def _read(row: Any, text_field: str | None, name: str, where: str) -> Document:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__}; each line must be a JSON object")
-    messages = messages_of(row, where) if text_field is None else None
-    if messages is not None:
-        return Conversation(name, "\n".join(message["content"] for message in messages), messages)
-    text = row.get(text_field or "text")
-    if isinstance(text, str):
-        return Document(name, text)
-    forms = "" if text_field else ", nor messages, conversations, or prompt and completion"
-    raise UserError(f"{where}: no string field {text_field or 'text'!r}{forms}")
+def shown_name(path: str | os.PathLike[str]) -> str:
+    """A path as text that can be printed and stored, whatever the bytes of its name."""
+    return os.fsencode(path).decode(errors="backslashreplace")

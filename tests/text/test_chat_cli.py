@@ -161,7 +161,7 @@ def row(role: str = "user", content: Any = "a") -> str:
         ('{"messages": []}', ["chat.jsonl:2: messages: a list of one message or more"]),
         ('{"id": 3}', ["chat.jsonl:2: no string field 'text', nor messages, conversations"]),
         ('{"text": "a"}', ["chat.jsonl:2: a text, yet chat.jsonl:1 is a conversation; prepare the two apart"]),
-        ('{"messages": ', ["chat.jsonl:2: not a line of JSON"]),
+        ('{"messages": ', ["chat.jsonl:2: not a row of JSON"]),
     ],
 )
 def test_a_bad_line_is_refused(refuses, tmp_path: Path, line: str, says: list[str]):

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from longwave.data import shards
 from longwave.data.chat import DEFAULT_TEMPLATE, ChatEncoder, LossOn
+from longwave.data.documents import Conversation
 from longwave.data.packed import NO_TARGET, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo, SplitTokens, iter_documents, prepare
-from longwave.data.sources import Conversation, documents, split_held_out
+from longwave.data.sources import documents
+from longwave.data.splitting import split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
@@ -103,15 +105,15 @@ BAD = {
     '{"messages": [{"role": ["user"], "content": "a"}]}': r"messages\[0\].role = \['user'\]",
     '{"messages": [{"role": "user", "content": ["a"]}]}': r"messages\[0\].content is a list; a string is expected",
     '{"messages": [{"role": "user"}]}': r"messages\[0\].content is a NoneType",
-    '{"messages": [{"role": "user", "content": "\\ud83d"}]}': "not a line of JSON in UTF-8",
-    '{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}': "not a line of JSON in UTF-8",
+    '{"messages": [{"role": "user", "content": "\\ud83d"}]}': "not a row of JSON in UTF-8",
+    '{"messages": [{"role": "user", "content": "a", "name": "\\ud83d"}]}': "not a row of JSON in UTF-8",
     '{"conversations": [{"from": "alien", "value": "a"}]}': r"conversations\[0\].role = 'alien'",
     '{"conversations": {"from": "human"}}': "conversations: a list of one message or more",
     '{"conversations": [3]}': r"conversations\[0\] is a int",
     '{"prompt": "a", "completion": 3}': r"prompt and completion\[1\].content is a int",
-    '{"prompt": "a"}': "no string field 'text', nor messages, conversations, or prompt and completion",
-    '["messages"]': "a list; each line must be a JSON object",
-    '{"messages": [': "not a line of JSON",
+    '{"prompt": "a"}': "no string field 'text', nor messages, conversations, prompt and completion, or instr",
+    '["messages"]': "a list; each row must be a JSON object",
+    '{"messages": [': "not a row of JSON",
 }
 
 

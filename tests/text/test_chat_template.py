@@ -182,7 +182,7 @@ def test_a_template_that_puts_tokens_together_is_refused(source: str):
         backend.add_special_tokens(["<|user|>"])
         tokenizer = Tokenizer(backend, tokenizer._config)
     with pytest.raises(UserError, match=r"here: the chat template puts <\|\w+\|> together out of parts"):
-        Chat(tokenizer).texts(messages, "here", "all")
+        Chat(tokenizer).texts(Conversation("here", "", tuple(messages)), "all")
 
 
 def test_other_fields_of_a_message_reach_the_template_as_text():
@@ -287,7 +287,7 @@ def test_a_broken_template_is_refused(source: str | None, says: str):
 )
 def test_a_template_that_cannot_render_or_be_learned_from_is_refused(source: str, says: str):
     with pytest.raises(UserError, match=f"here: the chat template {says}"):
-        Chat(chats.tokenizer(source)).texts(talk("a", "b"), "here")
+        Chat(chats.tokenizer(source)).texts(Conversation("here", "", tuple(talk("a", "b"))))
 
 
 def test_a_tokenizer_without_eos_is_refused():

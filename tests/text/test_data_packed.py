@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longwave.data import shards
+from longwave.data.documents import Document
 from longwave.data.packed import NO_TARGET, Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo, SplitTokens, iter_documents, prepare
-from longwave.data.sources import Document, split_held_out, standard_library
+from longwave.data.sources import standard_library
+from longwave.data.splitting import split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 

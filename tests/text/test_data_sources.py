@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longwave.data import sources
-from longwave.data.sources import Document, documents, is_held_out, split_held_out, standard_library
+from longwave.data import formats
+from longwave.data.documents import Document
+from longwave.data.sources import documents, standard_library
+from longwave.data.splitting import is_held_out, split_held_out
 from longwave.errors import UserError
 
 
@@ -55,7 +57,7 @@ def test_a_single_file_goes_by_its_own_name(tmp_path: Path):
 
 
 def test_a_long_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 10)
     text = "ünï\r\n" * 7 + "x" * 45
     pieces = list(documents(write(tmp_path, {"a.txt": text}) / "a.txt"))
     assert "".join(piece.text for piece in pieces) == text
@@ -82,7 +84,7 @@ def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: bytes):
 
 @pytest.mark.parametrize("files", [{}, {"a.bin": b"\0\1", "b.bin": b"\xff"}, {"empty.txt": ""}])
 def test_a_source_without_text_is_refused(tmp_path: Path, files: dict[str, bytes | str]):
-    with pytest.raises(UserError, match=r"holds no text.*give a text file"):
+    with pytest.raises(UserError, match=r"holds no text \(.*give text in UTF-8"):
         list(documents(write(tmp_path, files)))
 
 
