@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -208,25 +209,25 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path: Path):
         documents("/dev/zero")
 
 
-def test_names_that_are_not_utf_8_and_deep_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_names_that_are_not_utf_8_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in (b"t\xff.txt", b"line\nend.txt", b"u\xff.bin"):
         Path(folder, os.fsdecode(name)).write_bytes(b"text\n" * 30 if name.endswith(b"txt") else b"\0")
-    deep = folder / Path(*["d"] * 1500)
-    previous = Path.cwd()
-    try:
-        os.chdir(folder)
-        for _ in range(1500):
-            os.mkdir("d")
-            os.chdir("d")
-        Path("deep.txt").write_text("deep\n" * 30)
-    finally:
-        os.chdir(previous)
     assert main(["prepare", str(folder), str(tmp_path / "out"), "--vocab-size", "270"]) == 0
     assert "left out: 1 (not UTF-8 text): u\\xff.bin" in capsys.readouterr().out
-    assert PreparedInfo.read(tmp_path / "out").documents == 3
-    assert deep.is_dir()
+    assert PreparedInfo.read(tmp_path / "out").documents == 2
+
+
+def test_a_folder_deeper_than_calls_may_be_is_read(tmp_path: Path):
+    deep = tmp_path.joinpath(*["d"] * 1100)
+    descend = "import os\nfor _ in range(1100): os.mkdir('d'); os.chdir('d')\nopen('deep.txt', 'w').write('deep')"
+    try:
+        subprocess.run([sys.executable, "-c", descend], cwd=tmp_path, check=True)
+        assert [one.text for one in documents(tmp_path)] == ["deep"]
+        assert (deep / "deep.txt").is_file()
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # what pytest removes with would fail
 
 
 def test_prepare_says_what_it_left_out_and_keeps_it_in_meta(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
