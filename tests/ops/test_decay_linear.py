@@ -183,8 +183,10 @@ def test_check_9_low_precision_over_a_long_sequence():
     output, final = run((*low, exact[3]), (tokens,))
     assert output.dtype == torch.bfloat16
     assert final.dtype == torch.float32
-    assert ((output.double() - expected).norm() / expected.norm()).item() <= 1e-2
-    assert ((final.double() - memory).norm() / memory.norm()).item() <= 1e-2
+    # Each head by itself: fast ones read what few tokens have added, slow ones the sum of thousands.
+    for found, right, bound in ((output, expected, 2e-3), (final, memory, 1e-5)):
+        off, size = ((one.transpose(0, 1).flatten(1).norm(dim=1)) for one in (found.double() - right, right))
+        assert (off / size).max() <= bound
 
 
 # --- what else is promised --------------------------------------------------------------------------------------------

@@ -64,14 +64,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an op. run: from the name of a form and the inputs to everything that the op gives.
-
-    fixed: places of the inputs that get no gradient.
-    """
+    """A call of an op. run: from the name of a form and the inputs to everything that the op gives."""
 
     inputs: tuple[Tensor, ...]
     run: Callable[..., tuple[Tensor, ...]]
-    fixed: tuple[int, ...] = ()
 
 
 def _keys(setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
@@ -125,8 +121,7 @@ def _decay_linear(per_token: bool) -> Callable[[Setting], Example]:
             states = inputs[4] if len(inputs) > 4 else None
             return decay_linear_attention(*inputs[:4], runs, scale=SCALE, states=states, form=form)
 
-        # The gradient of a decay is a difference of sums (q . dq - k . dk), which low precision has rounded too far.
-        return Example(tuple(inputs), run, (3,) if setting.dtype == torch.bfloat16 else ())
+        return Example(tuple(inputs), run)
 
     return make
 
@@ -165,7 +160,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Setting], Example]]] = {
 def results(example: Example, form: str, grad: bool, exact: bool = False) -> list[Tensor]:
     """What an op gives in a form and, with `grad`, the gradients of its inputs; exact: from inputs in fp64."""
     inputs = [one.detach().double() if exact else one.detach() for one in example.inputs]
-    learned = [one for place, one in enumerate(inputs) if grad and place not in example.fixed]
+    learned = list(inputs) if grad else []
     for one in learned:
         one.requires_grad_()
     with torch.set_grad_enabled(grad):

@@ -8,6 +8,10 @@ differ from token to token. With D(s, t) the decay from after token s to token t
 Every decay is the exponential of a number that is at most 0. The usual split D(s, t) = (1 / D(0, s)) D(0, t) would be
 cheaper, but its first factor overflows.
 
+Within a span everything is in the dtype of the memory, fp32 or wider, whatever the inputs are: with decays, weights and
+memory rounded to bf16 for the products, outputs were off by 4.2e-3 of their norm, and rounding only the outputs, which
+cannot be avoided, is 1.7e-3.
+
 Legend: `T` tokens, `N` chunks, `C` tokens of a chunk, `R` runs, `H` heads, `K` key size, `V` value size.
 """
 
@@ -121,15 +125,18 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(query, key, value, log_decay, states)
         ctx.chunks, ctx.scale = chunks, scale
-        span = _Span(query, key, value, log_decay, states, chunks, scale)
-        return span.chunks.join(span.output().transpose(1, 2)).to(value.dtype), span.after
+        with torch.autocast(query.device.type, enabled=False):  # which would round what products take
+            span = _Span(query, key, value, log_decay, states, chunks, scale)
+            return span.joined(span.output()).to(value.dtype), span.after
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, log_decay, states = ctx.saved_tensors
-        span = _Span(query, key, value, log_decay, states, ctx.chunks, ctx.scale)
         learned = ctx.needs_input_grad[3]  # whether the log-decay needs a gradient
-        return *span.backward(gradients[0], gradients[1], learned), None, None
+        with torch.autocast(query.device.type, enabled=False):
+            span = _Span(query, key, value, log_decay, states, ctx.chunks, ctx.scale)
+            of_query, of_key, of_value, *others = span.backward(gradients[0], gradients[1], learned)
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), *others, None, None
 
 
 class _Span:
@@ -148,21 +155,21 @@ class _Span:
         self.chunks = chunks
         self.constant = log_decay.shape[0] == 1
         decays = Decays.of(log_decay, self.chunks, self.constant)
-        # Products run in the inputs' dtype; the memory, and the decay that multiplies it, keep the dtype of the states.
-        self.whole, low = decays.whole.to(states.dtype), query.dtype
-        self.within, self.since = (decays.within * scale).to(low), (decays.since * scale).to(low)
-        self.until = decays.until.to(low)
+        self.whole, self.until = decays.whole, decays.until
+        self.within, self.since = decays.within * scale, decays.since * scale
+        self.wide = states.dtype
         self.query, self.key, self.value = (self._by_head(tensor) for tensor in (query, key, value))
         self.before, self.after = self._scan(states)
 
     def _by_head(self, tokens: Tensor) -> Tensor:
-        """(T, H, K) -> (N, H, C, K)."""
-        return self.chunks.cut(tokens).transpose(1, 2).contiguous()
+        """(T, H, K) -> (N, H, C, K), in the dtype of the memory."""
+        laid = self.chunks.cut(tokens).transpose(1, 2)
+        return laid.to(self.wide, memory_format=torch.contiguous_format)
 
     def _scan(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The memory before every chunk, and the memory of every run after its last chunk."""
         # What each chunk adds to the memory does not depend on the memory, so all chunks compute it at once.
-        added = torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(states.dtype)
+        added = self._added()
         before = torch.empty_like(added)
         order = self.chunks.order
         current = states.index_select(0, order)
@@ -173,37 +180,41 @@ class _Span:
             current[:count] = current[:count].mul_(self.whole[here]).add_(added[here])
         return before, torch.empty_like(current).index_copy_(0, order, current)
 
+    def _added(self) -> Tensor:
+        """The part of the memory after each chunk that its own tokens have added: (N, H, K, V)."""
+        return torch.matmul((self.key * self.until).transpose(2, 3), self.value)
+
     def _weights(self) -> Tensor:
         """The attention weights within chunks, scale D(s, t) (q_t . k_s) for s <= t: (N, H, C, C)."""
         return torch.matmul(self.query, self.key.transpose(2, 3)).mul_(self.since)
 
     def output(self) -> Tensor:
         """The outputs (N, H, C, V): the part that each token reads from the memory, plus the part from its chunk."""
-        remembered = torch.matmul(self.query * self.within, self.before.to(self.query.dtype))
+        remembered = torch.matmul(self.query * self.within, self.before)
         return remembered.add_(torch.matmul(self._weights(), self.value))
 
-    def backward(self, output: Tensor, finals: Tensor, learned: bool) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, output: Tensor, finals: Tensor, learned: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of query, key, value, log-decay (if `learned`) and states.
 
         output, finals: the gradients of the outputs and of every run's final memory.
         """
-        low = self.query.dtype
-        gradient = self._by_head(output.to(low))
+        gradient = self._by_head(output)
         faded = gradient * self.within  # the gradient of the part of the outputs that was read from the memory
-        before, (after, states) = self.before.to(low), self._scan_back(faded, finals)
+        after, states = self._scan_back(faded, finals)
         pairs = torch.matmul(gradient, self.value.transpose(2, 3)).mul_(self.since)  # the gradient of q_t . k_s
-        query = torch.matmul(pairs, self.key).add_(torch.matmul(faded, before.transpose(2, 3)))
-        later = after.to(low)
+        query = torch.matmul(pairs, self.key).add_(torch.matmul(faded, self.before.transpose(2, 3)))
         key = torch.matmul(pairs.transpose(2, 3), self.query)
-        key.add_(torch.matmul(self.value, later.transpose(2, 3)).mul_(self.until))
+        key.add_(torch.matmul(self.value, after.transpose(2, 3)).mul_(self.until))
         value = torch.matmul(self._weights().transpose(2, 3), gradient)
-        value.add_(torch.matmul(self.key * self.until, later))
+        value.add_(torch.matmul(self.key * self.until, after))
         decay = self._decay_gradient(query, key, after) if learned else None
-        return self._joined(query), self._joined(key), self._joined(value), decay, states
+        return self.joined(query), self.joined(key), self.joined(value), decay, states
 
     def _scan_back(self, faded: Tensor, finals: Tensor) -> tuple[Tensor, Tensor]:
         """The gradients of the memory after every chunk, and of the memory before every run: `_scan` backwards."""
-        added = torch.matmul(self.query.transpose(2, 3), faded).to(finals.dtype)
+        added = torch.matmul(self.query.transpose(2, 3), faded)
         after = torch.empty_like(added)
         order = self.chunks.order
         current = finals.index_select(0, order)
@@ -221,15 +232,12 @@ class _Span:
         b_t of a chunk also multiplies all of the memory that is handed on. A log-decay is in every b_t from its token
         on.
         """
-        wide = after.dtype
-        of_total = (self.query.to(wide) * query.to(wide)).sum(3) - (self.key.to(wide) * key.to(wide)).sum(3)
-        handed_on = self.before * self.whole + torch.matmul((self.key * self.until).transpose(2, 3), self.value).to(
-            wide
-        )
+        of_total = (self.query * query).sum(3) - (self.key * key).sum(3)
+        handed_on = self.before * self.whole + self._added()
         of_total[..., -1] += (handed_on * after).sum((2, 3))
         gradient = self.chunks.join(of_total.flip(2).cumsum(2).flip(2).transpose(1, 2))
         return gradient.sum(0, keepdim=True) if self.constant else gradient
 
-    def _joined(self, chunks: Tensor) -> Tensor:
+    def joined(self, chunks: Tensor) -> Tensor:
         """(N, H, C, K) -> (T, H, K)."""
         return self.chunks.join(chunks.transpose(1, 2))
