@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _ATANH_TO_GAUSSIAN = 0.8139535143  # kappa in mean/std = kappa * atanh(2 p - 1), p being the share of positive scores
+_RESOLUTION = torch.finfo(torch.float32).eps
 _ABS_TO_RMS = 1.25331413732  # sqrt(pi / 2): rms of a centred Gaussian whose mean absolute value is 1
 
 
@@ -74,16 +75,20 @@ def nudge(scores: Tensor, band: Limits) -> Tensor:
     """The relative change of each gradient entry: the gradient of a penalty, scaled to an rms of `grad_scale`.
 
     The penalty is |m - clamp(m)| + |ln(clamp(r) / r)| with m = mean/std and r the rms of the scores, clamped to their
-    limits: within both the change is zero.
+    limits: within both the change is zero. A spread that fp32 cannot tell from none (a variance below its resolution of
+    the mean square) counts as the least that it could, and is not changed: all scores then move alike.
     """
-    x = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    n, mean, square = x.numel(), x.mean(), (x * x).mean()
-    std = (square - mean * mean).clamp(min=1e-20).sqrt()
-    ratio, rms = mean / std, square.clamp(min=1e-20).sqrt()
+    x = scores.double()
+    mean, square = x.mean(), x.square().mean().clamp(min=1e-20)
+    off = x - mean
+    variance, least = off.square().mean(), (square * _RESOLUTION).clamp(min=1e-20)
+    std, rms = variance.maximum(least).sqrt(), square.sqrt()
+    ratio, off = mean / std, off * (variance > least)
     # Each term of the penalty is an absolute value; its sign is 0 inside the limits, where the term is flat.
     mean_sign = (ratio > band.mean_high).to(x) - (ratio < band.mean_low).to(x)
     rms_sign = (rms > band.rms_high).to(x) - (rms < band.rms_low).to(x)
-    slope = mean_sign / (n * std) * (1 - mean * (x - mean) / std**2) + rms_sign * x / (n * rms**2)
+    # The gradient times n std, a factor that the scaling to an rms takes out again; no term can overflow.
+    slope = mean_sign * (1 - ratio * off / std) + rms_sign * (x / rms) * (std / rms)
     return band.grad_scale * slope / slope.square().mean().sqrt().clamp(min=1e-30)
 
 

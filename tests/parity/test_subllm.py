@@ -553,6 +553,23 @@ def test_check_09_balancer_of_equal_scores_stays_finite(scores: Tensor):
     assert balanced(scores.double(), torch.ones_like(scores).double()).isfinite().all()
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-12, 1e-9, 1e-6, 1e-4])
+@pytest.mark.parametrize("mean", [0.3, -0.3, 1e-4, 1e8])
+def test_check_09_balancer_moves_scores_without_a_visible_spread_alike(mean: float, spread: float):
+    """As icefall does, whose variance in fp32 is nothing then: towards the band, each by the share `grad_scale`."""
+    scores = (mean * (1 + spread * random(400))).float()
+    relative = nudge(scores, BAND)
+    assert torch.allclose(relative, torch.full_like(relative, math.copysign(0.04, mean)), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(1e8, 1e6), (-1e8, 1e6), (1e12, 1e10), (1e-6, 1e-7), (1e15, 1e15)])
+def test_check_09_balancer_at_any_size_equals_the_closed_form(mean: float, std: float):
+    draw, incoming = random(400), random(400, seed=9)
+    scores = ((draw - draw.mean()) / draw.std(correction=0) * std + mean).float()
+    expected = closed_form(scores.tolist(), incoming.tolist(), 0.59, 0.69)
+    assert distance(balanced(scores, incoming), torch.tensor(expected, dtype=torch.float64)) <= 1e-5
+
+
 def acts(resampler: Subllm, hidden: Tensor, watched: str) -> bool:
     """Whether the Balancer or the limiter is in the graph of one forward."""
     output = resampler(hidden, Stream.of([hidden.shape[0]]), None)
