@@ -16,8 +16,9 @@ Shape letter: `W` trainable parameters (called weights here), in the order of th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -68,7 +69,9 @@ class ScaledAdamConfig:
     rms_limits: bounds of the learned size (rms) of each tensor. scalar_max: bound of the magnitude of one-element
     parameters. scalar_lr_scale: factor of the learning rate for one-element parameters and for sizes.
     size_update_period: updates between two changes of the sizes. clipping_scale: gradients are clipped to this factor
-    (inf: never) times the median norm of the model's gradient over the last `clipping_window` updates.
+    (inf: never) times their median norm over the last `clipping_window` updates. clipping: whose norm that is, "model"
+    for that of the whole gradient, or "icefall" for the rule of the authors' code, where parameters of one learning
+    rate are a group that is clipped by its own norm, and the median is the norm of rank 2 (n // 4).
     """
 
     kind: Literal["scaled_adam"] = "scaled_adam"
@@ -81,6 +84,7 @@ class ScaledAdamConfig:
     size_update_period: int = 4
     clipping_scale: float = 2.0
     clipping_window: int = 100
+    clipping: Literal["model", "icefall"] = "model"
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -219,7 +223,7 @@ class ScaledAdam:
         self.size_squares = torch.zeros_like(self.rms)
         self.size_gradients = self.rms.new_zeros(config.size_update_period, len(self.weights))
         self.steps = torch.zeros((), dtype=torch.int64)
-        self.clipper = MedianClipper(config.clipping_scale, config.clipping_window)
+        self.clippers = self._clippers()
 
     @torch.no_grad()
     def step(self, lr_scale: float) -> StepReport:
@@ -229,15 +233,26 @@ class ScaledAdam:
         rms = self._measured_rms() if step == 0 else self.rms
         norms, products = self._reductions(grads)
         # A step is proportional to a tensor's rms, so a tensor's share in the norm is as well.
-        norm = torch.linalg.vector_norm(norms * self._sizes(rms)).item()
+        norms = norms * self._sizes(rms)
+        norm = torch.linalg.vector_norm(norms).item()
         if not math.isfinite(norm):
             return StepReport(norm, 0.0, True)
-        clip = self.clipper.clip(step, norm)
-        if clip < 1:
-            torch._foreach_mul_(grads, clip)
-        self._update(step, grads, clip * products, rms, self.config.lr * lr_scale * self.lr_scales)
+        clips = torch.ones_like(norms)
+        for members, clipper in self.clippers:
+            clips[members] = clipper.clip(step, torch.linalg.vector_norm(norms[members]).item())
+        if (clip := clips.min().item()) < 1:
+            torch._foreach_mul_(grads, clips.tolist())
+        self._update(step, grads, clips * products, rms, self.config.lr * lr_scale * self.lr_scales)
         self.steps += 1
         return StepReport(norm, clip, False)
+
+    def _clippers(self) -> list[tuple[Tensor, MedianClipper]]:
+        """The clipper of each group, with a mask of its members (W,): the whole model, or the tensors of one rate."""
+        config = self.config
+        new = partial(MedianClipper, config.clipping_scale, config.clipping_window)
+        if config.clipping == "model":
+            return [(torch.ones_like(self.is_scalar), new(_middle))]
+        return [(self.lr_scales == scale, new(_icefall_middle)) for scale in self.lr_scales.unique()]
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -258,11 +273,10 @@ class ScaledAdam:
         return state
 
     def _small_tensors(self) -> dict[str, Tensor]:
-        state = {
-            "steps": self.steps,
-            "clipping.norms": self.clipper.norms,
-            "clipping.threshold": self.clipper.threshold,
-        }
+        state = {"steps": self.steps}
+        for group, (_, clipper) in enumerate(self.clippers):
+            name = "clipping" if len(self.clippers) == 1 else f"clipping.{group}"
+            state |= {f"{name}.norms": clipper.norms, f"{name}.threshold": clipper.threshold}
         for i, weight in enumerate(self.weights):
             if not weight.is_scalar:
                 state[f"rms.{weight.name}"] = self.rms[i]
@@ -363,10 +377,11 @@ class MedianClipper:
 
     The bound is set at updates 10, 20 and 40 (doubled, since norms still change fast), and then every `window` updates.
     The first norm of all never counts. There is no bound before update 10, nor while the median is zero.
+    middle: the median of some norms.
     """
 
-    def __init__(self, scale: float, window: int) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, window: int, middle: Callable[[Tensor], float]) -> None:
+        self.scale, self.middle = scale, middle
         self.norms = torch.zeros(window, dtype=torch.float64)
         self.threshold = torch.tensor(math.inf, dtype=torch.float64)
 
@@ -381,8 +396,18 @@ class MedianClipper:
         return min(1.0, self.threshold.item() / norm) if norm > 0 else 1.0
 
     def _set_threshold(self, scale: float, norms: Tensor) -> None:
-        median = norms.quantile(0.5).item()
+        median = self.middle(norms)
         self.threshold.fill_(scale * median if median > 0 else math.inf)
+
+
+def _middle(norms: Tensor) -> float:
+    """The median: of an even number of norms, the mean of the two in the middle."""
+    return norms.quantile(0.5).item()
+
+
+def _icefall_middle(norms: Tensor) -> float:
+    """The norm that icefall takes for the median: of rank 2 (n // 4), counted from 0."""
+    return norms.sort().values[min(len(norms) - 1, 2 * (len(norms) // 4))].item()
 
 
 class AdamW:

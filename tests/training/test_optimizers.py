@@ -23,7 +23,7 @@ from longwave.training.optimizers import (
 )
 
 Config = ScaledAdamConfig | AdamWConfig
-BOTH: list[Config] = [ScaledAdamConfig(), AdamWConfig(lr=0.01)]
+BOTH: list[Config] = [ScaledAdamConfig(), ScaledAdamConfig(clipping="icefall"), AdamWConfig(lr=0.01)]
 both = pytest.mark.parametrize("config", BOTH, ids=lambda config: config.kind)
 
 
@@ -89,7 +89,8 @@ def snapshot(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 class PlainScaledAdam:
     """Section 2.1 of the SUBLLM specification with one Python float per number; `seen` says which limits were met."""
 
-    def __init__(self, values: dict[str, list[float]], lr: float) -> None:
+    def __init__(self, values: dict[str, list[float]], lr: float, middle: Callable[[list[float]], float]) -> None:
+        self.middle = middle
         self.p, self.lr, self.t = {name: list(value) for name, value in values.items()}, lr, 0
         self.v = {name: [0.0] * len(value) for name, value in values.items()}
         self.delta = {name: [0.0] * len(value) for name, value in values.items()}
@@ -108,9 +109,9 @@ class PlainScaledAdam:
         norm = math.sqrt(sum((g * size[name]) ** 2 for name, grad in grads.items() for g in grad))
         self.norms.append(norm)
         if self.t in (10, 20, 40):
-            self.bound = 2 * 2.0 * statistics.median(self.norms[-self.t :])
+            self.bound = 2 * 2.0 * self.middle(self.norms[-self.t :])
         elif self.t and self.t % 100 == 0:
-            self.bound = 2.0 * statistics.median(self.norms[-100:])
+            self.bound = 2.0 * self.middle(self.norms[-100:])
         return 1.0 if self.bound is None else min(1.0, self.bound / norm)
 
     def _growth(self, name: str, lr: float) -> float:
@@ -167,17 +168,22 @@ def double_bag() -> Bag:
     return Bag(**{name: tensor.double() for name, tensor in tensors.items()})
 
 
+def icefall_middle(norms: list[float]) -> float:
+    return sorted(norms)[min(len(norms) - 1, 2 * (len(norms) // 4))]
+
+
 @pytest.mark.parametrize(
-    ("lr", "branches"),
+    ("lr", "clipping", "branches"),
     [
-        (0.03, {"clipped", "too small", "too large", "scalar bounded"}),
-        (1.0, {"clipped", "growth limited", "too large", "scalar bounded"}),
+        (0.03, "model", {"clipped", "too small", "too large", "scalar bounded"}),
+        (0.03, "icefall", {"clipped", "too small", "too large", "scalar bounded"}),
+        (1.0, "model", {"clipped", "growth limited", "too large", "scalar bounded"}),
     ],
 )
-def test_scaled_adam_is_its_formulas_in_plain_python(lr: float, branches: set[str]):
-    bag = double_bag()
-    plain = PlainScaledAdam({name: p.flatten().tolist() for name, p in bag.named_parameters()}, lr)
-    optimizer = ScaledAdamConfig(lr=lr).build(bag)
+def test_scaled_adam_is_its_formulas_in_plain_python(lr: float, clipping: Any, branches: set[str]):
+    bag, middle = double_bag(), {"model": statistics.median, "icefall": icefall_middle}[clipping]
+    plain = PlainScaledAdam({name: p.flatten().tolist() for name, p in bag.named_parameters()}, lr, middle)
+    optimizer = ScaledAdamConfig(lr=lr, clipping=clipping).build(bag)
     for step in range(250):  # past 228, where the bias correction ends
         set_gradients(bag, seed=step, size=25.0 if step % 9 == 8 else 1.0)
         with torch.no_grad():
@@ -192,6 +198,25 @@ def test_scaled_adam_is_its_formulas_in_plain_python(lr: float, branches: set[st
             expected = torch.tensor(plain.p[name], dtype=torch.float64)
             torch.testing.assert_close(parameter.detach().flatten(), expected, rtol=1e-9, atol=1e-14, msg=name)
     assert branches <= plain.seen
+
+
+def test_icefall_clips_the_parameters_of_each_learning_rate_by_themselves():
+    config, pair = ScaledAdamConfig(clipping="icefall"), nn.ModuleDict({"slow": double_bag(), "fast": double_bag()})
+    alone = {name: double_bag() for name in pair}
+    for bag in (pair["slow"], alone["slow"]):
+        bag.lr_scale = 0.5
+    together, apart = config.build(pair), {name: config.build(bag) for name, bag in alone.items()}
+    for step in range(110):
+        reports = dict[str, float]()
+        for name, bag in alone.items():
+            set_gradients(bag, seed=step, size=100.0 if (step + (name == "slow")) % 9 == 0 else 1.0)
+            for ours, theirs in zip(pair[name].parameters(), bag.parameters(), strict=True):
+                ours.grad = theirs.grad.clone()
+            reports[name] = apart[name].step(1.0).clip
+        assert together.step(1.0).clip == min(reports.values())
+    for name, bag in alone.items():
+        assert_same(pair[name].state_dict(), bag.state_dict())
+    assert {f"clipping.{group}.norms" for group in range(2)} < together.tensors().keys()
 
 
 @pytest.mark.parametrize("factor", [0.01, 30.0])
