@@ -5,6 +5,7 @@
     text = lw.generate(model, "prompt", max_new_tokens=64)
     lw.save(model, "path/to/out")
 
+The verbs of the command line are functions, too: `lw.plan("recipe.toml", context=65536).parameters`.
 The names are loaded when first used, so that importing the package costs nothing.
 """
 
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from longwave.errors import MachineError, UserError
     from longwave.model import Decoder
     from longwave.streams import Stream
+    from longwave.verbs import plan
 
 _HOMES = {
     "load": "api",
     "save": "api",
     "generate": "api",
+    "plan": "verbs",
     "Decoder": "model",
     "ModelConfig": "model",
     "Stream": "stream",
@@ -42,6 +45,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "plan",
     "save",
 ]
 
@@ -50,3 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'longwave' has no attribute {name!r}")
     return getattr(import_module(f"longwave.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

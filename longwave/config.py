@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import abc
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Discriminator, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
-from longwave.errors import UserError, require, shown
-from longwave.files.jsonfile import plain
+from longwave.errors import UserError, require, shown, within
 from longwave.layout import Layout, parse
+from longwave.problems import Keys, told
 
 T = TypeVar("T")
 MOST = 1 << 27  # of any size: what a matrix of two such sizes holds can still be counted in 64 bits
@@ -33,52 +34,35 @@ class Strict:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
-def build(kind: type[T], values: dict[str, Any], source: str) -> T:
+def build(kind: type[T], values: dict[str, Any], source: str, at: str = "") -> T:
     """Makes a config from plain values; a UserError names the key, its value and what would do.
 
-    source: where the values come from, such as the path of a recipe.
+    source: where the values come from, such as the path of a recipe. at: the table of the source that they are.
     """
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_first_problem(kind, error)}") from None
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    with within(source):
+        try:
+            return TypeAdapter(kind).validate_python(values)
+        except ValidationError as error:
+            raise UserError(_told(kind, error, at)) from None
 
 
-def _first_problem(kind: type, error: ValidationError) -> str:
-    problem = error.errors()[0]
-    location = ".".join(plain(str(step)) for step in problem["loc"])
-    if isinstance(cause := problem.get("ctx", {}).get("error"), UserError):
-        return f"{location}: {cause}" if location and not str(cause).startswith(f"{location}.") else str(cause)
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = get_close_matches(str(problem["loc"][-1]), _field_names(kind), n=1)
-        return f"unknown key {location} = {shown(problem['input'])}" + (f"; did you mean {close[0]}?" if close else "")
-    if problem["type"] == "missing":
-        return f"{location} is missing"
-    return f"{location} = {shown(problem['input'])}: {problem['msg'].lower()}"
+def _told(kind: type, error: ValidationError, at: str) -> str:
+    keys, problems = _keys(kind), error.errors()
+    for problem in problems if at else ():
+        problem["loc"] = (at, *problem["loc"])
+    return told(problems, {at: keys} if at else keys)
 
 
-def _field_names(kind: type) -> list[str]:
-    """The names of all fields, of nested configs too."""
-    names: list[str] = []
-    pending, done = [kind], set[type]()
-    while pending:
-        one = pending.pop()
-        if not dataclasses.is_dataclass(one) or one in done:
-            continue
-        done.add(one)
-        names += [entry.name for entry in dataclasses.fields(one)]
-        pending += [sub for sub in _nested(Strict) if sub.__name__ in str([f.type for f in dataclasses.fields(one)])]
-        if issubclass(one, _Tables):
-            names += _kinds()
-            pending += _kinds().values()
-    return names
-
-
-def _nested(kind: type) -> list[type]:
-    """Every class below one."""
-    return [found for sub in kind.__subclasses__() for found in (sub, *_nested(sub))]
+def _keys(hint: Any) -> Keys:
+    """The keys of a config, or of whatever a field of one may hold."""
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        hints = get_type_hints(hint)
+        own = {entry.name: hints[entry.name] for entry in dataclasses.fields(hint) if entry.name != "tables"}
+        own |= _kinds() if issubclass(hint, _Tables) else {}
+        return {name: _keys(held) for name, held in own.items()}
+    if get_origin(hint) is abc.Mapping:
+        return {"*": _keys(get_args(hint)[1])}
+    return {name: below for one in get_args(hint) for name, below in _keys(one).items()}
 
 
 @dataclass(frozen=True)
@@ -241,18 +225,16 @@ class _Tables(Strict):
     tables: Mapping[str, Any]
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        entries = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-        given = dict(zip([entry.name for entry in entries], values, strict=False))
-        if twice := given.keys() & named.keys():
-            raise TypeError(f"fields given twice: {', '.join(sorted(twice))}")
-        given |= named
+        entries = [entry for entry in dataclasses.fields(self) if entry.name != "tables"]  # pyright: ignore[reportArgumentType]
+        given = _by_place(type(self).__name__, entries, values) | named
+        if twice := [entry.name for entry in entries[: len(values)] if entry.name in named]:
+            raise TypeError(f"fields given twice: {', '.join(twice)}")
         for entry in entries:
-            if entry.name != "tables":
-                object.__setattr__(self, entry.name, given.pop(entry.name) if entry.name in given else _default(entry))
+            object.__setattr__(self, entry.name, given.pop(entry.name) if entry.name in given else _default(entry))
         tables = {**given.pop("tables", {}), **given}
         object.__setattr__(self, "tables", {name: table for name, table in tables.items() if table is not None})
-        if unknown := set(self.tables) - set(_kinds()):
-            raise TypeError(f"unexpected fields: {', '.join(sorted(unknown))}")
+        for name, table in self.tables.items():
+            _check_table(type(self).__name__, name, table)
         self.__post_init__()
 
     def __post_init__(self) -> None:
@@ -288,6 +270,28 @@ class _Tables(Strict):
         fields += [(name, kind | None, None) for name, kind in _kinds().items()]
         flat = dataclasses.make_dataclass(cls.__name__, fields, bases=(Strict,), frozen=True)
         return core_schema.no_info_after_validator_function(lambda one: cls(**vars(one)), handler.generate_schema(flat))
+
+
+def _by_place(kind: str, entries: list[dataclasses.Field[Any]], values: tuple[Any, ...]) -> dict[str, Any]:
+    """Values that were given without a name: those of the fields without a default alone, so that none is mistaken."""
+    first = [entry.name for entry in entries if entry.default is entry.default_factory is dataclasses.MISSING]
+    if len(values) > len(first):
+        extra = values[len(first)]
+        table = next((name for name, table in _kinds().items() if isinstance(extra, table)), None)
+        rest = f"{table}={type(extra).__name__}(...)" if table else f"{entries[len(first)].name}={shown(extra)}"
+        given = f"{len(values)} values by place, which only {', '.join(first)} can be"
+        raise TypeError(f"{kind}: {given}; give the rest by name, such as {rest}")
+    return dict(zip(first, values, strict=False))
+
+
+def _check_table(kind: str, name: str, table: Any) -> None:
+    """Raises TypeError for a table that no part reads, and for one that is not the config it should be."""
+    known = _kinds()
+    if name not in known:
+        close = get_close_matches(name, [*known, *(entry.name for entry in dataclasses.fields(ModelConfig))], n=1)
+        raise TypeError(f"{kind}: unexpected field {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    if not isinstance(table, known[name]):
+        raise TypeError(f"{kind}: {name} = {shown(table)}: give {known[name].__name__}(...)")
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

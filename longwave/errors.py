@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -19,6 +21,15 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+@contextmanager
+def within(source: object) -> Iterator[None]:
+    """Puts where values come from, such as the path of a recipe, before the message of a UserError that they cause."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
 def shown(value: object) -> str:
     """A value for an error message, cut to a length that people read."""
     return _SHORT.repr(value)
@@ -26,3 +37,9 @@ def shown(value: object) -> str:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def cut(text: str, length: int = 200) -> str:
+    """A text without its middle, if it is longer than people read."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"

@@ -13,10 +13,12 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from longwave.errors import UserError
+from longwave.errors import UserError, cut, require
 
 _TOKEN = re.compile(r"\s*(?:(?P<count>\d+)|(?P<name>[a-z_][a-z_0-9]*)|(?P<letter>[A-Z])|(?P<mark>[(),:])|(?P<bad>\S))")
-_MOST_BLOCKS, _DEEPEST = 100_000, 64
+MOST_BLOCKS = 1024  # of a whole model; the deepest that has been published, DeepNet (2022), has 1,000
+_DEEPEST, _LONGEST = 64, 1 << 16
+_AROUND = 80  # characters of a layout that are shown on either side of a mistake
 _ARGUMENT = re.compile(r"\s*([^\s,:()]+)")
 _BODY = re.compile(r"\s*(?:[a-z_]\w*\s*\(|\d*[A-Z](?![^()]*:))")  # the first layer of a body without arguments before
 
@@ -70,9 +72,8 @@ class Layout:
 
 def parse(text: str) -> Layout:
     """Parses a layout; a UserError points at the character that does not fit."""
-    parser = _Parser(text)
-    layout = parser.layout(inside=False)
-    return layout
+    require(len(text) <= _LONGEST, f"layout: {len(text):,} characters; at most {_LONGEST:,}")
+    return _Parser(text).layout(inside=False)
 
 
 def check_names(text: str, layout: Layout, letters: Collection[str], brackets: Collection[str]) -> None:
@@ -86,8 +87,10 @@ def check_names(text: str, layout: Layout, letters: Collection[str], brackets: C
 
 def pointed(text: str, at: int, message: str) -> UserError:
     """A UserError of one line that shows the text with the character at index `at` between arrows."""
-    shown = f"{text[:at]}>>{text[at : at + 1]}<<{text[at + 1 :]}"
-    return UserError(f"layout, character {at + 1}: {message}: {shown!r}")
+    before, after = text[max(0, at - _AROUND) : at], text[at + 1 : at + 1 + _AROUND]
+    shown = f"{'...' if at > _AROUND else ''}{before}>>{text[at : at + 1]}<<{after}"
+    shown += "..." if at + 1 + _AROUND < len(text) else ""
+    return UserError(f"layout, character {at + 1}: {cut(message)}: {shown!r}")
 
 
 def _listed(names: Collection[str]) -> str:
@@ -95,10 +98,13 @@ def _listed(names: Collection[str]) -> str:
 
 
 class _Parser:
-    """A recursive-descent parser of layouts. at: the index of the next character to read."""
+    """A recursive-descent parser of layouts.
+
+    at: the index of the next character to read. nesting: brackets that are open there. blocks: blocks so far.
+    """
 
     def __init__(self, text: str) -> None:
-        self.text, self.at, self.nesting = text, 0, 0
+        self.text, self.at, self.nesting, self.blocks = text, 0, 0, 0
 
     def layout(self, inside: bool) -> Layout:
         items: list[Blocks | Bracketed] = []
@@ -116,19 +122,27 @@ class _Parser:
     def _item(self) -> Blocks | Bracketed:
         kind, value, at = self._take()
         if kind == "letter":
-            return Blocks(1, value, at)
+            return self._counted(1, value, at, at)
         if kind == "count":
-            return self._repeated(int(value[:9]), at)
+            return self._repeated(value, at)
         if kind == "name":
             return self._bracketed(value, at)
         raise pointed(self.text, at, "expected a block letter, a count or a bracket")
 
-    def _repeated(self, count: int, at: int) -> Blocks:
+    def _repeated(self, digits: str, at: int) -> Blocks:
         kind, letter, letter_at = self._take()
         if kind != "letter":
             raise pointed(self.text, letter_at, "expected a block letter after the count")
-        if not 1 <= count <= _MOST_BLOCKS:
-            raise pointed(self.text, at, f"a count is 1 to {_MOST_BLOCKS}")
+        count = int(digits.lstrip("0")[:9] or 0)  # more digits are too many, whatever they are
+        return self._counted(count, letter, at, letter_at)
+
+    def _counted(self, count: int, letter: str, at: int, letter_at: int) -> Blocks:
+        """The blocks of a letter, if a model may have as many more."""
+        if not 1 <= count <= MOST_BLOCKS:
+            raise pointed(self.text, at, f"a count is 1 to {MOST_BLOCKS}")
+        self.blocks += count
+        if self.blocks > MOST_BLOCKS:
+            raise pointed(self.text, at, f"more than {MOST_BLOCKS} blocks in all")
         return Blocks(count, letter, letter_at)
 
     def _bracketed(self, name: str, at: int) -> Bracketed:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from longwave.errors import UserError, require
+from longwave.errors import UserError, require, shown
 
 LAST_PLACE = (1 << 31) - 1  # of a token in a sequence: places are 32-bit integers in states and in lists of blocks
+_DIGITS = 15  # of a size: more than any machine holds
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def parse_sizes(text: str) -> list[int]:
     """Token counts such as `4096,64k,1M` (k, M and G are powers of 1024)."""
-    sizes = [_size(part, f"{text!r}: {part!r} is no number of tokens; write 4096,64k,1M") for part in text.split(",")]
-    fits = max(sizes) <= LAST_PLACE + 1
-    require(fits, f"{text!r}: {max(sizes):,} tokens; places are counted up to {LAST_PLACE:,}")
-    return sizes
+    return [_tokens(part) for part in text.split(",")]
+
+
+def _tokens(text: str) -> int:
+    size = _size(text, f"{shown(text)} is no number of tokens; write 4096,64k,1M")
+    require(size <= LAST_PLACE + 1, f"{shown(text)}: {size:,} tokens; places are counted up to {LAST_PLACE:,}")
+    return size
 
 
 def parse_bytes(text: str) -> int:
     """A number of bytes such as `512M` or `8G`."""
-    return _size(text, f"{text!r} is no number of bytes; write 512M or 8G")
+    return _size(text, f"{shown(text)} is no number of bytes; write 512M or 8G")
 
 
 def _size(text: str, problem: str) -> int:
     number, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
-    if not number.strip().isdigit() or int(number) == 0:
+    digits = number.strip()
+    if not (digits.isascii() and digits.isdecimal()) or not digits.strip("0"):
         raise UserError(problem)
-    return int(number) * unit
+    require(len(digits) <= _DIGITS, f"{shown(text)}: {len(digits):,} digits; at most {_DIGITS}")
+    return int(digits) * unit
 
 
 def short(number: float) -> str:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from longwave import api, checkpoints, plan
+from longwave import api, checkpoints, planning
 from longwave.benchmarks.measure.checks import check_forms, check_logits, check_loss, one_pass
 from longwave.benchmarks.measure.memory import peak_memory
 from longwave.benchmarks.measure.profile import Part, Profiler, Traced
@@ -424,7 +424,7 @@ def _models(model: str | Path, other: str | Path | None, read: Callable[[str | P
 def _decoder(path: str | Path, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
     if Path(path).is_dir() or checkpoints.is_hub_id(path):
         return api.load(path, dtype=dtype, device=device)
-    return Decoder(plan.model_config(path), seed).to(device, dtype)
+    return Decoder(planning.model_config(path), seed).to(device, dtype)
 
 
 def _check_fit(models: Sequence[TimedModel], tokens: int) -> None:

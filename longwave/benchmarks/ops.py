@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longwave import plan
+from longwave import planning
 from longwave.benchmarks.measure.checks import check_form
 from longwave.benchmarks.measure.memory import peak_memory
 from longwave.benchmarks.measure.profile import Profiler, Traced
@@ -85,7 +85,7 @@ def ops_options(model: str | Path | None, chosen: Mapping[str, Any]) -> OpsOptio
     """Options from the values chosen, and for the rest from a model (a recipe or a folder) where one is given."""
     sizes: dict[str, Any] = {}
     if model is not None:
-        config = plan.model_config(model)
+        config = planning.model_config(model)
         heads, window = config.table("attention"), config.tables.get("window")
         sizes = {"heads": heads.heads, "kv_heads": heads.groups, "head_size": heads.size_in(config.hidden_size)}
         sizes |= {"hidden_size": config.hidden_size, "vocab_size": config.vocab_size}

@@ -10,7 +10,7 @@ makes `longwave train RECIPE [--steps STEPS]`; `longwave.cli.parser` says what e
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 
@@ -29,6 +29,10 @@ class Options:
     """Options of every verb."""
 
     json: bool = option("print one JSON object as the last line", default=False)
+
+    def keywords(self) -> dict[str, Any]:
+        """The options by name, for the function of `longwave.verbs` that does what the verb does."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "json"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
-from longwave.units import parse_sizes, short, short_bytes
+from longwave.units import counted, short, short_bytes
 
 if TYPE_CHECKING:
     from longwave.costs import Cost
+    from longwave.planning import Plan as Planned
 
 _COLUMNS = ("parts", "parameters", "prefill FLOPs", "FLOPs/token", "bytes/token", "state")
 
@@ -22,20 +23,18 @@ class Plan(Options):
 
     model: str = argument("a recipe, or a folder of which only config.json need exist")
     context: str = option("token counts, such as 4096,1M", default="4096")
-    dtype: Literal["fp32", "bf16", "fp16"] = option("of weights and activations", default="bf16")
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = option("of weights and activations", default="bf16")
 
 
-def run(options: Plan) -> dict[str, Any]:
+def run(options: Plan) -> Planned:
     """Prints the costs of each kind of part and their total, at every context."""
-    from longwave import plan
-    from longwave.machine import dtype_of
+    from longwave.verbs import plan
 
-    config, contexts, dtype = plan.model_config(options.model), parse_sizes(options.context), dtype_of(options.dtype)
-    tables = {context: plan.costs_at(config, context, dtype) for context in contexts}  # which may refuse the config
-    print(f"{config.layout}  (hidden {config.hidden_size}, vocabulary {config.vocab_size:,})")
-    for context, costs in tables.items():
-        _show(f"{context:,} tokens, {str(dtype).removeprefix('torch.')}", costs)
-    return plan.to_json(config, contexts, dtype)
+    planned = plan(**options.keywords())
+    print(f"{planned.layout}  (hidden {planned.hidden_size}, vocabulary {planned.vocab_size:,})")
+    for context, costs in planned.contexts.items():
+        _show(f"{counted(context, 'token')}, {planned.dtype}", costs)
+    return planned
 
 
 def _show(title: str, costs: Sequence[Cost]) -> None:

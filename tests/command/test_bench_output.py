@@ -51,7 +51,7 @@ def results(*rows: Row) -> Results:
 
 def decoder(layout: str = "2F subllm(0.64: F)") -> Decoder:
     shape = AttentionConfig(heads=4, kv_heads=2)
-    return Decoder(ModelConfig(61, 32, layout, 64, attention=shape, mlp=MLPConfig(48))).eval()
+    return Decoder(ModelConfig(61, 32, layout, context_window=64, attention=shape, mlp=MLPConfig(48))).eval()
 
 
 @pytest.fixture
@@ -371,7 +371,6 @@ def test_the_same_figures_but_for_time(longwave, model: Path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], ["KIND", "bench --help"]),
         (["speed"], ["speed", "inference", "compare"]),
         (["inference"], ["model"]),
         (["inference", "nowhere.toml"], ["nowhere.toml"]),

@@ -284,7 +284,7 @@ def test_recipes_are_compared_and_results_are_plain(tmp_path: Path, monkeypatch:
 
 
 def test_recipes_for_the_record_are_of_the_stated_size():
-    from longwave.plan import meta_model, model_config
+    from longwave.planning import meta_model, model_config
     from longwave.recipes import recipe_path
 
     for name in ("bench-llama", "bench-llama-24", "bench-subllm-24"):

@@ -134,13 +134,21 @@ def test_plan_of_a_recipe_and_of_a_folder_with_a_config_alone(longwave, toml: Pa
     assert f"{expected:,}" in longwave("plan", toml).out
 
 
-@pytest.mark.parametrize("context", ["0", "many", "64,", "1T", "-5"])
+@pytest.mark.parametrize("context", ["0", "000", "many", "64,", "", "1T", "-5", "k", "²", "٣", "1.5k", "1e3"])
 def test_plan_refuses_what_is_no_number_of_tokens(refuses, toml: Path, context: str):
-    refuses("plan", toml, f"--context={context}", says=["no number of tokens"])
+    refuses("plan", toml, f"--context={context}", says=["no number of tokens; write 4096,64k,1M"])
 
 
-def test_plan_refuses_a_place_past_32_bits(refuses, toml: Path):
-    refuses("plan", toml, "--context", "4k,4G", says=["4,294,967,296 tokens; places are counted up to 2,147,483,647"])
+@pytest.mark.parametrize(
+    ("context", "says"),
+    [
+        ("4k,4G", "'4G': 4,294,967,296 tokens; places are counted up to 2,147,483,647"),
+        ("9" * 5000, "5,000 digits; at most 15"),
+        (",".join(["1"] * 101), "101 numbers of tokens; give 1 to 100 of them"),
+    ],
+)
+def test_plan_refuses_more_than_any_model_sees(refuses, toml: Path, context: str, says: str):
+    assert len(refuses("plan", toml, "--context", context, says=[says])) < 300
 
 
 @pytest.mark.parametrize(
@@ -286,7 +294,7 @@ def test_the_run_is_named_after_its_recipe(longwave, toml: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("model.hiden_size=32", ["tiny.toml", "unknown key model.hiden_size = 32", "did you mean hidden_size?"]),
+        ("model.hiden_size=32", ["tiny.toml", "unknown key model.hiden_size = 32", "did you mean model.hidden_size?"]),
         ("trainning.steps=3", ["unknown key trainning", "did you mean training?"]),
         ("optimizer.learning_rate=3", ["learning_rate"]),
         ("model.layout=2F subllm(0.64: 2F", ["layout, character 19", "expected ')'"]),

@@ -56,6 +56,8 @@ def read(*words: str) -> Options:
         (["walk", "a", "--gait", "slow", "--size", "4"], Walk(start="a", gait="slow", size=4)),
         (["walk", "a", "--seen", "1", "--seen", "2"], Walk(start="a", seen=(1, 2))),
         (["walk", "a", "--far-away", "--word", "x"], Walk(start="a", far_away=True, literal="x")),
+        (["walk", "--word=--", "a"], Walk(start="a", literal="--")),
+        (["walk", "--", "a"], Walk(start="a")),
         (["more", "rest"], Rest()),
         (["more", "rest", "here"], Rest(place="here")),
     ],
@@ -67,18 +69,37 @@ def test_what_is_read(words: list[str], options: Options):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], r"VERB \(see go --help\)"),
-        (["walk"], r"start \(see go walk --help\)"),
+        ([], r"give a VERB, one of the above \(see go --help\)"),
+        (["wlak"], r"no verb 'wlak'; did you mean walk\? \(see go --help\)"),
+        (["fly"], r"no verb 'fly'; use one of walk, more \(see go --help\)"),
+        (["--", "walk"], "no verb '--'; use one of walk, more"),
+        (["--word"], r"unrecognised argument '--word' \(see go --help\)"),
+        (["walk"], r"required: start \(see go walk --help\)"),
         (["walk", "a", "--size", "big"], "--size: invalid int value: 'big'"),
-        (["walk", "a", "--gait", "odd"], "'odd' .*slow.*fast"),
-        (["walk", "a", "--unknown"], "unrecognized arguments: --unknown"),
-        (["more", "rest", "a", "b"], "unrecognized arguments: b"),
-        (["more"], r"KIND \(see go more --help\)"),
+        (["walk", "a", "--size"], "--size: expected one argument; one that begins with - is written --name=-value"),
+        (["walk", "a", "--gait", "odd"], "--gait 'odd': use one of slow, fast"),
+        (["walk", "a", "--gait=--"], "--gait '--': use one of slow, fast"),
+        (["walk", "a", "--size=--"], "--size: invalid int value: '--'"),
+        (["walk", "a", "--unknown"], r"unrecognised argument '--unknown' \(see go walk --help\)"),
+        (["walk", "a", "--gate", "slow"], "'--gate'; did you mean --gait?"),
+        (["walk", "a", "--pac=1"], "'--pac=1'; did you mean --pace?"),
+        (["more", "rest", "a", "b"], r"unrecognised argument 'b' \(see go more rest --help\)"),
+        (["more"], r"give a KIND, one of the above \(see go more --help\)"),
+        (["more", "rset"], "no kind 'rset'; did you mean rest?"),
     ],
 )
 def test_what_is_refused(words: list[str], says: str):
     with pytest.raises(UserError, match=says):
         read(*words)
+
+
+def test_a_line_without_a_verb_shows_the_verbs_where_errors_stand(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(UserError):
+        read()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "walk  " in err
+    assert "more  " in err
 
 
 def test_help_tells_defaults_and_begins_with_the_verbs_own_options(capsys: pytest.CaptureFixture[str]):

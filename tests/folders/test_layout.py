@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +67,13 @@ def test_what_the_parts_of_a_layout_are():
         ("5 6F", 2, "expected a block letter after the count"),
         ("5", 1, "expected a block letter after the count"),
         ("5subllm(0.5: F)", 1, "expected a block letter after the count"),
-        ("F 0F", 2, "a count is 1 to 100000"),
+        ("F 0F", 2, "a count is 1 to 1024"),
+        ("F 000F", 2, "a count is 1 to 1024"),
+        ("F 1025F", 2, "a count is 1 to 1024"),
+        ("999999999999F", 0, "a count is 1 to 1024"),
+        ("1000F 25F", 6, "more than 1024 blocks in all"),
+        ("1024F F", 6, "more than 1024 blocks in all"),
+        ("subllm(0.5: 600F) 600W", 18, "more than 1024 blocks in all"),
         ("subllm", 6, "expected '(' after subllm"),
         ("F subllm F", 9, "expected '(' after subllm"),
         ("subllm(", 7, "expected an argument of subllm"),
@@ -102,6 +110,33 @@ def test_an_unknown_name_is_pointed_at(text: str, at: int, message: str):
         check_names(text, parse(text), BLOCKS, BRACKETS)
     assert str(caught.value).startswith(f"layout, character {at + 1}: {message}")
     assert all(letter in str(caught.value) for letter in BLOCKS) or "bracket" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9" * 5000 + "F",
+        "0" * 5000 + "F",
+        "F " * 30_000,
+        "F " * 3_000_000,
+        "subllm(0.5: " * 3000 + "F" + ")" * 3000,
+        "subllm(0.5: F) " * 3000,
+        "subllm(" + "0," * 30_000 + "?",
+        "a" * 60_000,
+        f"subllm(0.{'5' * 5000}: 2F",
+    ],
+)
+def test_layouts_that_nobody_needs_are_refused_at_once_and_in_a_short_line(text: str):
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"^layout[,:]") as caught:
+        parse(text)
+    assert time.perf_counter() - began < 1
+    assert len(str(caught.value)) < 400
+
+
+def test_the_deepest_and_most_nested_layouts_are_parsed():
+    assert parse("01024F").depth == 1024
+    assert parse("subllm(0.5: " * 64 + "F" + ")" * 64).depth == 1
 
 
 @given(st.text(alphabet="F W5subllm0.(),:?\n", max_size=25))

@@ -34,7 +34,7 @@ PLAIN: dict[str, Any] = {
 LETTERS = {
     "two windows": Case("2W V", {"blocks": WIDE}),
     "in a level": Case("F subllm(0.6: V W) V", {"blocks": WIDE}),
-    "parallel": Case("F 2P", {"blocks": {"P": BlockConfig(("full", "mlp"), "parallel")}}),
+    "parallel": Case("F 2P", {"blocks": {"P": BlockConfig(("full", "mlp"), wiring="parallel")}}),
     "two mixers": Case("F 2M", {"blocks": {"M": BlockConfig(("lightning", "window", "mlp"), window=WindowConfig(3))}}),
     "no mixer": Case("2N", {"blocks": {"N": BlockConfig(("mlp",))}}),
 }
@@ -201,7 +201,7 @@ def test_a_letter_that_makes_no_sense_is_refused(blocks: dict[str, Any], message
         ),
         (
             {"V": {"parts": ["window"], "window": {"size": 0}}},
-            "recipe.toml: blocks.V.window: window.size = 0: 1 or more tokens",
+            "recipe.toml: blocks.V.window.size = 0: 1 or more tokens",
         ),
         (
             {"V": {"parts": ["window"], "window": {"size": 5, "sizes": 5}}},

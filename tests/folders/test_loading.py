@@ -22,7 +22,7 @@ from model_folders import TOKENS, logits, same, small, theirs
 from safetensors.torch import save_file
 
 import longwave
-from longwave import files, plan
+from longwave import files, planning
 from longwave.checkpoints import load, load_config, save, weights
 from longwave.checkpoints.weights import WeightFiles
 from longwave.config import ModelConfig
@@ -206,7 +206,7 @@ def test_a_longwave_folder_on_the_hub_is_verified(hub: Hub):
 
 
 def test_only_the_config_is_fetched_for_a_plan(hub: Hub):
-    assert load_config("org/qwen") == plan.model_config("org/qwen") == load(hub.repositories["org/qwen"]).config
+    assert load_config("org/qwen") == planning.model_config("org/qwen") == load(hub.repositories["org/qwen"]).config
     assert [path.name for path in (hub.cache / "org/qwen").iterdir()] == ["config.json"]
 
 

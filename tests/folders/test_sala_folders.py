@@ -24,7 +24,7 @@ from longwave.errors import UserError
 from longwave.hf import LongwaveForCausalLM
 from longwave.mixers import InfllmAttention, InfllmConfig, LightningConfig
 from longwave.model import Decoder
-from longwave.plan import meta_model
+from longwave.planning import meta_model
 from longwave.streams import Stream
 
 TOKENS = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(3))

@@ -44,7 +44,7 @@ CASES = {
     **cases_of(LETTERS, LEVELS),
     "all of them": Case("A every_second(T blend(P L) A) blend(W T) 2F"),
     "a letter of a recipe": Case(
-        "F Z", {"blocks": {"Z": BlockConfig(("average", "shift"), "parallel")}, "average": NEEDS["average"]}
+        "F Z", {"blocks": {"Z": BlockConfig(("average", "shift"), wiring="parallel")}, "average": NEEDS["average"]}
     ),
 }
 every_case = pytest.mark.parametrize("name", CASES)

@@ -26,7 +26,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.evaluation.held_out import evaluate_folder, held_out_loss
 from longwave.model import Decoder
-from longwave.plan import model_config
+from longwave.planning import model_config
 from longwave.streams import Stream
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.recipe import Recipe, read_recipe

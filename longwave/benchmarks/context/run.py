@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from longwave import checkpoints, files, plan
+from longwave import checkpoints, files, planning
 from longwave.benchmarks.context.growth import DECODE, PREFILL, Growth, growths
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.sequence import Reading, Stopped
@@ -217,11 +217,11 @@ def _sources(model: str | Path, other: str | Path | None) -> Sources:
 
 def _source(model: str | Path) -> str | ModelConfig:
     of_weights = Path(model).is_dir() or checkpoints.is_hub_id(model)
-    return str(model) if of_weights else plan.model_config(model)
+    return str(model) if of_weights else planning.model_config(model)
 
 
 def _config(source: str | ModelConfig) -> ModelConfig:
-    return source if isinstance(source, ModelConfig) else plan.model_config(source)
+    return source if isinstance(source, ModelConfig) else planning.model_config(source)
 
 
 def _tokenizer(model: str | Path) -> Tokenizer | None:
