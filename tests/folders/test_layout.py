@@ -130,7 +130,7 @@ def test_layouts_that_nobody_needs_are_refused_at_once_and_in_a_short_line(text:
     began = time.perf_counter()
     with pytest.raises(UserError, match=r"^layout[,:]") as caught:
         parse(text)
-    assert time.perf_counter() - began < 1
+    assert time.perf_counter() - began < 5
     assert len(str(caught.value)) < 400
 
 
