@@ -171,7 +171,7 @@ def test_training_refuses_hybrids_that_cannot_be(
 
 
 def test_plan_refuses_what_is_no_model(refuses, tmp_path: Path):
-    refuses("plan", tmp_path / "nothing", says=["no such file"])
+    refuses("plan", tmp_path / "nothing", says=["neither a file nor the name of a recipe"])
     refuses("plan", tmp_path, says=["no config.json"])
     (tmp_path / "half.toml").write_text("[training]\nsteps = 3\n")
     refuses("plan", tmp_path / "half.toml", says=["no [model] table"])
