@@ -337,7 +337,7 @@ def test_a_gpu_that_is_not_there_is_refused(refuses, toml: Path, model: Path, tm
 
 
 def test_train_refuses_what_is_no_recipe(refuses, tmp_path: Path):
-    refuses("train", tmp_path / "missing.toml", says=["missing.toml", "no such file"])
+    refuses("train", tmp_path / "missing.toml", says=["missing.toml: neither a file nor the name of a recipe"])
     refuses("train", tmp_path, says=["directory"])
     (tmp_path / "bad.toml").write_text("[model\nx = 1")
     refuses("train", tmp_path / "bad.toml", says=["bad.toml: not TOML", "line 1"])
