@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -22,7 +22,7 @@ def require(condition: bool, message: str) -> None:
 
 
 @contextmanager
-def within(source: object) -> Iterator[None]:
+def within(source: object) -> Generator[None]:
     """Puts where values come from, such as the path of a recipe, before the message of a UserError that they cause."""
     try:
         yield
