@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -199,31 +200,141 @@ def test_rounding_to_bf16_is_torchs_own():
 # --- where they cannot be built ---------------------------------------------------------------------------------------
 
 
-def call_doctor(**environment: str) -> str:
+def compiler(folder: Path, *lines: str) -> Path:
+    """A folder for PATH in which `cc` is a shell script of these lines."""
+    folder.mkdir(exist_ok=True)
+    script = folder / "cc"
+    script.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+    script.chmod(0o755)
+    return folder
+
+
+def copying(folder: Path) -> Path:
+    """A compiler that is done at once: it gives the library that the kernels of this process came from."""
+    built = compiled.library()._name
+    return compiler(folder, 'for one; do last="$target"; target="$one"; done', f'/bin/cp "{built}" "$last"')
+
+
+@pytest.fixture
+def first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+    """Looks for kernels as on a new machine, where PATH is the given folder alone; the reason why there are none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(path: Path, **seconds: float) -> str | None:
+        with monkeypatch.context() as patched:
+            patched.setenv("PATH", str(path))
+            for name, value in seconds.items():
+                patched.setattr(compiled, name, value)
+            patched.setattr(compiled, "library", compiled.library.__wrapped__)
+            return compiled.why_not.__wrapped__()
+
+    return call
+
+
+COMPILERS = {
+    "cc failed: cc: error: unknown flag": ["echo 'cc: error: unknown flag' >&2", "exit 1"],
+    "cc failed: no message": ["exit 1"],
+    "cc failed: \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} is no flag": [
+        "printf '\\377\\376 is no flag' >&2",
+        "exit 1",
+    ],
+    "cc did not end within 1 seconds": ["while :; do :; done"],
+    "No such file or directory": ["exit 0"],  # it says that all is well, and has written nothing
+    "cannot be loaded": ['for one; do last="$target"; target="$one"; done', 'echo no library > "$last"'],
+}
+
+
+@pytest.mark.parametrize("reason", COMPILERS)
+def test_a_compiler_that_cannot_is_the_reason(tmp_path: Path, first_use, reason: str):
+    found = first_use(compiler(tmp_path / "bin", *COMPILERS[reason]), _LONGEST_BUILD=1.0, _LONGEST_ANSWER=1.0)
+    assert found is not None
+    assert reason in found
+    assert "\n" not in found
+    kept = [path.name for path in tmp_path.glob("cache/longwave/*")]
+    assert len(kept) == (reason == "cannot be loaded"), "a failed build leaves nothing behind"
+
+
+def test_a_compiler_that_cannot_be_started_is_the_reason(tmp_path: Path, first_use):
+    nothing, odd = tmp_path / "nothing", compiler(tmp_path / "odd")
+    nothing.mkdir()
+    (odd / "cc").write_bytes(b"\x7fELF, but no program")
+    assert first_use(nothing) == "no C compiler (cc, gcc or clang)"
+    assert "Exec format error" in str(first_use(odd))
+
+
+@needs_kernels
+def test_a_compiler_is_needed_once(tmp_path: Path, first_use):
+    assert first_use(copying(tmp_path / "bin")) is None
+    (kept,) = tmp_path.glob("cache/longwave/*")
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    assert first_use(compiler(tmp_path / "bin", '[ "$1" = --version ]')) is None
+    assert list(tmp_path.glob("cache/longwave/*")) == [kept]
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", ["cut", "emptied", "one bit", "replaced", "a folder", "unreadable link"])
+def test_a_damaged_build_is_built_anew(tmp_path: Path, first_use, damage: str):
+    """Never loaded: pages that are missing would end the process when they are touched."""
+    path = copying(tmp_path / "bin")
+    assert first_use(path) is None
+    (kept,) = tmp_path.glob("cache/longwave/*")
+    content = kept.read_bytes()
+    match damage:
+        case "cut":
+            kept.write_bytes(content[: len(content) // 2])
+        case "emptied":
+            kept.write_bytes(b"")
+        case "one bit":
+            kept.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+        case "replaced":
+            kept.write_bytes(b"no shared object")
+        case "a folder":
+            kept.unlink()
+            kept.with_name(f"{kept.name[:24]}-other.so").mkdir()
+        case _:
+            kept.unlink()
+            kept.symlink_to(tmp_path / "nowhere")
+    assert first_use(path) is None
+    assert kept.read_bytes() == content
+
+
+@needs_kernels
+@pytest.mark.parametrize("planted", ["folder of another", "writable by others", "writable by the group", "a file"])
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path, first_use, planted: str):
+    """A library that somebody else has put there would be run as the user."""
+    folder = tmp_path / "cache" / "longwave"
+    folder.mkdir(parents=True)
+    match planted:
+        case "folder of another":
+            if os.geteuid():
+                pytest.skip("only root can give a folder to another user")
+            os.chown(folder, 12345, 12345)
+        case "writable by others":
+            folder.chmod(0o777)
+        case "writable by the group":
+            folder.chmod(0o770)
+        case _:
+            folder.rmdir()
+            folder.write_text("")
+    assert str(folder) in str(first_use(copying(tmp_path / "bin")))
+    assert not folder.is_dir() or not list(folder.iterdir())
+
+
+def test_no_home_is_the_reason(tmp_path: Path, first_use, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert "XDG_CACHE_HOME" in str(first_use(compiler(tmp_path / "bin", "exit 0")))
+
+
+def test_doctor_says_why_there_are_none():
     done = subprocess.run(
         [sys.executable, "-m", "longwave", "doctor"],
-        env={**os.environ, **environment},
+        env={**os.environ, "LONGWAVE_COMPILED": "0"},
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout
-
-
-def test_doctor_says_why_there_are_none(tmp_path: Path):
-    """Switched off, without a compiler, with one that fails, and with no place to build."""
-    assert "no compiled kernels: LONGWAVE_COMPILED=0" in call_doctor(LONGWAVE_COMPILED="0")
-    nothing, failing = tmp_path / "nothing", tmp_path / "failing"
-    nothing.mkdir()
-    failing.mkdir()
-    (failing / "cc").write_text("#!/bin/sh\necho 'cc: error: unknown flag' >&2\nexit 1\n")
-    (failing / "cc").chmod(0o755)
-    home = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert "no compiled kernels: no C compiler" in call_doctor(PATH=str(nothing), **home)
-    assert "cc failed: cc: error: unknown flag" in call_doctor(PATH=str(failing), **home)
-    (tmp_path / "file").write_text("")
-    assert "no compiled kernels" in call_doctor(XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert not list(tmp_path.glob("cache/longwave/*")), "a failed build leaves nothing behind"
+    assert "no compiled kernels: LONGWAVE_COMPILED=0" in done.stdout
 
 
 def test_without_them_the_torch_forms_run(monkeypatch: pytest.MonkeyPatch):
@@ -249,15 +360,7 @@ def test_without_them_the_torch_forms_run(monkeypatch: pytest.MonkeyPatch):
 def test_processes_that_build_at_once_do_not_meet(tmp_path: Path):
     """Four first users of one cache folder: all get their kernels, and one file is left."""
     command = [sys.executable, "-c", "from longwave.ops import compiled; compiled.library()"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PATH": str(copying(tmp_path / "bin"))}
     builders = [subprocess.Popen(command, env=environment) for _ in range(4)]
     assert [builder.wait() for builder in builders] == [0, 0, 0, 0]
     assert len(list((tmp_path / "longwave").iterdir())) == 1
-
-
-@needs_kernels
-def test_a_damaged_build_is_said(tmp_path: Path):
-    (tmp_path / "longwave").mkdir()
-    name = Path(compiled.library()._name).name
-    (tmp_path / "longwave" / name).write_text("no shared object")
-    assert "cannot be loaded" in call_doctor(XDG_CACHE_HOME=str(tmp_path))

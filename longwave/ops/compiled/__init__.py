@@ -4,30 +4,32 @@ They are there for two uses (docs/log.md): decoding, which does little arithmeti
 CPU kernels reach a third to a half of the bandwidth; and block-sparse attention, for which torch has no kernel. Without
 a compiler, or with LONGWAVE_COMPILED=0, the ops run their torch forms, and `longwave doctor` says so.
 
-- Built at first use (a few seconds) into the user's cache folder, under a name that hashes sources, flags, compiler
-  and processor; a build appears whole or not at all.
+- Built at first use (a few seconds) into the user's cache folder (`cache.py`), under a name that hashes sources, flags,
+  compiler and processor.
+- Whatever goes wrong is a reason why there are no compiled forms, and never ends a command.
 - The kernels are plain C in GCC's and Clang's vector extension, with OpenMP; no header of torch or Python.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
-from functools import cache
 from pathlib import Path
+
+from longwave.ops.compiled import cache
+from longwave.ops.compiled.cache import Unavailable
 
 _OPS = Path(__file__).parent.parent
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _SWITCH = "LONGWAVE_COMPILED"
-
-
-class Unavailable(RuntimeError):
-    """The compiled kernels cannot be used; the message says why."""
+_LONGEST_BUILD, _LONGEST_ANSWER = 300.0, 20.0  # seconds: a build takes a few, on a busy machine a minute
 
 
 def is_available() -> bool:
@@ -35,17 +37,17 @@ def is_available() -> bool:
     return why_not() is None
 
 
-@cache
+@functools.cache
 def why_not() -> str | None:
     """The reason why the kernels cannot be used, or None; builds them like `is_available`."""
     try:
         library()
-    except Unavailable as error:
-        return str(error)
+    except (Unavailable, OSError) as error:  # OSError: a compiler that cannot be started, a full disk
+        return " ".join(str(error).split())
     return None
 
 
-@cache
+@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded kernels. Raises Unavailable where they cannot be built or loaded."""
     if os.environ.get(_SWITCH) == "0":
@@ -54,39 +56,43 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise Unavailable("no C compiler (cc, gcc or clang)")
     sources = sorted(_OPS.glob("*/*.c"))
-    target = _cache_folder() / f"kernels-{_fingerprint(compiler, sources)}.so"
-    if not target.exists():
-        _build(compiler, sources, target)
+    name = f"kernels-{_fingerprint(compiler, sources)}"
+    path = cache.find(name) or cache.keep(name, _build(compiler, sources))
     try:
-        return ctypes.CDLL(str(target))
+        return ctypes.CDLL(str(path))
     except OSError as error:
-        raise Unavailable(f"{target} cannot be loaded: {error}") from None
+        raise Unavailable(f"{path} cannot be loaded: {error}") from None
 
 
-def _build(compiler: str, sources: list[Path], target: Path) -> None:
-    """Compiles into a temporary folder and renames the result, so that processes that build at once do not collide."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = Path(folder) / target.name
-            command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
-                raise Unavailable(f"{compiler} failed: {lines[-1]}")
-            built.replace(target)
-    except OSError as error:
-        raise Unavailable(f"{target.parent}: {error.strerror or error}") from None
+def _build(compiler: str, sources: list[Path]) -> bytes:
+    """The shared library of the sources."""
+    with tempfile.TemporaryDirectory(dir=cache.folder(), ignore_cleanup_errors=True) as folder:
+        built = Path(folder) / "kernels.so"
+        done = _run([compiler, *_FLAGS, *map(str, sources), "-o", str(built), "-lm"], _LONGEST_BUILD)
+        if done.returncode:
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+            raise Unavailable(f"{compiler} failed: {lines[-1]}")
+        return built.read_bytes()
 
 
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "longwave"
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[bytes]:
+    """Runs the compiler, which gets no input, and is stopped with all that it has started after so many seconds."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            output, problems = process.communicate(timeout=seconds)
+        except BaseException as error:  # an interrupt, too: the session of its own would not see it
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unavailable(f"{command[0]} did not end within {seconds:.0f} seconds") from None
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, problems)
 
 
 def _fingerprint(compiler: str, sources: list[Path]) -> str:
     """A hash of all that a build depends on: sources, headers, flags, compiler and the processor's features."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    version = _run([compiler, "--version"], _LONGEST_ANSWER).stdout
     parts = [" ".join(_FLAGS).encode(), version, platform.machine().encode(), _processor()]
     parts += [path.read_bytes() for path in [*sources, *sorted(_OPS.glob("*/*.h"))]]
     digest = hashlib.sha256()
