@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from longwave.errors import MachineError, UserError
     from longwave.model import Decoder
     from longwave.streams import Stream
-    from longwave.verbs import plan
+    from longwave.verbs import plan, prepare, train
 
 _HOMES = {
     "load": "api",
     "save": "api",
     "generate": "api",
     "plan": "verbs",
+    "prepare": "verbs",
+    "train": "verbs",
     "Decoder": "model",
     "ModelConfig": "model",
-    "Stream": "stream",
+    "Stream": "streams",
     "UserError": "errors",
     "MachineError": "errors",
 }
@@ -46,7 +48,9 @@ __all__ = [
     "generate",
     "load",
     "plan",
+    "prepare",
     "save",
+    "train",
 ]
 
 

@@ -2,17 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from longwave.config import ModelConfig
+from longwave.data.shards import PreparedInfo
+from longwave.data.shards import prepare as write_shards
+from longwave.data.sources import standard_library
+from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require, within
 from longwave.machine import dtype_of
 from longwave.planning import Plan, model_config, plan_of
+from longwave.progress import TrainingProgress, say
+from longwave.training.loop import Trainer, TrainingResult
+from longwave.training.recipe import read_recipe
 from longwave.units import parse_sizes
 
 _MOST_CONTEXTS = 100
+
+
+def prepare(
+    source: str | Path,
+    output: str | Path,
+    *,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    held_out: float | None = None,
+    text_field: str | None = None,
+    ignore: Sequence[str] = (),
+    loss_on: Literal["assistant", "all"] | None = None,
+    seed: int = 0,
+) -> PreparedInfo:
+    """Turns text or conversations into a new folder of tokenised shards, which appears whole or not at all.
+
+    source: a file or a folder of texts, or of rows of texts or chats; `"stdlib"` for Python's own sources.
+    output: the folder to write. vocab_size: entries of the tokenizer to train; 8192 by default.
+    tokenizer: one to use instead, or a folder with `tokenizer.json`.
+    held_out: share of the documents kept from training, which `seed` draws; 0.02 by default, one document at least.
+    text_field: the field of the text in rows. ignore: keys of rows and messages to pass over.
+    loss_on: what is learned of conversations; the assistant's answers by default.
+    Raises UserError for a source that cannot be read or used, and for a folder that exists.
+    """
+    given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    return write_shards(
+        standard_library if source == "stdlib" else source,
+        output,
+        tokenizer=given,
+        vocab_size=vocab_size,
+        held_out=held_out,
+        seed=seed,
+        loss_on=loss_on,
+        text_field=text_field,
+        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+    )
+
+
+def train(
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    progress: bool = False,
+) -> TrainingResult:
+    """Trains a model from a recipe, or goes on with the run that is in the folder.
+
+    recipe: a TOML file, or the name of a recipe that comes with the package.
+    overrides: values of the recipe to change, such as `{"training.steps": 100}` or `["training.steps=100"]`.
+    output: folder of the run; `runs/` and the name of the recipe by default. progress: whether stderr tells of it.
+    Raises UserError for a recipe, data or a folder that do not fit, MachineError for a run whose numbers ceased to be
+    finite, and KeyboardInterrupt once a stopped run has its checkpoint.
+    """
+    folder = Path("runs") / Path(recipe).stem if output is None else Path(output)
+    trainer = Trainer(read_recipe(recipe, overrides), folder)
+    if progress:
+        _tell(trainer)
+    trainer.run()
+    return trainer.result()
+
+
+def _tell(trainer: Trainer) -> None:
+    """Says what is run, and goes on to show how far it is."""
+    if trainer.step:
+        say(f"{trainer.output}: resuming after step {trainer.step}")
+    for line in [*trainer.model.describe(), *trainer.notes()]:
+        say(line)
+    trainer.watch(TrainingProgress(trainer.output.name, trainer.recipe.training.steps, trainer.step))
 
 
 def plan(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
@@ -32,25 +31,13 @@ class Prepare(Options):
     seed: int = option("of the draw of what is held out", default=0)
 
 
-def run(options: Prepare) -> dict[str, Any]:
+def run(options: Prepare) -> PreparedInfo:
     """Prepares, and prints how much there is of it."""
-    from longwave.data.shards import prepare
-    from longwave.data.sources import standard_library
-    from longwave.data.tokenizer import Tokenizer
+    from longwave.verbs import prepare
 
-    info = prepare(
-        standard_library if options.source == "stdlib" else options.source,
-        options.output,
-        tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else None,
-        vocab_size=options.vocab_size,
-        held_out=options.held_out,
-        seed=options.seed,
-        loss_on=options.loss_on,
-        text_field=options.text_field,
-        ignore=options.ignore,
-    )
+    info = prepare(**options.keywords())
     _show(info, options.output)
-    return json.loads(info.to_json())
+    return info
 
 
 def _show(info: PreparedInfo, output: str) -> None:

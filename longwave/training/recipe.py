@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from longwave import recipes
 from longwave.checkpoints import load_config
 from longwave.config import ModelConfig, Strict, build
-from longwave.errors import UserError, require
+from longwave.errors import UserError, cut, require, shown, within
+from longwave.model import Decoder
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
 from longwave.training.schedules import Eden, ScheduleConfig
+
+Overrides = Mapping[str, Any] | Sequence[str]
+_LARGEST, _DEEPEST = 1 << 20, 16  # bytes of a recipe file, and tables within tables
+_TOO_DEEP = f"tables nested deeper than {_DEEPEST}; no recipe has such a key"
 
 
 @dataclass(frozen=True)
@@ -97,28 +104,73 @@ class Recipe(Strict):
         return dataclasses.asdict(self) | {"model": self.model.to_dict()}
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and applies `key.path=value` overrides; a UserError names the file, key and value.
+def read_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
+    """Reads a recipe and applies overrides; a UserError names the file, key and value.
 
-    path: of a TOML file, or the name of a recipe that comes with the package.
+    path: of a TOML file, or the name of a recipe that comes with the package. overrides: `key.path=value` words, or
+    values by `key.path`.
     """
-    return build(Recipe, read_values(path, overrides), str(path))
+    recipe = build(Recipe, read_values(path, overrides), str(path))
+    with within(path), torch.device("meta"):
+        Decoder(recipe.model)  # checks what only parts that are put together can
+    return recipe
 
 
-def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_values(path: str | Path, overrides: Overrides = ()) -> dict[str, Any]:
     """The plain values of a TOML file, given by its path or by the name of a recipe, with overrides applied.
 
     `[model]` is completed from the folder that `training.start_from` names. UserError for a file that is not TOML.
     """
+    values = _parsed(path)
+    for key, value in _pairs(overrides):
+        _override(values, key, value)
+    _require_shallow(values, "overrides")
+    return _with_start(values)
+
+
+def _parsed(path: str | Path) -> dict[str, Any]:
+    """The tables of a recipe file; UserError for one that is no TOML, or larger or deeper than any recipe."""
     try:
-        values = tomllib.loads(recipes.find(path).read_text(encoding="utf8"))
+        with recipes.find(path).open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+        require(len(raw) <= _LARGEST, f"{path}: more than {_LARGEST >> 20} MiB; {_remedy(path)}")
+        text = raw.decode("utf-8-sig")
+        require(_longest_key(text) <= _DEEPEST, f"{path}: {_TOO_DEEP}")
+        values = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; give a recipe file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
-    for override in overrides:
-        _override(values, override)
-    return _with_start(values)
+    except RecursionError:
+        raise UserError(f"{path}: {_TOO_DEEP}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # TOML's own, bytes that are not UTF-8, and numbers of thousands of digits
+        raise UserError(f"{path}: not TOML: {cut(str(error))}; {_remedy(path)}") from None
+    _require_shallow(values, str(path))
+    return values
+
+
+def _remedy(path: str | Path) -> str:
+    """What to give in place of a file that is no recipe."""
+    of_model = Path(path).suffix in (".json", ".safetensors")
+    return f"give the model's folder, {Path(path).parent}" if of_model else "give a recipe file"
+
+
+def _require_shallow(values: dict[str, Any], source: str) -> None:
+    """Raises UserError for tables within tables beyond what any recipe has, which nothing could walk."""
+    level: list[Any] = [values]
+    for _ in range(_DEEPEST):
+        level = [one for held in level for one in (held.values() if isinstance(held, dict) else held)]
+        level = [one for one in level if isinstance(one, dict | list)]
+    require(not level, f"{source}: {_TOO_DEEP}")
+
+
+def _longest_key(text: str) -> int:
+    """The number of names in the longest dotted key: `tomllib` takes the square of it in time."""
+    longest = run = 1
+    for piece in text.split("."):
+        run = run + 1 if len(piece.split()) == 1 and not set("=,[]{}#").intersection(piece) else 1
+        longest = max(longest, run)
+    return longest
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,21 +207,30 @@ def _merged(base: Any, over: Any) -> Any:
     return base | {name: _merged(base.get(name), value) for name, value in over.items()}
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise UserError(f"{override!r}: an override reads key.path=value")
-    *tables, last = path.split(".")
+def _pairs(overrides: Overrides) -> Iterator[tuple[str, Any]]:
+    """The key and the value of each override."""
+    if isinstance(overrides, Mapping):
+        yield from overrides.items()
+        return
+    for word in [overrides] if isinstance(overrides, str) else overrides:
+        key, separator, text = word.partition("=")
+        if not separator or not key:
+            raise UserError(f"{shown(word)}: an override reads key.path=value")
+        yield key, _value(text)
+
+
+def _override(values: dict[str, Any], key: str, value: Any) -> None:
+    *tables, last = key.split(".")
     for name in tables:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise UserError(f"{override!r}: {name} is a value, not a table")
-    values[last] = _value(text)
+            raise UserError(f"{shown(key)}: {name} is a value, not a table")
+    values[last] = value
 
 
 def _value(text: str) -> Any:
     """The text as a TOML value; as a string where it is not one, so that strings need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
