@@ -21,7 +21,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     """
     folder = checkpoints.find(path)
     model = checkpoints.load(folder, dtype=dtype, device=device)
-    model.tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").exists() else None
+    model.tokenizer = Tokenizer.find(folder)
     return model
 
 

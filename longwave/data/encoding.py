@@ -49,7 +49,10 @@ class Encoder(Protocol[D]):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Encodes a text as bos, its ids and eos, bos and eos only where the vocabulary has them."""
+    """Encodes a text as its ids between those that the tokenizer puts around a text: bos as a rule, and none for some.
+
+    The text ends with eos, if the tokenizer names one.
+    """
 
     kind: ClassVar[Kind] = "text"
     tokenizer: Tokenizer
@@ -57,7 +60,9 @@ class TextEncoder:
 
     def encode(self, documents: Sequence[Document]) -> list[list[Encoded]]:
         """One document for each text."""
-        opening, closing = ([] if id is None else [id] for id in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        opening, closing = self.tokenizer.opening, self.tokenizer.closing
+        if self.tokenizer.eos_id not in (None, *closing):
+            closing = [*closing, self.tokenizer.eos_id]
         texts = [document.text for document in documents]
         encoded = zip(texts, self.tokenizer.encode_batch(texts), strict=True)
         return [[Encoded(opening + ids + closing, None, len(text.encode()))] for text, ids in encoded]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from longwave.checkpoints.generation import end_ids
-from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.data.streaming import StreamDecoder
+from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require
 from longwave.inference.generate import Generation
 from longwave.inference.sampling import Sampling
@@ -66,8 +67,8 @@ def generate_text(
 ) -> Iterator[Piece]:
     """Yields the continuation of every prompt in pieces of text, each up to the first of the strings in `stop`.
 
-    Prompts begin with the tokenizer's bos token where it has one. A text ends at the tokenizer's eos token, or at an
-    end token that the model's folder names.
+    Prompts begin with what the tokenizer puts before a text: bos as a rule. A text ends at the tokenizer's eos token,
+    or at an end token that the model's folder names.
 
     chat: whether each prompt is a user's message, to be continued by the assistant's answer.
     Raises UserError like `Generation`, and with `chat` for a tokenizer without a usable chat template.
@@ -76,7 +77,7 @@ def generate_text(
     encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, prompts)
     ends = end_ids(model.origin.generation, tokenizer) | turn_ends
     generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
-    writers = [_Writer(StreamDecoder(tokenizer), stop) for _ in prompts]
+    writers = [_Writer(StreamDecoder(tokenizer, ids), stop) for ids in encoded]
     for prompt, token in generation:
         text = writers[prompt].push(token)
         if writers[prompt].stopped:
@@ -90,7 +91,7 @@ def generate_text(
 
 def _beginnings(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:
     """The ids of texts to be continued, and the tokens that end them besides the model's end tokens: none."""
-    return [tokenizer.encode(prompt, add_bos=tokenizer.bos_id is not None) for prompt in prompts], frozenset()
+    return [tokenizer.encode(prompt, add_bos=True) for prompt in prompts], frozenset()
 
 
 def _questions(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[list[list[int]], frozenset[int]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longwave.config import ModelConfig
-from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.data.streaming import StreamDecoder
+from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, require
 
 
@@ -38,13 +39,15 @@ def read_text(path: str | None, literal: str | None) -> tuple[str, str]:
 
 
 def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, first: int | None) -> list[int]:
-    """The ids of a text, after the tokenizer's bos if it has one; first: the number of tokens to keep, or None for all.
+    """The ids of a text, after what the tokenizer puts before one (bos as a rule).
+
+    first: the number of tokens to keep, or None for all.
 
     UserError for an empty text, for more tokens than the context window, and for ids beyond the model's vocabulary.
     """
     require(bool(text), f"{name}: holds no text")
     require(first is None or first > 0, f"--first {first}: 1 or more tokens")
-    ids = tokenizer.encode(text, add_bos=tokenizer.bos_id is not None)
+    ids = tokenizer.encode(text, add_bos=True)
     chosen, window = ids[:first], config.context_window
     fits = f"--first {window} takes the beginning"
     require(len(chosen) <= window, f"{name}: {len(chosen):,} tokens; the model's context window is {window:,}: {fits}")

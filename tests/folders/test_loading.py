@@ -175,7 +175,7 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    theirs(tmp_path / "qwen", "qwen2", shard="20KB", vocab_size=280)
+    theirs(tmp_path / "qwen", "qwen3", shard="20KB", vocab_size=280)
     tokenizer = Tokenizer.train(["some text of some words"], 280)
     tokenizer.save(tmp_path / "qwen")
     save(small(vocab_size=280), tmp_path / "own", tokenizer=tokenizer)

@@ -115,7 +115,10 @@ def test_a_chat_prompt_is_what_was_trained_on(longwave, tuned: Path):
     ours = Tokenizer.load(tuned / "data")
     text = theirs.apply_chat_template(talk("Why?", "So."), tokenize=False)
     assert text == "<|bos|>user\nWhy?<|eos|>\n<|bos|>assistant\nSo.<|eos|>\n"
-    assert theirs.apply_chat_template(talk("Why?", "So."))["input_ids"] == ours.encode(text, parse_special=True)
+    assert (
+        theirs.apply_chat_template(talk("Why?", "So."))["input_ids"]
+        == ours.twin().encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_training_goes_on_from_the_model_with_its_tokenizer(longwave, tuned: Path, tmp_path: Path):

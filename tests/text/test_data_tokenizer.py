@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from longwave.data.tokenizer import BOS, EOS, StreamDecoder, Tokenizer
+from longwave.data.streaming import StreamDecoder
+from longwave.data.tokenizer import EOS, Tokenizer
 from longwave.errors import UserError
 
 TEXTS = [
@@ -79,8 +80,8 @@ HALVES = [character[:count] for character in (YOU, COMPASS) for count in range(1
 
 def straddling() -> Tokenizer:
     """A tokenizer with one token that ends a character and begins the next, as byte-level merges may."""
-    definition = json.loads(BYTES._plain.to_str())
-    last, first = (BYTES._plain.id_to_token(id) for id in (YOU[2], YOU[0]))
+    definition = json.loads(BYTES._definition)
+    last, first = (BYTES.twin().id_to_token(id) for id in (YOU[2], YOU[0]))
     definition["model"]["vocab"][last + first] = BYTES.vocab_size
     definition["model"]["merges"].append([last, first])
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)), {})
@@ -132,7 +133,7 @@ def test_special_ids_and_what_text_may_not_do():
     plain = TOKENIZER.encode(f"a{EOS}b")
     assert 1 not in plain
     assert TOKENIZER.decode(plain) == f"a{EOS}b"
-    assert 1 in TOKENIZER.encode(f"a{EOS}b", parse_special=True)
+    assert 1 in TOKENIZER.twin().encode(f"a{EOS}b").ids
     assert TOKENIZER.encode("a", add_bos=True) == [0, *TOKENIZER.encode("a")]
     assert TOKENIZER.decode([0, *TOKENIZER.encode("a"), 1]) == "a"
 
@@ -164,36 +165,6 @@ def test_a_saved_folder_loads_here_and_in_transformers(tmp_path: Path):
         assert theirs.decode(theirs.encode(text), skip_special_tokens=True) == text
 
 
-def test_hugging_face_folders_name_their_tokens_in_several_ways(tmp_path: Path):
-    TOKENIZER.save(tmp_path)
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": EOS}}))
-    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_id) == (None, 1)
-    with pytest.raises(UserError, match="no bos"):
-        Tokenizer.load(tmp_path).encode("a", add_bos=True)
-    config.unlink()
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": BOS}))
-    assert (Tokenizer.load(tmp_path).bos_id, Tokenizer.load(tmp_path).eos_id) == (0, None)
-
-
-def test_what_a_foreign_config_says_is_kept(tmp_path: Path):
-    TOKENIZER.save(tmp_path / "a")
-    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS, "model_max_length": 7}))
-    (tmp_path / "a" / "chat_template.jinja").write_text("{{ messages }}")
-    Tokenizer.load(tmp_path / "a").save(tmp_path / "b")
-    saved = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
-    assert saved == {"eos_token": EOS, "model_max_length": 7, "chat_template": "{{ messages }}"}
-
-
-def test_truncation_and_padding_of_a_foreign_folder_are_undone(tmp_path: Path):
-    TOKENIZER.save(tmp_path)
-    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    backend.enable_truncation(3)
-    backend.enable_padding(length=3)
-    backend.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.load(tmp_path).encode_batch(["a", "a b c d e"]) == TOKENIZER.encode_batch(["a", "a b c d e"])
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -201,7 +172,10 @@ def test_truncation_and_padding_of_a_foreign_folder_are_undone(tmp_path: Path):
         ("tokenizer.json", "{"),
         ("tokenizer_config.json", "{"),
         ("tokenizer_config.json", "[]"),
-        ("tokenizer_config.json", '{"eos_token": "<nowhere>"}'),
+        ("tokenizer_config.json", '{"eos_token": {"content": "<|eos|>"}}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "AutoModelForCausalLM"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "CanineTokenizer"}'),
+        ("added_tokens.json", "[]"),
         ("special_tokens_map.json", "?"),
     ],
 )

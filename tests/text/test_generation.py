@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import longwave as lw
 from longwave.config import build
-from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.data.streaming import StreamDecoder
+from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.inference import generate
 from longwave.inference.generate import Emitted, Generation

@@ -28,7 +28,7 @@ from longwave.benchmarks.measure.timing import Timing
 from longwave.benchmarks.results.results import Model, Results, Row, against, hardware
 from longwave.config import ModelConfig
 from longwave.costs import Peaks, Work
-from longwave.data.tokenizer import VOCABULARY_FILE, Tokenizer
+from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, require
 from longwave.machine import device_of, dtype_of
 from longwave.progress import say
@@ -229,7 +229,7 @@ def _tokenizer(model: str | Path) -> Tokenizer | None:
     if not isinstance(_source(model), str):
         return None
     folder = checkpoints.find(model)
-    return Tokenizer.load(folder) if (folder / VOCABULARY_FILE).exists() else None
+    return Tokenizer.find(folder)
 
 
 def _notes(sources: Sources, longest: int) -> Iterator[str]:

@@ -1,0 +1,170 @@
+"""The files of a tokenizer: what a folder says in all of them together.
+
+A folder that `transformers` wrote, or tools like it, says what its tokenizer is in several files, and which of them
+counts depends on the class that `tokenizer_config.json` and `config.json` name: some classes take the vocabulary of
+`tokenizer.json` and nothing else of it. So `transformers` itself is asked what it makes of such a folder. The answer is
+kept as one `tokenizer.json` that says everything, beside a `tokenizer_config.json` that names the special tokens: the
+form in which longwave saves tokenizers, which it reads without `transformers`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from longwave.errors import UserError, require, shown
+from longwave.files.jsonfile import brief, read_object
+
+VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_templates")
+VOCABULARIES = (VOCABULARY_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+OWN_CLASS = "PreTrainedTokenizerFast"
+
+Config = dict[str, Any]
+"""The content of a `tokenizer_config.json`."""
+
+_OWN_MODEL = "longwave"
+_SETTINGS = {
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "right",
+    "truncation_side": "right",
+    "split_special_tokens": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+"""What `transformers` assumes where a config is silent, and its class says nothing else."""
+_READ_AS_IS = {"tokenizer_class", "model_max_length", "chat_template", "additional_special_tokens", *_SETTINGS}
+_USED_UP = {
+    *("tokenizer_class", "auto_map", "fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file"),
+    *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "from_slow", "fix_mistral_regex"),
+    *("chat_template", "backend", "is_local", "local_files_only", "name_or_path", "files_loaded"),
+}
+"""Keys that say how to make a tokenizer, of which nothing is left to say once it is made."""
+_CLASS = re.compile(r"\w*(Tokenizer|TokenizerFast|TokenizersBackend)")
+
+
+def holds_one(folder: Path) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def read(folder: Path) -> tuple[tokenizers.Tokenizer, Config]:
+    """The tokenizer in a folder, and the config that names its special tokens, as `AutoTokenizer` reads them.
+
+    Raises UserError naming the file that is missing, cannot be read or cannot be used.
+    """
+    path = folder / VOCABULARY_FILE
+    if not holds_one(folder):
+        raise UserError(f"{path}: no such file; a tokenizer is read from a folder that holds {VOCABULARY_FILE}")
+    config = _read_json(folder / CONFIG_FILE)
+    for name in OTHER_FILES[:2]:
+        _read_json(folder / name)
+    if not path.is_file():
+        return _by_transformers(folder, config)
+    definition = read_object(path)
+    backend = _backend(path)
+    return (backend, config) if _is_own(folder, definition, config) else _by_transformers(folder, config)
+
+
+def write(folder: Path, definition: str, config: Config) -> None:
+    """Writes a tokenizer of which `AutoTokenizer` makes the same again.
+
+    UserError beside the `config.json` of a kind of model to which `transformers` gives a tokenizer of its own making.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / VOCABULARY_FILE).write_text(definition, encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    model = _model_type(folder)
+    if model != _OWN_MODEL:
+        said = _by_transformers(folder, config)[0].to_str(pretty=True)
+        other = f"beside a model of the kind {shown(model)}, transformers would make another tokenizer of this one"
+        require(said == definition, f"{folder / CONFIG_FILE}: {other}; save in longwave's own format")
+
+
+def _model_type(folder: Path) -> Any:
+    """The kind of the model in a folder; longwave's where there is none."""
+    return _read_json(folder / "config.json").get("model_type", _OWN_MODEL)
+
+
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path}: not a readable tokenizer ({brief(error)})") from error
+
+
+def _is_own(folder: Path, definition: dict[str, Any], config: Config) -> bool:
+    """Whether `transformers` would take the tokenizer as `tokenizer.json` says it: the form in which longwave saves.
+
+    Nothing lies in other files, no class or kind of model has ways of its own, nothing is set that changes the
+    tokenizer, and every special token is one already.
+    """
+    special = {token.get("content") for token in definition.get("added_tokens", ()) if token.get("special")}
+    extra = config.get("additional_special_tokens", [])
+    named = [token for name, token in config.items() if name.endswith("_token")]
+    return (
+        not any((folder / name).exists() for name in OTHER_FILES)
+        and _model_type(folder) == _OWN_MODEL
+        and config.get("tokenizer_class") == OWN_CLASS
+        and all(name in _READ_AS_IS or name.endswith("_token") for name in config)
+        and definition.get("truncation") is None
+        and definition.get("padding") is None
+        and isinstance(extra, list)
+        and all(isinstance(token, str) and token in special for token in [*named, *extra])
+    )
+
+
+def _by_transformers(folder: Path, config: Config) -> tuple[tokenizers.Tokenizer, Config]:
+    """What `AutoTokenizer` makes of a folder. It runs no code of the folder's, and reads nothing else."""
+    where = folder / CONFIG_FILE
+    name = config.get("tokenizer_class")
+    known = name is None or (isinstance(name, str) and _CLASS.fullmatch(name) is not None)
+    require(known, f"{where}: tokenizer_class = {shown(name)}: no class of a tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet():
+            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever one of some hundred classes raises
+        raise UserError(f"{where}: transformers makes no tokenizer of this folder ({brief(error)})") from error
+    backend = getattr(theirs, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise UserError(f"{where}: tokenizer_class = {shown(name)}: has no form for the tokenizers library")
+    return backend, _config_of(theirs, config)
+
+
+def _config_of(theirs: Any, config: Config) -> Config:
+    """The config of a tokenizer of `transformers`: what it was given, with what its class and other files added."""
+    kept = {key: value for key, value in config.items() if key not in _USED_UP and not key.endswith("_token")}
+    settings = {key: getattr(theirs, key) for key in _SETTINGS}
+    changed = {key: value for key, value in settings.items() if key in config or value != _SETTINGS[key]}
+    made = {"tokenizer_class": OWN_CLASS, **theirs.special_tokens_map, **kept, **changed}
+    template = theirs.chat_template
+    if isinstance(template, dict):
+        template = [{"name": name, "template": source} for name, source in template.items()]
+    more = {"additional_special_tokens": list(theirs.extra_special_tokens), "chat_template": template}
+    return made | {key: value for key, value in more.items() if value}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the advice that `transformers` gives to its own users."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    return read_object(path) if path.is_file() else {}
