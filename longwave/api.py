@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,11 +30,11 @@ def save(model: Decoder, path: str | Path, *, format: str = "longwave", layout: 
     """Saves a model with its tokenizer; the folder appears whole or not at all.
 
     format: "longwave", or the foreign format to write, such as "llama" for an ordinary `transformers` folder.
-    layout: a former name of `format`; a UserError says so.
+    layout: the former name of `format`, which still works and warns.
     """
     if layout is not None:
-        raise UserError(f"layout = {layout!r}: a folder's kind is its format; write format={layout!r}")
-    checkpoints.save(model, path, tokenizer=model.tokenizer, format=format)
+        warnings.warn(f"a folder's kind is its format: write format={layout!r}", DeprecationWarning, stacklevel=2)
+    checkpoints.save(model, path, tokenizer=model.tokenizer, format=layout or format)
 
 
 def generate(

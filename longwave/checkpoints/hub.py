@@ -13,10 +13,12 @@ from longwave.files.jsonfile import brief
 CONFIGS = ("config.json",)
 WHOLE = (
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_templates/*.jinja"),
     *("manifest.json", "*.py"),  # of longwave's own folders: what the manifest lists must be there; no code is run
 )
 FETCHING = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # of huggingface_hub
+_DEEPER = ["*/*.py", "*/*.safetensors"]  # `*` in a pattern stands for a slash too
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -46,7 +48,7 @@ def _fetched(name: str, patterns: tuple[str, ...], options: dict[str, Any]) -> P
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=["*/*"], **options))
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_DEEPER, **options))
     except Exception as error:  # the library's own, and whatever its HTTP client raises
         said = brief(error)
         raise UserError(f"{name}: no such folder, and as a hub id it could not be fetched: {said}") from None

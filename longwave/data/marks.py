@@ -28,7 +28,7 @@ class Marks:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._mark_of = {name: mark_of(id) for name, id in tokenizer.special_tokens.items()}
+        self._mark_of = {name: mark_of(id) for id, name in tokenizer.special_tokens.items()}
         marks = self._mark_of.values()
         self._special, self._marks = any_of(self._mark_of), any_of(marks)
         self._tokens = any_of([*marks, *tokenizer.plain_added_tokens])

@@ -21,8 +21,9 @@ from longwave.data.hiding import hidden, unk_of
 from longwave.errors import UserError, require, shown
 
 BOS, EOS = "<|bos|>", "<|eos|>"
+REPLACEMENT = "\ufffd"
 _PUNCTUATION = {f" {mark}": mark for mark in ".?!,"}
-CLEANED = {**_PUNCTUATION, " ' ": "'", **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}}
+_CLEANED = {**_PUNCTUATION, " ' ": "'", **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}}
 """What decoding with `clean_up_tokenization_spaces` replaces, in this order."""
 SMALLEST_VOCABULARY = 256 + 2  # every byte, bos and eos
 _PROBE = "a 1 一"
@@ -156,10 +157,10 @@ class Tokenizer:
             backend.add_special_tokens([token])
         return backend
 
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The ids of all special tokens, by their names in text."""
-        return dict(self._special)
+    @cached_property
+    def special_tokens(self) -> dict[int, str]:
+        """The names of all special tokens in text, by their ids."""
+        return {id: name for name, id in self._special.items()}
 
     @property
     def plain_added_tokens(self) -> list[str]:
@@ -203,6 +204,72 @@ class Tokenizer:
         if unknown not in self._special or {"unk_token"} <= meanings <= {"unk_token", "pad_token"}:
             return None
         return self._special[unknown]
+
+
+class StreamDecoder:
+    """Decodes ids one by one; the pieces joined equal the decoding of all ids at once, without that of `after`.
+
+    after: the ids that the others continue, such as a prompt's. They matter, since decoders treat the beginning of a
+        text specially: SentencePiece's drop the blank before its first word.
+    One exception: with SentencePiece's byte fallback, bytes that are not valid UTF-8 may give a different number of
+    U+FFFD than decoding at once does.
+    """
+
+    _FEW = 16  # tokens; only broken text has more of them between two whole characters
+
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        # The ids whose text last ended with a whole character, and all after them. The former are kept since decoders
+        # treat the start of a text specially.
+        self._ids = [id for id in after if id not in tokenizer.special_ids][-self._FEW :]
+        self._fresh = 0  # how many of the ids came after the text last ended with a whole character
+        self._given = len(tokenizer.decode(self._ids))  # how many characters of the text of the ids were returned
+
+    def push(self, id: int) -> str:
+        """The text that `id` completes; bytes that may yet become a character are held back."""
+        if id in self._tokenizer.special_ids:
+            return ""
+        self._ids.append(id)
+        self._fresh += 1
+        text = self._tokenizer.decode(self._ids)
+        piece = text[self._given : self._sure(text)]
+        self._given += len(piece)
+        if self._sure(text) == len(text):
+            self._forget(self._fresh)
+            self._fresh = 0
+        elif self._fresh > 2 * self._FEW:
+            self._forget(self._FEW)
+            self._fresh = self._FEW
+        return piece
+
+    def finish(self) -> str:
+        """The text still held back, half characters as U+FFFD; afterwards the decoder is as new."""
+        piece = self._tokenizer.decode(self._ids)[self._given :]
+        self._ids, self._fresh, self._given = [], 0, 0
+        return piece
+
+    def _sure(self, text: str) -> int:
+        """The number of leading characters that no later token can change.
+
+        A half character shows as one to three U+FFFD at the end, so these are held back, but not broken text without
+        end: of a long run of U+FFFD only the last three may still become a character.
+        """
+        if self._fresh > self._FEW and text.endswith(REPLACEMENT * 4):
+            return len(text) - 3
+        return len(text.rstrip(REPLACEMENT)) - self._blanks(text)
+
+    def _blanks(self, text: str) -> int:
+        """The number of characters at the end that a later token may show to begin with a blank to be taken out."""
+        if not self._tokenizer.cleans:
+            return 0
+        beginnings = (spaced[:count] for spaced in _CLEANED for count in range(1, len(spaced)))
+        return max((len(one) for one in beginnings if text.endswith(one)), default=0)
+
+    def _forget(self, keep: int) -> None:
+        """Drops all but the last `keep` ids, which hold the text held back, so that the cost of a push never grows."""
+        held_back = len(self._tokenizer.decode(self._ids)) - self._given
+        self._ids = self._ids[-keep:]
+        self._given = len(self._tokenizer.decode(self._ids)) - held_back
 
 
 def _untrained() -> tokenizers.Tokenizer:
@@ -262,6 +329,6 @@ def _cleans_blanks(config: dict[str, Any], model: str) -> bool:
 
 def _without_blanks(text: str) -> str:
     """The text without the blanks that `transformers` takes out on request."""
-    for spaced, clean in CLEANED.items():
+    for spaced, clean in _CLEANED.items():
         text = text.replace(spaced, clean)
     return text

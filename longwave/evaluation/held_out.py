@@ -62,8 +62,8 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
     folder = find(model)
     decoder = load(folder, device=device_of(device))
     info = PreparedInfo.read(data)
-    if (folder / "tokenizer.json").exists():
-        info.require_tokenizer(Tokenizer.load(folder))
+    if (tokenizer := Tokenizer.find(folder)) is not None:
+        info.require_tokenizer(tokenizer)
     info.require_vocab(decoder.config.vocab_size)
     packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
     result = held_out_loss(decoder, packed)

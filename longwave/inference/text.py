@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from longwave.checkpoints.generation import end_ids
-from longwave.data.streaming import StreamDecoder
-from longwave.data.tokenizer import Tokenizer
+from longwave.data.tokenizer import StreamDecoder, Tokenizer
 from longwave.errors import require
 from longwave.inference.generate import Generation
 from longwave.inference.sampling import Sampling

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longwave.config import ModelConfig
-from longwave.data.streaming import StreamDecoder
-from longwave.data.tokenizer import Tokenizer
+from longwave.data.tokenizer import StreamDecoder, Tokenizer
 from longwave.errors import UserError, require
 
 

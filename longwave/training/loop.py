@@ -329,8 +329,8 @@ class Trainer:
         start = load(folder, dtype=torch.float32, device=self.device)
         require_finite(start, f"training.start_from = {run.start_from}", "give another folder")
         require_start(config, start.config, run.start_from)
-        if (folder / "tokenizer.json").exists():
-            self.info.require_tokenizer(Tokenizer.load(folder))
+        if (tokenizer := Tokenizer.find(folder)) is not None:
+            self.info.require_tokenizer(tokenizer)
         with torch.device("meta"):
             model = Decoder(config)
         model.adopt(start.state_dict())

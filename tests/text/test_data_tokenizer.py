@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from longwave.data.streaming import StreamDecoder
-from longwave.data.tokenizer import EOS, Tokenizer
+from longwave.data.tokenizer import EOS, StreamDecoder, Tokenizer
 from longwave.errors import UserError
 
 TEXTS = [

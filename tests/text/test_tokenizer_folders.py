@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 from longwave.data import tokenizer_folder
 from longwave.data.encoding import TextEncoder
 from longwave.data.sources import Document
-from longwave.data.streaming import StreamDecoder
-from longwave.data.tokenizer import BOS, EOS, Tokenizer
+from longwave.data.tokenizer import BOS, EOS, StreamDecoder, Tokenizer
 from longwave.errors import UserError
 
 Files = dict[str, Any]  # by name: the content of a JSON file, or a text
@@ -273,7 +272,7 @@ def ours_say(ours: Tokenizer, theirs: dict[str, Any]) -> dict[str, Any]:
     """The same of ours, where it has a word for it."""
     ids = [[*ours.encode(text, add_bos=True), *ours.closing] for text in TEXTS]
     names = theirs["special_tokens_map"]
-    special = {name: id for name, id in ours.special_tokens.items() if name in dict(theirs["special"])}
+    special = {name: id for id, name in ours.special_tokens.items() if name in dict(theirs["special"])}
     return theirs | {
         "ids": ids,
         "plain": ours.encode_batch(TEXTS),
