@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -34,10 +35,7 @@ class TrainingProgress:
             self._bar.update(self._task, completed=entry["step"], facts=facts)
         elif time.monotonic() - self._spoken >= self._every or entry["step"] == self._steps:
             self._spoken = time.monotonic()
-            print(
-                f"{self._name}: step {entry['step']}/{self._steps}  {facts}  {self._left(entry['step'])}",
-                file=sys.stderr,
-            )
+            say(f"{self._name}: step {entry['step']}/{self._steps}  {facts}  {self._left(entry['step'])}")
 
     def _warn(self, entry: dict[str, Any]) -> None:
         """A line for a step that went wrong, wherever it falls between the others."""
@@ -71,5 +69,6 @@ def _bar() -> Progress:
 
 
 def say(message: str) -> None:
-    """Prints a line about the present stage of the work to stderr."""
-    print(message, file=sys.stderr, flush=True)
+    """Prints a line about the present stage of the work to stderr; where nobody listens any more, the work goes on."""
+    with suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

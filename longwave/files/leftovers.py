@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 from longwave.files import storage
 from longwave.files.faults import faults
+from longwave.files.lock import is_held
 from longwave.files.manifest import MANIFEST
 
-_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|trash)-(?P<pid>\d+)-(?P<token>[0-9a-f]{12})")
+_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|trash)-(?P<pid>\d+)-(?P<token>[0-9a-f]{12})", re.DOTALL)
 _PATIENCE = 2.0  # seconds that a reader waits for a live writer between its two renames
 _ACTIVE: set[str] = set()  # tokens this process is using: in a restarted container a dead run had the very same pid
 
@@ -34,7 +35,10 @@ class Hidden(NamedTuple):
         return self.target.with_name(f".{self.target.name}.{self.kind}-{self.pid}-{self.token}")
 
     def in_use(self) -> bool:
-        return self.token in _ACTIVE if self.pid == os.getpid() else _is_alive(self.pid)
+        """Whether a living process uses it: this one, one of this machine, or one in another container, by its hold."""
+        if self.token in _ACTIVE or is_held(self.path):
+            return True
+        return self.pid != os.getpid() and _is_alive(self.pid)
 
 
 @contextmanager
@@ -160,6 +164,9 @@ def delete(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
+    if path.is_symlink():  # what it leads to is somebody else's
+        storage.disk.remove(path)
+        return
     storage.disk.remove(path / MANIFEST)  # first: from here on it is not a whole folder
     for root, folders, files in os.walk(path, topdown=False):
         for name in files + folders:

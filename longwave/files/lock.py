@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from longwave.errors import MachineError, UserError
 from longwave.files.faults import faults
 
 LOCK = ".lock"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class Lock:
@@ -42,6 +45,35 @@ class Lock:
 
 
 @contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Marks a file or folder as one that a living process is writing, wherever that lives, for `is_held` to see."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether somebody holds this file or folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:  # gone, a link, or not ours to look into
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
     """Hold the lock of a folder, which is made if need be, and removed again if nothing was put into it.
 
@@ -65,13 +97,7 @@ def _acquired(path: Path) -> Lock:
     while True:
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            # The lock is of this open file, so that two runs within one process exclude each other too.
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip()
-            os.close(descriptor)
-            who = f"{holder} is writing" if holder else "another process writes"
-            raise UserError(f"{path}: {who} to it; wait until it ends, or give another output folder") from None
+            _take(descriptor, path)
         except BaseException:
             os.close(descriptor)
             raise
@@ -81,3 +107,17 @@ def _acquired(path: Path) -> Lock:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return lock
         os.close(descriptor)  # who held it has just removed the file: begin again with a new one
+
+
+def _take(descriptor: int, path: Path) -> None:
+    """Takes the lock of an open file, which excludes two runs within one process too; UserError if it is taken."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        who = f"{holder} is writing" if holder else "another process is writing"
+        raise UserError(f"{path}: {who} to it; wait until it ends, or give another output folder") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(f"{path}: its file system has no locks; a second run in it would not be noticed", stacklevel=2)

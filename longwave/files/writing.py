@@ -9,6 +9,7 @@ from longwave.errors import UserError
 from longwave.files import storage
 from longwave.files.faults import faults
 from longwave.files.leftovers import Hidden, hidden_name, sweep_siblings
+from longwave.files.lock import held
 from longwave.files.manifest import MANIFEST, file_names, manifest_text, measured, read_manifest
 
 
@@ -72,9 +73,10 @@ def _staging(
             sweep_siblings(target.parent, target.name)
             check(target)
             storage.disk.mkdir(staging.path)
-            yield staging.path
-            _seal(staging.path)
-            publish(staging)
+            with held(staging.path):
+                yield staging.path
+                _seal(staging.path)
+                publish(staging)
         with faults(f"saving {target}", "the new folder is in place, but the disk has not confirmed it"):
             storage.disk.sync(target.parent)
 
@@ -108,17 +110,24 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _seal(staging: Path) -> None:
-    """Make everything in `staging` safe on the disk, the manifest last."""
+    """Make everything in `staging` safe on the disk and readable as its folder is, the manifest last."""
     names = file_names(staging)
     if MANIFEST in names:
         raise UserError(f"cannot save a file named {MANIFEST}: the name is reserved for longwave's own list")
     files = dict(zip(names, measured(staging, names), strict=True))
     for name in names:
+        _open_up(staging / name, staging)
         storage.disk.sync(staging / name)
     storage.disk.write(staging / MANIFEST, manifest_text(files))
     storage.disk.sync(staging / MANIFEST)
     for root, _, _ in os.walk(staging, topdown=False):
         storage.disk.sync(Path(root))
+
+
+def _open_up(path: Path, folder: Path) -> None:
+    """Gives a file the rights of its folder, which are those of the umask: safetensors writes for the owner alone."""
+    with suppress(PermissionError):  # a file system without rights
+        os.chmod(path, folder.stat().st_mode & 0o666)
 
 
 def _publish(staging: Hidden, overwrite: bool) -> None:
@@ -127,8 +136,9 @@ def _publish(staging: Hidden, overwrite: bool) -> None:
     if not staging.target.exists() or _is_empty_folder(staging.target):
         storage.disk.rename(staging.path, staging.target)
     elif not storage.disk.exchange(staging.path, staging.target):
-        storage.disk.rename(staging.target, staging._replace(kind="old").path)
-        storage.disk.rename(staging.path, staging.target)
+        with held(staging.target):
+            storage.disk.rename(staging.target, staging._replace(kind="old").path)
+            storage.disk.rename(staging.path, staging.target)
 
 
 def _merge(staging: Hidden) -> None:

@@ -27,11 +27,13 @@ class RunEnded(MachineError):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity; None if there is none. One wait for the device."""
-    if not tensors:
-        return None
-    found = torch.stack([tensor.detach().isfinite().all() for tensor in tensors.values()])
-    return None if bool(found.all()) else list(tensors)[int(found.int().argmin())]
+    """The name of a tensor that holds NaN or infinity; None if there is none. Waits once for each device."""
+    for device in {tensor.device for tensor in tensors.values()}:
+        names = [name for name, tensor in tensors.items() if tensor.device == device]
+        sound = torch.stack([tensors[name].detach().isfinite().all() for name in names]).tolist()
+        if not all(sound):
+            return names[sound.index(False)]
+    return None
 
 
 def weights_of(model: Decoder) -> dict[str, Tensor]:

@@ -23,6 +23,12 @@ def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
             f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: the {run.steps} steps end before the full "
             f"learning rate is reached; give schedule.warmup_steps below {run.steps}, or more training.steps"
         )
+    for table, values in recipe.model.tables.items():
+        if (steps := getattr(values, "bypass_steps", 0)) > run.steps:
+            yield (
+                f"model.{table}.bypass_steps = {steps}: the run ends after {run.steps / steps:.0%} of them, with the "
+                f"bypass still held back; give {run.steps} or fewer, or more training.steps"
+            )
     for name in ("evaluate_every", "checkpoint_every"):
         if (every := getattr(run, name)) > run.steps:
             yield f"training.{name} = {every}: more than the {run.steps} steps, so it happens once, at the end"

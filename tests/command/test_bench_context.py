@@ -382,6 +382,38 @@ def test_a_process_that_dies_is_a_model_that_stops():
     assert multiprocessing.active_children() == []
 
 
+def test_an_interrupt_is_heard_while_a_process_starts():
+    """The job is larger than a pipe: it is taken only once the process has imported torch, seconds later."""
+    options, sent = OPTIONS, []
+
+    def interrupt(*_: object) -> None:
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    job = Job("tiny", config(), np.zeros(1 << 20, np.int32), options, 1, 1e9)
+    worker = Worker(job, lambda _: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.load()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        worker.close()
+    assert len(sent) == 1
+
+
+def test_a_job_of_any_size_does_not_keep_a_process_from_starting():
+    """Its start returns at once: what it would wait for, it would wait for with Ctrl-C ignored."""
+    started = time.monotonic()
+    worker = Worker(Job("tiny", config(), np.zeros(1 << 24, np.int32), OPTIONS, 1, 1e9), lambda _: None)
+    taken = time.monotonic() - started
+    assert worker.load().layout == "2F"
+    assert taken < 0.5 * (time.monotonic() - started)
+    worker.close()
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

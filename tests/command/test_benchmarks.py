@@ -1,6 +1,9 @@
 """The benchmarks: the yardstick computes what we do, tasks repeat, wrong outputs are refused, rows hold to formulas."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from longwave.benchmarks import models
 from longwave.benchmarks.measure import roofline
 from longwave.benchmarks.measure.checks import check_forms, check_logits, check_loss, one_pass
+from longwave.benchmarks.measure.others import OtherWork, other_work
 from longwave.benchmarks.measure.roofline import Level, Load, decode_work, measure_peaks
 from longwave.benchmarks.measure.timing import Timing, interleaved
 from longwave.benchmarks.models import (
@@ -310,3 +314,61 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_rows_without_a_reference_have_no_ratio():
     row = Row("prefill", 1, 1, "one", Timing((2.0,)), 1, Work(1e10, 0), 1.0, PEAKS)
     assert (row.of_bound, row.mfu, row.gain_of_bound) == (0.5, 0.5, None)
+
+
+# --- other work -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "busy", "disturbs"),
+    [
+        (2, 2, 0.1, False),
+        (2, 2, 0.5, True),
+        (2, 1, 0.9, False),
+        (2, 1, 1.5, True),
+        (64, 2, 40.0, False),
+        (64, 64, 40.0, True),
+        (2, 8, 0.1, False),
+        (2, 2, None, False),
+    ],
+)
+def test_other_work_disturbs_where_it_leaves_too_few_cores(
+    cores: int, threads: int, busy: float | None, disturbs: bool
+):
+    assert OtherWork(cores, threads, busy).disturbs is disturbs
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="this system does not tell what other processes do")
+def test_the_work_of_another_process_is_seen_and_ones_own_is_not():
+    """A process that spins counts as up to a core; what this one does is not counted: no machine has so much work."""
+    spin = "print(flush=True)\nwhile True: pass"
+    other = subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        other.stdout.readline()
+        began, own = time.monotonic(), time.process_time()
+        with other_work() as found:
+            _spin(1.0)
+        share = (time.process_time() - own) / (time.monotonic() - began)
+    finally:
+        other.kill()
+        other.wait()
+    assert found.busy is not None
+    assert found.busy > 0.3  # less than a core where more processes than these two run
+    assert found.busy < found.cores - share + 0.2
+    assert f"other processes kept {found.busy:.1f} of {found.cores} cores busy" in found.words()
+
+
+def test_a_system_that_does_not_tell_is_named(monkeypatch):
+    monkeypatch.setattr("longwave.benchmarks.measure.others._busy_seconds", lambda cores: None)
+    with other_work() as found:
+        pass
+    assert (found.busy, found.disturbs) == (None, False)
+    assert "does not tell" in found.words()
+
+
+def _spin(seconds: float) -> None:
+    """Keeps this process busy."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass

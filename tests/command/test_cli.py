@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from command_line import shell
 from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
 from longwave import files
+from longwave import quickstart as quick_module
+from longwave.benchmarks.measure.others import OtherWork
 from longwave.benchmarks.measure.roofline import Peaks
 from longwave.cli import VERBS, command_line, main
 from longwave.training.loop import Interrupted
@@ -559,6 +562,51 @@ def test_quickstart_run_again_trains_no_further(longwave, compared: Path):
     assert (compared / "subllm" / "model" / "model.safetensors").stat().st_mtime_ns == weights
     for figure in ("held_out_loss", "relative_gap", "retention", "training_selection_loss"):
         assert again.json[figure] == first[figure]
+
+
+def test_quickstart_times_the_models_once_and_again_where_it_is_asked_to(longwave, compared: Path, monkeypatch):
+    words, timed = ["quickstart", "--output", compared, runs.corpus(), *SHORT, "--json"], []
+    speed = quick_module._speed
+    monkeypatch.setattr("longwave.quickstart._speed", lambda *given: timed.append(1) or speed(*given))
+    first = longwave(*words)
+    assert "as measured" in first.err
+    assert "--measure-again` measures it again" in first.err
+    again = longwave(*words, "--measure-again")
+    assert timed == [1]
+    assert again.json["speed"] != first.json["speed"]
+    assert longwave(*words).json["speed"] == again.json["speed"]
+
+
+def test_quickstart_notices_that_its_text_has_changed(longwave, refuses, compared: Path, tmp_path: Path):
+    shutil.copytree(runs.corpus(), tmp_path / "text")
+    shutil.copytree(compared, tmp_path / "out")
+    note = tmp_path / "out" / "source.txt"
+    note.write_text(note.read_text().replace(str(runs.corpus()), str(tmp_path / "text")))
+    words = ["quickstart", tmp_path / "text", "--output", tmp_path / "out", *SHORT]
+    file = next((tmp_path / "text").glob("*.py"))
+    content = file.read_text()
+    file.write_text(content.swapcase())
+    refuses(*words, says=["text: has changed since", "was made of it", "another --output"])
+    file.write_text(content)
+    assert longwave(*words).code == 0  # a comparison may be moved, too
+
+
+def test_a_busy_machine_is_told_and_another_measurement_offered(longwave, compared: Path, monkeypatch):
+    busy = OtherWork(2, 2, 1.4)
+    monkeypatch.setattr("longwave.quickstart.other_work", lambda: nullcontext(busy))
+    found = longwave("quickstart", "--output", compared, runs.corpus(), *SHORT, "--json", "--measure-again")
+    assert "This machine was busy: other processes kept 1.4 of 2 cores busy meanwhile." in found.out
+    assert f"`longwave quickstart --output {compared} --measure-again`" in found.out
+    assert found.json["machine_was_busy"]
+    assert "This machine was busy" in (compared / "report.html").read_text(encoding="utf8")
+
+
+def test_the_page_tells_the_times_that_passed(compared: Path):
+    page = (compared / "report.html").read_text(encoding="utf8")
+    for name in ("llama", "subllm"):
+        spent = json.loads((compared / name / "times.json").read_text())
+        assert f"{spent['training']:.0f} s of training, {spent['evaluation']:.0f} s of evaluation" in page
+    assert "of the first 2 of" in page
 
 
 def test_quickstart_interrupted_goes_on_to_the_same_losses(

@@ -390,6 +390,41 @@ def test_the_headline_claims_no_more_than_the_figures(llama, subllm, value, verd
         assert "it crashed" in found.sentence
 
 
+def timed(*rounds: float, bound: float | None = None) -> Figure:
+    """A figure of so many rounds."""
+    return Figure(
+        sorted(rounds)[len(rounds) // 2], min(rounds), max(rounds), bound and Bound(bound, "FLOPs"), rounds=rounds
+    )
+
+
+@pytest.mark.parametrize(
+    ("llama", "subllm", "value", "verdict", "says"),
+    [
+        # a machine that became three times slower on the way: the spreads overlap, and every round says the same
+        (timed(10, 10, 30), timed(5, 5, 15), "×2.00 faster", "better", "SUBLLM 5.00 ms"),
+        # medians of the same two figures, and rounds that contradict each other
+        (timed(10, 12, 20), timed(11, 10, 16), "×1.20 faster", "same", "From round to round it was ×0.91 to ×1.25"),
+        (timed(10, 10, 10), timed(5, 5, 5, bound=1.6), "×2.00 faster", "better", "beyond the computed bound of ×1.60"),
+        (timed(10, 10, 10), timed(5, 5, 5, bound=2.5), "×2.00 faster", "better", "×2.50, of which 80% was reached"),
+        (timed(10, 10), timed(5, 0), "—", "unknown", "SUBLLM"),
+    ],
+)
+def test_figures_that_were_timed_in_turn_are_compared_round_by_round(llama, subllm, value, verdict, says):
+    row = speed_row("prefill", "Prefill", 64, Missing("no"), llama, subllm)
+    found = headline(dataclasses.replace(bare_report(), speed=Speed(COLUMNS, [row])))[1]
+    assert (found.value, found.verdict) == (value, verdict)
+    assert says in found.sentence
+    assert "117%" not in found.sentence
+
+
+def test_the_page_says_how_busy_the_machine_was_and_why_figures_differ(tmp_path):
+    data = bare_report()
+    speed = dataclasses.replace(data.speed, note="This machine was busy.", disturbed=True)
+    page = drawn(dataclasses.replace(data, speed=speed, curve_note="Of the first 4 of 9 windows."), tmp_path)
+    assert '<p id="speed-words" class="alarm">This machine was busy.</p>' in page
+    assert "Of the first 4 of 9 windows." in page
+
+
 @pytest.mark.parametrize(
     ("loss", "value", "verdict"),
     [(5.1, "level", "same"), (4.59, "10.0% lower", "better"), (math.inf, "—", "unknown")],

@@ -273,6 +273,57 @@ def test_overwriting_replaces_the_whole_folder_and_follows_links(saved: Path):
     assert hidden(saved.parent) == []
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_files_have_the_rights_that_the_umask_gives(tmp_path: Path, umask: int, mode: int):
+    """Also those that were written for the owner alone, as safetensors does."""
+    before = os.umask(umask)
+    try:
+        with files.folder(tmp_path / "saved") as staging:
+            (staging / "sub").mkdir()
+            for name in ("model.safetensors", "sub/one"):
+                os.close(os.open(staging / name, os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    assert found == {"model.safetensors": mode, "one": mode, files.MANIFEST: mode}
+
+
+def test_a_link_that_is_pruned_leaves_what_it_leads_to(tmp_path: Path):
+    """Checkpoints kept elsewhere, and linked to from the folder of the run."""
+    for step in (1, 2):
+        save(tmp_path / "run" / f"step-{step:08d}", 0)
+    (tmp_path / "run" / "step-00000001").rename(tmp_path / "kept")
+    (tmp_path / "run" / "step-00000001").symlink_to(tmp_path / "kept")
+    assert [step for step, _ in checkpoints.prune(tmp_path / "run", keep=1)] == [1]
+    assert os.listdir(tmp_path / "run") == ["step-00000002"]
+    assert files.verify(tmp_path / "kept")
+
+
+def test_a_leftover_of_any_name_is_swept(tmp_path: Path):
+    for name in ("plain", "two\nlines", "a.partial-1-b", "é", ".hidden"):
+        (tmp_path / f".{name}.partial-999999999-0123456789ab").mkdir()
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_writer_of_another_container_with_the_same_number_is_left_alone(tmp_path: Path, monkeypatch):
+    """Its staging folder is held; once it is killed, nothing is, and the folder is swept."""
+    code = (
+        "import sys, time; from longwave import files\n"
+        "with files.folder(sys.argv[1]) as staging: print(staging, flush=True); time.sleep(60)"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout is not None
+    staging = Path(writer.stdout.readline().strip())
+    monkeypatch.setattr("longwave.files.leftovers.os.getpid", lambda: writer.pid)
+    files.sweep(tmp_path)
+    assert staging.is_dir()
+    writer.kill()
+    writer.wait()
+    files.sweep(tmp_path)
+    assert not staging.exists()
+
+
 def test_parents_are_made(tmp_path: Path):
     save(tmp_path / "a" / "b" / "c")
     assert version_of(tmp_path / "a" / "b" / "c") == 0

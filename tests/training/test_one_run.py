@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -75,6 +77,15 @@ def test_a_lock_dies_with_its_process(tmp_path: Path):
         process.wait()
         with files.locked(tmp_path):
             assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_told_of_and_used(tmp_path: Path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("longwave.files.lock.fcntl.flock", none)
+    with pytest.warns(UserWarning, match="has no locks; a second run in it would not be noticed"):
+        trained(recipe("llama", steps=3), tmp_path / "run")
 
 
 def test_many_at_once_get_the_lock_one_at_a_time(tmp_path: Path):
@@ -296,6 +307,14 @@ def test_a_setting_that_does_less_than_it_seems_to_is_told(changes: Any, schedul
     assert re.search(says, line)
 
 
+def test_a_bypass_that_outlasts_the_run_is_told():
+    values = runs.values("causal")
+    (line,) = notes(build(Recipe, values, "tests"), windows=100, held_out=7)
+    assert line.startswith("model.subllm.bypass_steps = 20000: the run ends after 0% of them")
+    values["model"] = values["model"] | {"subllm": {"selection": "causal", "bypass_steps": 8}}
+    assert list(notes(build(Recipe, values, "tests"), windows=100, held_out=7)) == []
+
+
 def test_a_run_without_such_settings_has_no_notes():
     assert list(notes(recipe("llama"), windows=100, held_out=7)) == []
 
@@ -314,3 +333,34 @@ def test_a_disk_that_fails_under_the_lock_is_one_line(tmp_path: Path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises((MachineError, OSError)):
         Trainer(recipe("llama"), tmp_path / "run").run()
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_trainers_that_fight_over_a_folder_and_are_killed_lose_nothing(tmp_path: Path, seed: int):
+    """Three at a time in one folder, each killed at a random moment, until one has come to the end."""
+    draw = random.Random(seed)
+    run = {"steps": 60, "checkpoint_every": 5, "keep": 1, "evaluate_every": 0}
+    path = write_recipe(tmp_path / "r.toml", "causal", **run)
+    command = [sys.executable, "-m", "longwave", "train", str(path), "--output", str(tmp_path / "run")]
+    options: dict[str, Any] = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
+    refused = 0
+    while not (tmp_path / "run" / "model").exists():
+        started = [subprocess.Popen(command, **options) for _ in range(3)]
+        victims = draw.sample(started, 2)
+        time.sleep(draw.uniform(3, 9))
+        for process in victims:
+            process.kill()
+        for process in started:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode in (0, 2, -signal.SIGKILL), errors
+            assert "Traceback" not in errors
+            refused += process.returncode == 2 and "writing to it" in errors
+    trained(recipe("causal", **run), tmp_path / "straight")
+    assert refused
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    for file in ("model/model.safetensors", "checkpoints/step-00000060/optimizer.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()

@@ -63,12 +63,17 @@ def measured(
     options: Running, config: results.Options, measure: Callable[[], tuple[results.Results, Profiler]]
 ) -> dict[str, Any]:
     """Measures, shows and keeps; whatever would stop a file from being written is found before anything is timed."""
+    from longwave.benchmarks.measure.others import other_work
     from longwave.benchmarks.results.picture import draw
     from longwave.benchmarks.results.table import show, tables, where_time_went
+    from longwave.progress import say
 
     check_files(options)
     with config.running():
-        found, profiler = measure()
+        with other_work() as others:
+            found, profiler = measure()
+        if others.disturbs:
+            say(f"this machine was busy: {others.words()}; measure again when it is not, before times are trusted")
         spent = profiler.write(Path(options.profile)) if options.profile else {}
     show(*tables(found), *starmap(where_time_went, spent.items()))
     if options.plot is not None:
