@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from zlib import crc32
 
+from jaxtyping import config as shapes
 from jaxtyping import install_import_hook
 
 # Shapes in annotations are checked in tests only, so the hook has to come before longwave's first import.
@@ -46,6 +48,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         if "gpu" in report.keywords:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             terminalreporter.write_line(f"GPU test skipped: {report.nodeid}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def checked_shapes(request: pytest.FixtureRequest):
+    """Shapes are checked in every test of laws and ops, and in a quarter of the others, always the same.
+
+    Checking a call takes longer than most calls, and the others run the same parts again and again.
+    """
+    test = request.node.nodeid
+    always = test.startswith(("tests/laws/", "tests/ops/"))
+    shapes.update("jaxtyping_disable", not (always or crc32(test.encode()) % 4 == 0))
+    yield
+    shapes.update("jaxtyping_disable", True)  # where fixtures of whole modules train
 
 
 @pytest.fixture(autouse=True)
