@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -269,6 +270,24 @@ def test_a_compiler_is_needed_once(tmp_path: Path, first_use):
     assert kept.parent.stat().st_mode & 0o777 == 0o700
     assert first_use(compiler(tmp_path / "bin", '[ "$1" = --version ]')) is None
     assert list(tmp_path.glob("cache/longwave/*")) == [kept]
+
+
+@needs_kernels
+def test_the_seconds_of_a_first_use_are_explained_once(tmp_path: Path, first_use, capsys: pytest.CaptureFixture[str]):
+    path = copying(tmp_path / "bin")
+    assert first_use(path) is None
+    assert capsys.readouterr() == ("", "building longwave's C kernels for this machine, once: some seconds\n")
+    assert first_use(path) is None
+    assert capsys.readouterr() == ("", "")
+
+
+@needs_kernels
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_a_build_needs_no_stderr(tmp_path: Path, first_use, monkeypatch: pytest.MonkeyPatch, stream: str):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", None if stream == "none" else closed)
+    assert first_use(copying(tmp_path / "bin")) is None
 
 
 @needs_kernels

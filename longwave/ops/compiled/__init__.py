@@ -20,7 +20,9 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from longwave.ops.compiled import cache
@@ -65,7 +67,10 @@ def library() -> ctypes.CDLL:
 
 
 def _build(compiler: str, sources: list[Path]) -> bytes:
-    """The shared library of the sources."""
+    """The shared library of the sources; a line on stderr says why the first use of a machine takes longer."""
+    if sys.stderr is not None:  # as in a process without standard streams
+        with suppress(OSError, ValueError):  # a stream that is closed: what is said here decides nothing
+            print("building longwave's C kernels for this machine, once: some seconds", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=cache.folder(), ignore_cleanup_errors=True) as folder:
         built = Path(folder) / "kernels.so"
         done = _run([compiler, *_FLAGS, *map(str, sources), "-o", str(built), "-lm"], _LONGEST_BUILD)
