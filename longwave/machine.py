@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from longwave.errors import UserError
+from longwave.units import counted
 from longwave.version import __version__
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -27,7 +28,7 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"device = {name!r}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device = {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu or auto"
+            f"device = {name!r}: this machine has {counted(torch.cuda.device_count(), 'CUDA device')}; use cpu or auto"
         )
     return device
 

@@ -44,6 +44,7 @@ from longwave.progress import say
 from longwave.resamplers import Kept
 from longwave.states import State
 from longwave.streams import Stream, Windows
+from longwave.units import counted
 
 Kind = Literal["inference", "training"]
 T = TypeVar("T")
@@ -317,7 +318,7 @@ def bench_inference(
     rows, steps, setup = [], options.decode_steps, _Setup(models, peaks, options, profiler)
     decoders = _decoders(models)
     for context in options.contexts:
-        say(f"prefill and decoding at {context:,} tokens")
+        say(f"prefill and decoding at {counted(context, 'token')}")
         tokens = sample_tokens(models[0].decoder, context + max(options.batches) * steps, options.seed)
         sequence = tokens[: context + steps]
         if options.retention == "forced":
@@ -335,7 +336,7 @@ def bench_training(
     """Rows of training steps at each window and batch, which change the weights; ratios are to the last model."""
     rows, setup = [], _Setup(models, peaks, options, profiler)
     for window, batch in product(options.contexts, options.batches):
-        say(f"training steps of {window:,} tokens, batch {batch}")
+        say(f"training steps of {counted(window, 'token')}, batch {batch}")
         tokens = sample_tokens(models[0].decoder, window * batch, options.seed).view(batch, window)
         _check_losses(models, tokens, options.dtype)
         tasks = {model.name: model.trainer(tokens, options.dtype) for model in models}
@@ -431,7 +432,10 @@ def _check_fit(models: Sequence[TimedModel], tokens: int) -> None:
     """UserError for a sequence longer than a model's context window, or models with different vocabularies."""
     for config in (model.decoder.config for model in models):
         fits = tokens <= config.context_window
-        require(fits, f"contexts: {tokens} tokens with decoding; the model's context_window is {config.context_window}")
+        require(
+            fits,
+            f"contexts: {counted(tokens, 'token')} with decoding; the model's context_window is {config.context_window}",
+        )
     sizes = {model.decoder.config.vocab_size for model in models}
     require(len(sizes) == 1, f"vocab_size: the models have {sorted(sizes)}; they must read the same tokens")
 

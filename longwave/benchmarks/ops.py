@@ -33,6 +33,7 @@ from longwave.ops.cross_entropy import benchmark as cross_entropy
 from longwave.ops.decay_linear import benchmark as decay_linear
 from longwave.ops.linear import benchmark as linear
 from longwave.progress import say
+from longwave.units import counted
 
 OPS: dict[str, Callable[[Shape], list[Case]]] = {
     "attention": attention.cases,
@@ -105,7 +106,7 @@ def run_ops(options: OpsOptions, trace: bool = False) -> tuple[Results, Profiler
         peaks, profiler = measure_peaks(dtype_of(options.dtype), device), Profiler(device, trace)
         setup = _Setup(options, peaks, profiler)
         for name, context, batch in product(options.ops, options.contexts, options.batches):
-            say(f"{name} at {context:,} tokens, batch {batch}")
+            say(f"{name} at {counted(context, 'token')}, batch {batch}")
             shape = options.shape(context, batch)
             small = OPS[name](replace(shape, context=min(context, WHOLE)))
             for case, other in zip(_chosen(OPS[name](shape), options), _chosen(small, options), strict=True):

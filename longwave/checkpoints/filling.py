@@ -15,6 +15,7 @@ from longwave.config import ModelConfig
 from longwave.errors import UserError
 from longwave.layout import parse
 from longwave.model import Decoder
+from longwave.units import counted
 
 
 class Expected(NamedTuple):
@@ -78,7 +79,8 @@ def empty(config: ModelConfig, weights: Weights, source: str) -> Decoder:
     """The model without memory for its weights; UserError where a folder of so few tensors cannot hold its blocks."""
     depth = parse(config.layout).depth
     if depth > len(weights.found):
-        raise UserError(f"{source}: the model has {depth} blocks, but {weights.source} {len(weights.found)} tensors")
+        has = f"{weights.source} {counted(len(weights.found), 'tensor')}"
+        raise UserError(f"{source}: the model has {counted(depth, 'block')}, but {has}")
     try:
         with torch.device("meta"):
             return Decoder(config)

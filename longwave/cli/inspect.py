@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from longwave.cli.options import OnDevice, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import require
-from longwave.units import short
+from longwave.units import counted, short
 
 if TYPE_CHECKING:
     from longwave.inspection.agreement import Agreement
@@ -72,7 +72,7 @@ def _command(options: Inspect) -> str:
 
 def _lines(found: Inspection) -> Iterator[str]:
     """The short form: levels, cost, and the cheapest and the dearest passage."""
-    yield f"{found.source}: {len(found.tokens):,} tokens through {found.layout}"
+    yield f"{found.source}: {counted(len(found.tokens), 'token')} through {found.layout}"
     for level in found.levels:
         yield from _level_lines(level, found.against)
     spent, dense = float(found.flops.spent.mean()), float(found.flops.dense.mean())
@@ -89,7 +89,7 @@ def _level_lines(level: Level, against: str | None) -> Iterator[str]:
         return
     sides = {"kept": trace.scores[trace.kept], "dropped": trace.scores[~trace.kept]}
     score = ", ".join(f"{name} {float(side.mean()):+.3f}" for name, side in sides.items() if len(side))
-    kept = f"keeps {level.retention:.1%} of {len(trace.kept):,} tokens (target {level.target:.0%})"
+    kept = f"keeps {level.retention:.1%} of {counted(len(trace.kept), 'token')} (target {level.target:.0%})"
     threshold = "" if level.threshold is None else f"; threshold {level.threshold:+.3f}"
     mean = f"mean score {float(trace.scores.mean()):+.3f} ({score}{threshold})"
     yield f"{level.name}: {kept}, {mean}"

@@ -31,7 +31,7 @@ def run(options: Train) -> TrainingResult:
     print(f"{found.model}: held-out loss {shown_loss(found.held_out_loss, 4)} after {counted(found.tokens, 'token')}")
     print(f"time: {found.seconds.words()}")
     if found.skipped:
-        print(f"{found.skipped} of {found.step} updates were skipped, since their gradients were not finite")
+        print(f"skipped: {found.skipped} of {counted(found.step, 'update')}, since gradients were not finite")
     return found
 
 

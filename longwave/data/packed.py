@@ -28,6 +28,7 @@ from longwave import draws
 from longwave.data.shards import Split, SplitTokens
 from longwave.errors import UserError
 from longwave.streams import Stream, Windows
+from longwave.units import counted
 
 NO_TARGET = -100  # the target that torch's cross-entropy ignores
 _ROUNDS = 6  # of the Feistel network; four are enough for a permutation that looks random (Luby and Rackoff 1988)
@@ -105,7 +106,7 @@ class _EvenCuts:
     def of(cls, tokens: SplitTokens, window: int, keep_last: bool) -> _EvenCuts:
         total = len(tokens)
         if window < 1 or (window > total and not keep_last):
-            raise UserError(f"window = {window}: {tokens.where} takes windows of 1 to {total} tokens")
+            raise UserError(f"window = {window}: {tokens.where} takes windows of 1 to {counted(total, 'token')}")
         return cls(total, window, -(-total // window) if keep_last else total // window)
 
     def bounds(self, number: int) -> tuple[int, int]:
@@ -184,8 +185,8 @@ class PackedTokens:
 
     def notes(self) -> list[str]:
         """Warnings for the user about data that no window shows."""
-        cut = f"{self._cuts.cut:,} conversations are longer than a window of {self._window:,} tokens and lose their end"
-        return [f"{self._tokens.where}: {cut}"] if self._cuts.cut else []
+        cut = f"{counted(self._cuts.cut, 'conversation')} longer than a window of {counted(self._window, 'token')}"
+        return [f"{self._tokens.where}: {cut}: the end is lost"] if self._cuts.cut else []
 
     def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
         """The windows at the given positions of the data order; without a sampler, the windows with these numbers.

@@ -9,6 +9,7 @@ from itertools import chain, islice
 
 from longwave.data.documents import Conversation, Document
 from longwave.errors import UserError
+from longwave.units import counted
 
 SHARE = 0.02  # of the documents, where none is asked for
 
@@ -61,10 +62,10 @@ def _split(documents: Iterator[Document], fraction: float, seed: int) -> Iterato
         yield document, draw < fraction
     if count and 0 < fraction <= lowest:
         enough = math.floor(lowest * 1e6 + 1) / 1e6
-        said = f"none of {count} documents is held out; {enough} holds one out, 0 none (--held-out {enough})"
+        said = f"none of {counted(count, 'document')} is held out; {enough} holds one out, 0 none (--held-out {enough})"
         raise UserError(f"held_out = {fraction}: {said}")
     if count and highest < fraction:
-        said = f"all {count} documents are held out, none is left to train; give less (--held-out {SHARE})"
+        said = f"{counted(count, 'document')}, all held out: none is left to train; give less (--held-out {SHARE})"
         raise UserError(f"held_out = {fraction}: {said}")
 
 

@@ -7,6 +7,7 @@ from longwave.errors import UserError
 from longwave.files.faults import reading
 from longwave.files.leftovers import put_back
 from longwave.files.manifest import ALGORITHM, SavedFile, measured, read_manifest
+from longwave.units import counted
 
 
 def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None = None) -> bool:
@@ -43,7 +44,7 @@ def _check_sizes(folder: Path, files: dict[str, SavedFile]) -> None:
             raise UserError(f"{folder / name} is missing")
         size = (folder / name).stat().st_size
         if size != file.bytes:
-            raise UserError(f"{folder / name} has {size} bytes; {file.bytes} were saved")
+            raise UserError(f"{folder / name} has {counted(size, 'byte')}; {file.bytes:,} were saved")
     for home in sorted({(folder / name).parent for name in files}):
         for extra in sorted(home.glob("*.safetensors")):
             if extra.relative_to(folder).as_posix() not in files:

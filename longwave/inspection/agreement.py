@@ -24,6 +24,7 @@ from torch import Tensor
 from longwave.draws import keys_of, uniforms
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.trace import LevelTrace
+from longwave.units import counted
 
 STRETCH = 64  # tokens that count as neighbours
 _EDGE = 32  # queries that must be able to see a token
@@ -131,7 +132,7 @@ def _pair(level: LevelTrace, attention: BlockAttention) -> _Pair:
 def _problem(pair: _Pair) -> str:
     count, kept = len(pair.places), int(pair.kept.sum())
     if count < _FEWEST:
-        return f"only {count} tokens can be compared, too few for a figure"
+        return f"only {counted(count, 'token')} can be compared, too few for a figure"
     return "" if 0 < kept < count else f"{'every' if kept else 'no'} token that can be compared was kept"
 
 

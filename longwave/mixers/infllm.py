@@ -39,6 +39,7 @@ from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
 from longwave.part import Site
 from longwave.states import Memory, PerToken, StateSpec
 from longwave.streams import Places, Runs, Stream
+from longwave.units import counted
 
 _LONGER_THAN_ANY = 1 << 62  # tokens; as the threshold below which queries attend densely, it makes all of them dense
 
@@ -84,7 +85,7 @@ class InfllmConfig(Strict):
         require(block % stride == 0, f"infllm.block_size = {block}: a multiple of kernel_stride = {stride}")
         require(window % block == 0, f"infllm.window_size = {window}: a multiple of block_size = {block}")
         enough, forced = self.topk + self.local_blocks, self.init_blocks + self.local_blocks + 1
-        problem = f"infllm.topk = {self.topk}: with window_size / block_size it makes {enough} blocks"
+        problem = f"infllm.topk = {self.topk}: with window_size / block_size it makes {counted(enough, 'block')}"
         require(enough >= forced, f"{problem}, fewer than the {forced} forced ones; {self.init_blocks + 1} or more")
         base = self.logit_scaling
         require(base is None or 1 < base < math.inf, f"infllm.logit_scaling = {base}: more than 1, or left out")

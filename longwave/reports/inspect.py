@@ -20,7 +20,7 @@ from longwave.inspection.agreement import STRETCH, Agreement
 from longwave.inspection.attention import BlockAttention
 from longwave.inspection.inspect import Inspection, Level
 from longwave.reports.page import Fact, Headline, Kind, PassageToken
-from longwave.units import short
+from longwave.units import counted, short
 
 _PAGE = Kind("inspect", ("passage", "heatmap"))
 
@@ -34,7 +34,7 @@ def write_inspection(found: Inspection, path: Path, machine: dict[str, str], com
 def _payload(found: Inspection, title: str, machine: dict[str, str], command: str) -> dict[str, Any]:
     report = {
         "title": title,
-        "subtitle": f"{len(found.tokens):,} tokens, {found.layout}",
+        "subtitle": f"{counted(len(found.tokens), 'token')}, {found.layout}",
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "notes": _notes(found),
         "run": [Fact(label, value) for label, value in _facts(found).items()],

@@ -44,6 +44,7 @@ from longwave.training.notes import notes
 from longwave.training.optimizers import StepReport
 from longwave.training.progress import Progress, read_progress, write_progress
 from longwave.training.recipe import Recipe, TrainingConfig, require_start
+from longwave.units import counted
 
 
 class Interrupted(KeyboardInterrupt):
@@ -205,7 +206,7 @@ class Trainer:
             self._require_finite(weights_of(self.model))
         run = self.recipe.training
         if self.progress.in_a_row >= min(run.max_skipped, run.steps):
-            skipped = f"{self.progress.in_a_row} updates in a row were skipped, since their gradients are not finite"
+            skipped = f"{counted(self.progress.in_a_row, 'update')} in a row skipped, since gradients are not finite"
             raise self._ended(f"{skipped}: try a lower optimizer.lr")
 
     def _update(self) -> tuple[float, StepReport, float]:

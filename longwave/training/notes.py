@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from longwave.training.recipe import Recipe
+from longwave.units import counted
 
 
 def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
@@ -19,8 +20,9 @@ def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
     if run.evaluate_windows > held_out:
         yield f"training.evaluate_windows = {run.evaluate_windows}: only {held_out} are held out, which all count"
     if 0 < run.steps <= recipe.schedule.warmup_steps:
+        end = f"the run of {counted(run.steps, 'step')} ends"
         yield (
-            f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: the {run.steps} steps end before the full "
+            f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: {end} before the full "
             f"learning rate is reached; give schedule.warmup_steps below {run.steps}, or more training.steps"
         )
     for table, values in recipe.model.tables.items():
@@ -31,4 +33,4 @@ def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
             )
     for name in ("evaluate_every", "checkpoint_every"):
         if (every := getattr(run, name)) > run.steps:
-            yield f"training.{name} = {every}: more than the {run.steps} steps, so it happens once, at the end"
+            yield f"training.{name} = {every}: more than {counted(run.steps, 'step')}, so it happens once, at the end"

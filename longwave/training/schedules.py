@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import ConfigDict, Field
 
 from longwave.errors import require
+from longwave.units import counted
 
 
 class Schedule(Protocol):
@@ -146,4 +147,7 @@ def _check_warmup(warmup_steps: int) -> None:
 
 def _check_fit(warmup_steps: int, limit: int, total_steps: int) -> None:
     would_do = f"give schedule.warmup_steps below {limit}, or more training.steps"
-    require(warmup_steps < limit, f"schedule.warmup_steps = {warmup_steps}: a run of {total_steps} steps; {would_do}")
+    require(
+        warmup_steps < limit,
+        f"schedule.warmup_steps = {warmup_steps}: a run of {counted(total_steps, 'step')}; {would_do}",
+    )

@@ -272,7 +272,7 @@ def test_what_differs_and_what_only_one_has_is_named(longwave, tmp_path: Path):
 def test_a_regression_is_exit_code_1_after_the_table_and_the_json(longwave, tmp_path: Path):
     files = kept(tmp_path / "a.json"), kept(tmp_path / "b.json", times(0.9, 0.8, 0.95))
     code, out, line = longwave("compare", *files, "--json")
-    assert (code, line) == (1, f"longwave: 1 of 2 rows are slower in {files[1]}")
+    assert (code, line) == (1, f"longwave: slower in {files[1]}: 1 of 2 rows")
     assert [one["verdict"] for one in json.loads(out[-1])["rows"]] == ["slower", "same"]
     assert longwave("compare", *files, "--threshold", "0.99")[0] == 1  # 4.5 times as long is more than that too
     assert longwave("compare", *reversed(files))[0] == 0

@@ -296,7 +296,7 @@ EDEN, CONSTANT = {"kind": "eden"}, {"kind": "constant", "warmup_steps": 20}
         ({"evaluate_windows": 50}, None, "evaluate_windows = 50: only 7 are held out, which all count"),
         ({"checkpoint_every": 9}, None, "checkpoint_every = 9: more than the 8 steps, so it happens once, at the end"),
         ({"evaluate_every": 9}, None, "evaluate_every = 9: more than the 8 steps"),
-        ({}, EDEN, "schedule.warmup_steps = 500: the 8 steps end before the full learning rate is reached"),
+        ({}, EDEN, "schedule.warmup_steps = 500: the run of 8 steps ends before the full learning rate is reached"),
         ({}, CONSTANT, "schedule.warmup_steps = 20: .* give schedule.warmup_steps below 8, or more training.steps"),
     ],
 )

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from longwave.benchmarks.results.results import FORMAT, VERSION
 from longwave.benchmarks.results.table import duration, table
 from longwave.errors import UserError, require
+from longwave.units import counted
 
 _FREE = (
     "contexts",
@@ -104,7 +105,10 @@ def read(path: str | Path) -> Kept:
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged: a row or a table of it is not what bench ... --save writes") from None
     most = max((figure.rounds for figure in rows.values()), default=0)
-    require(most >= _FEWEST, f"{path}: {most} repeats; a verdict needs the spread of {_FEWEST} or more (--repeats)")
+    require(
+        most >= _FEWEST,
+        f"{path}: {counted(most, 'repeat')}; a verdict needs the spread of {_FEWEST} or more (--repeats)",
+    )
     return kept
 
 
@@ -179,7 +183,7 @@ def _differences(before: Kept, after: Kept, rows: list[Compared]) -> Iterator[tu
 
 def _label(key: Key) -> str:
     quantity, context, batch, subject = key
-    return f"{quantity}, {context:,} tokens, batch {batch}, {subject}"
+    return f"{quantity}, {counted(context, 'token')}, batch {batch}, {subject}"
 
 
 def compared_table(comparison: Comparison) -> list[RenderableType]:

@@ -18,6 +18,7 @@ from longwave.config import Strict
 from longwave.costs import Peaks, Work
 from longwave.errors import require
 from longwave.machine import cpu_name, device_of
+from longwave.units import counted
 from longwave.version import __version__
 
 FORMAT, VERSION = "longwave-bench", 1
@@ -95,8 +96,7 @@ class Row:
     @property
     def place(self) -> str:
         """The quantity and size in words, which rows that are compared have in common."""
-        tokens = f"{self.context:,} token{'s' if self.context > 1 else ''}"
-        return f"{self.quantity}, {tokens}, batch {self.batch}"
+        return f"{self.quantity}, {counted(self.context, 'token')}, batch {self.batch}"
 
     @property
     def mfu(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import MachineError
+from longwave.units import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ def run(options: Compare) -> dict[str, Any]:
     if slower:
         if options.json:
             print(json.dumps(plain))
-        raise MachineError(f"{len(slower)} of {len(comparison.rows)} rows are slower in {options.after}")
+        raise MachineError(f"slower in {options.after}: {len(slower)} of {counted(len(comparison.rows), 'row')}")
     return plain
 
 
