@@ -432,10 +432,8 @@ def _check_fit(models: Sequence[TimedModel], tokens: int) -> None:
     """UserError for a sequence longer than a model's context window, or models with different vocabularies."""
     for config in (model.decoder.config for model in models):
         fits = tokens <= config.context_window
-        require(
-            fits,
-            f"contexts: {counted(tokens, 'token')} with decoding; the model's context_window is {config.context_window}",
-        )
+        asked = f"contexts: {counted(tokens, 'token')} with decoding"
+        require(fits, f"{asked}; the model's context_window is {config.context_window}")
     sizes = {model.decoder.config.vocab_size for model in models}
     require(len(sizes) == 1, f"vocab_size: the models have {sorted(sizes)}; they must read the same tokens")
 
