@@ -253,7 +253,8 @@ class _Tables(Strict):
         try:
             return _kinds()[name]()
         except TypeError:
-            raise UserError(f"{name} is missing; a part in the layout needs it") from None
+            needed = [entry.name for entry in dataclasses.fields(_kinds()[name]) if _is_needed(entry)]
+            raise UserError(f"{name} is missing; a part in the layout needs it: give {name}.{needed[0]}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `build` makes the same config from."""
@@ -274,7 +275,7 @@ class _Tables(Strict):
 
 def _by_place(kind: str, entries: list[dataclasses.Field[Any]], values: tuple[Any, ...]) -> dict[str, Any]:
     """Values that were given without a name: those of the fields without a default alone, so that none is mistaken."""
-    first = [entry.name for entry in entries if entry.default is entry.default_factory is dataclasses.MISSING]
+    first = [entry.name for entry in entries if _is_needed(entry)]
     if len(values) > len(first):
         extra = values[len(first)]
         table = next((name for name, table in _kinds().items() if isinstance(extra, table)), None)
@@ -292,6 +293,11 @@ def _check_table(kind: str, name: str, table: Any) -> None:
         raise TypeError(f"{kind}: unexpected field {name}" + (f"; did you mean {close[0]}?" if close else ""))
     if not isinstance(table, known[name]):
         raise TypeError(f"{kind}: {name} = {shown(table)}: give {known[name].__name__}(...)")
+
+
+def _is_needed(entry: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return entry.default is entry.default_factory is dataclasses.MISSING
 
 
 def _default(entry: dataclasses.Field[Any]) -> Any:

@@ -19,7 +19,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{path}: not readable as JSON: nested too deeply") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
+        raise UserError(f"{path}: not a JSON object, such as {{...}}")
     return content
 
 

@@ -27,7 +27,7 @@ def file_names(path: Path) -> list[str]:
     for root, folders, files in os.walk(path):
         for entry in (Path(root, name) for name in folders + files):
             if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-                raise UserError(f"cannot save {entry.relative_to(path)}: it is not a plain file or folder")
+                raise UserError(f"cannot save {entry.relative_to(path)}: it is no plain file or folder; remove it")
         names += [Path(root, name).relative_to(path).as_posix() for name in files]
     return sorted(names)
 
@@ -65,7 +65,7 @@ def read_manifest(path: Path) -> dict[str, SavedFile] | None:
 
     Raises UserError unless its bytes are exactly those that longwave writes, so that a flipped bit in it cannot pass.
     """
-    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave")
+    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave; {REMEDY}")
     try:
         raw = (path / MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -78,7 +78,7 @@ def read_manifest(path: Path) -> dict[str, SavedFile] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
     if version != VERSION:
-        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads version {VERSION}")
+        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads {VERSION}; use the one that wrote it")
     if raw != manifest_text(files):
         raise damaged
     return files

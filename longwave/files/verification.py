@@ -9,6 +9,8 @@ from longwave.files.leftovers import put_back
 from longwave.files.manifest import ALGORITHM, SavedFile, measured, read_manifest
 from longwave.units import counted
 
+_REMEDY = "make the folder again, or copy all of it"
+
 
 def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None = None) -> bool:
     """True if the folder is exactly as it was saved; False if it has no manifest, so that nothing can be said.
@@ -22,7 +24,7 @@ def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None =
     with reading(folder):
         put_back(folder)
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
+            raise UserError(f"there is no folder {folder}; give one that exists")
         files = read_manifest(folder)
         if files is None:
             return False
@@ -35,16 +37,16 @@ def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None =
 def refuse_damaged(path: Path, found: str, saved: str) -> None:
     """Raises UserError if the checksum found in a file is not the one that was saved."""
     if found != saved:
-        raise UserError(f"{path} is damaged: its {ALGORITHM} is {found}, {saved} was saved")
+        raise UserError(f"{path} is damaged: its {ALGORITHM} is {found}, {saved} was saved; {_REMEDY}")
 
 
 def _check_sizes(folder: Path, files: dict[str, SavedFile]) -> None:
     for name, file in files.items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing")
+            raise UserError(f"{folder / name} is missing; {_REMEDY}")
         size = (folder / name).stat().st_size
         if size != file.bytes:
-            raise UserError(f"{folder / name} has {counted(size, 'byte')}; {file.bytes:,} were saved")
+            raise UserError(f"{folder / name} has {counted(size, 'byte')}; {file.bytes:,} were saved; {_REMEDY}")
     for home in sorted({(folder / name).parent for name in files}):
         for extra in sorted(home.glob("*.safetensors")):
             if extra.relative_to(folder).as_posix() not in files:

@@ -53,7 +53,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         with faults(f"saving {target}", "nothing was changed"):
             _make_folder(target.parent)
             if target.is_dir():
-                raise UserError(f"cannot save to {target}: it is a folder, not a file")
+                raise UserError(f"cannot save to {target}: it is a folder, not a file; give another path")
             storage.disk.write(staging.path, data)
             storage.disk.sync(staging.path)
             storage.disk.rename(staging.path, target)
@@ -86,7 +86,7 @@ def _make_folder(path: Path) -> None:
     if path.is_dir():
         return
     if path.exists():
-        raise UserError(f"cannot save below {path}: it is a file, not a folder")
+        raise UserError(f"cannot save below {path}: it is a file, not a folder; give another path")
     _make_folder(path.parent)
     with suppress(FileExistsError):  # another process was faster
         storage.disk.mkdir(path)
@@ -98,11 +98,11 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or _is_empty_folder(target):
         return
     if not target.is_dir():
-        raise UserError(f"cannot save to {target}: it is a file, not a folder")
+        raise UserError(f"cannot save to {target}: it is a file, not a folder; give another path")
     if not overwrite:
-        raise UserError(f"cannot save to {target}: it exists; choose another path or allow overwriting")
+        raise UserError(f"cannot save to {target}: it exists; give another path, or remove it first")
     if read_manifest(target) is None:
-        raise UserError(f"cannot save to {target}: it holds files that longwave did not write; choose another path")
+        raise UserError(f"cannot save to {target}: it holds files that longwave did not write; give another path")
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -113,7 +113,7 @@ def _seal(staging: Path) -> None:
     """Make everything in `staging` safe on the disk and readable as its folder is, the manifest last."""
     names = file_names(staging)
     if MANIFEST in names:
-        raise UserError(f"cannot save a file named {MANIFEST}: the name is reserved for longwave's own list")
+        raise UserError(f"cannot save a file named {MANIFEST}: the name is that of longwave's own list; give another")
     files = dict(zip(names, measured(staging, names), strict=True))
     for name in names:
         _open_up(staging / name, staging)

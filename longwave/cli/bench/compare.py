@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from longwave.cli.options import Options, argument, option
+from longwave.cli.output import json_line
 from longwave.cli.parser import Verb
 from longwave.errors import MachineError
 from longwave.units import counted
@@ -33,7 +33,7 @@ def run(options: Compare) -> dict[str, Any]:
     slower = [row for row in comparison.rows if row.verdict == "slower"]
     if slower:
         if options.json:
-            print(json.dumps(plain))
+            print(json_line(plain))
         raise MachineError(f"slower in {options.after}: {len(slower)} of {counted(len(comparison.rows), 'row')}")
     return plain
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import starmap
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longwave.cli.bench.measuring import Running, check_files, chosen, save
 from longwave.cli.options import argument, option
+from longwave.cli.output import json_line
 from longwave.cli.parser import Verb
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(options: Context) -> dict[str, Any]:
         results, interrupted = _last(_measured(options, config, traces), options)
     _show(results, traces, options)
     if interrupted and options.json:
-        print(json.dumps(results.plain()))
+        print(json_line(results.plain()))
     if interrupted:
         raise KeyboardInterrupt("interrupted: the contexts above were finished")
     return results.plain()
