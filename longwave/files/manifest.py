@@ -12,6 +12,7 @@ from longwave.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION, ALGORITHM = "longwave-folder", 1, "crc32"
+REMEDY = "make the folder again, or copy all of it"  # where one is damaged
 
 
 class SavedFile(NamedTuple):
@@ -27,7 +28,7 @@ def file_names(path: Path) -> list[str]:
     for root, folders, files in os.walk(path):
         for entry in (Path(root, name) for name in folders + files):
             if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-                raise UserError(f"cannot save {entry.relative_to(path)}: it is no plain file or folder; remove it")
+                raise UserError(f"cannot save {entry.relative_to(path)}: it is not a plain file or folder; remove it")
         names += [Path(root, name).relative_to(path).as_posix() for name in files]
     return sorted(names)
 
@@ -78,7 +79,7 @@ def read_manifest(path: Path) -> dict[str, SavedFile] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
     if version != VERSION:
-        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads {VERSION}; use the one that wrote it")
+        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads version {VERSION}: use a later one")
     if raw != manifest_text(files):
         raise damaged
     return files

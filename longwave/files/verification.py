@@ -6,10 +6,8 @@ from pathlib import Path
 from longwave.errors import UserError
 from longwave.files.faults import reading
 from longwave.files.leftovers import put_back
-from longwave.files.manifest import ALGORITHM, SavedFile, measured, read_manifest
+from longwave.files.manifest import ALGORITHM, REMEDY, SavedFile, measured, read_manifest
 from longwave.units import counted
-
-_REMEDY = "make the folder again, or copy all of it"
 
 
 def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None = None) -> bool:
@@ -37,16 +35,16 @@ def verify(path: str | os.PathLike[str], full: bool = True, unread: str | None =
 def refuse_damaged(path: Path, found: str, saved: str) -> None:
     """Raises UserError if the checksum found in a file is not the one that was saved."""
     if found != saved:
-        raise UserError(f"{path} is damaged: its {ALGORITHM} is {found}, {saved} was saved; {_REMEDY}")
+        raise UserError(f"{path} is damaged: its {ALGORITHM} is {found}, {saved} was saved; {REMEDY}")
 
 
 def _check_sizes(folder: Path, files: dict[str, SavedFile]) -> None:
     for name, file in files.items():
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; {_REMEDY}")
+            raise UserError(f"{folder / name} is missing; {REMEDY}")
         size = (folder / name).stat().st_size
         if size != file.bytes:
-            raise UserError(f"{folder / name} has {counted(size, 'byte')}; {file.bytes:,} were saved; {_REMEDY}")
+            raise UserError(f"{folder / name} has {counted(size, 'byte')}; {file.bytes:,} were saved; {REMEDY}")
     for home in sorted({(folder / name).parent for name in files}):
         for extra in sorted(home.glob("*.safetensors")):
             if extra.relative_to(folder).as_posix() not in files:
