@@ -79,7 +79,7 @@ def read_manifest(path: Path) -> dict[str, SavedFile] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
     if version != VERSION:
-        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads version {VERSION}: use a later one")
+        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads version {VERSION}: take a later")
     if raw != manifest_text(files):
         raise damaged
     return files
