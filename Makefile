@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart setup test test-slow test-gpu check docs clean
+.PHONY: quickstart setup test test-slow test-attack test-gpu check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
@@ -19,10 +19,14 @@ $(STAMP): pyproject.toml
 	touch $@
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not attack'
 
 test-slow: setup
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
+
+# Some 5,000 hostile inputs, and those of `make test` again; under 15 minutes on two cores.
+test-attack: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

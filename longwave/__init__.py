@@ -3,6 +3,8 @@
     import longwave as lw
     model = lw.load("path/to/model")
     text = lw.generate(model, "prompt", max_new_tokens=64)
+    for piece in lw.stream(model, "prompt"):
+        print(piece, end="", flush=True)
     lw.save(model, "path/to/out")
 
 The verbs of the command line are functions, too: `lw.plan("recipe.toml", context=65536).parameters`.
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from longwave.version import __version__
 
 if TYPE_CHECKING:
-    from longwave.api import generate, load, save
+    from longwave.api import generate, load, save, stream
     from longwave.config import ModelConfig
     from longwave.errors import MachineError, UserError
+    from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
     from longwave.verbs import plan, prepare, train
@@ -28,6 +31,8 @@ _HOMES = {
     "load": "api",
     "save": "api",
     "generate": "api",
+    "stream": "api",
+    "Continuation": "inference.text",
     "plan": "verbs",
     "prepare": "verbs",
     "train": "verbs",
@@ -39,6 +44,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Continuation",
     "Decoder",
     "MachineError",
     "ModelConfig",
@@ -50,6 +56,7 @@ __all__ = [
     "plan",
     "prepare",
     "save",
+    "stream",
     "train",
 ]
 

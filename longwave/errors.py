@@ -36,6 +36,7 @@ def shown(value: object) -> str:
 
 
 _SHORT = reprlib.Repr()
+_LONGEST = 1000  # characters of a line about an error
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
@@ -43,3 +44,9 @@ def cut(text: str, length: int = 200) -> str:
     """A text without its middle, if it is longer than people read."""
     half = length // 2
     return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
+
+
+def one_line(problem: object) -> str:
+    """A problem as one line that people can read, whatever words and characters of a hostile file it repeats."""
+    line = cut(" ".join(str(problem).split()), _LONGEST)
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from longwave.errors import UserError
+from longwave.errors import MachineError, UserError, shown
 from longwave.units import counted
 from longwave.version import __version__
 
@@ -16,28 +16,39 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 _OPTIONAL = {"tensorboard": "track"}  # package -> the extra of ours that installs it
 
 
-def device_of(name: str) -> torch.device:
+def device_of(name: str | torch.device) -> torch.device:
     """The device a user named: `auto`, `cpu`, `cuda` or `cuda:N`; a UserError where there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device = {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device = {name!r}: this machine has {counted(torch.cuda.device_count(), 'CUDA device')}; use cpu or auto"
-        )
+        raise UserError(f"device = {shown(_word(name))}: use auto, cpu, cuda or cuda:N")
+    count, there = torch.cuda.device_count(), counted(torch.cuda.device_count(), "CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"device = {shown(_word(name))}: this machine has {there}; use cpu or auto")
     return device
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype a user named."""
-    if name not in DTYPES:
-        raise UserError(f"dtype = {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """The dtype a user named: `bf16`, or as PyTorch says it, `bfloat16` or `torch.bfloat16`."""
+    for short, dtype in DTYPES.items():
+        if name in (short, dtype, str(dtype), str(dtype).removeprefix("torch.")):
+            return dtype
+    raise UserError(f"dtype = {shown(_word(name))}: use one of {', '.join(DTYPES)}")
+
+
+def _word(name: object) -> object:
+    """The name of a device or dtype as a user would write it."""
+    return str(name) if isinstance(name, torch.device | torch.dtype) else name
+
+
+def not_finite(what: str, value: float, dtype: torch.dtype) -> MachineError:
+    """The error for a number that comes out of a model as NaN or infinity."""
+    kind = str(dtype).removeprefix("torch.")
+    return MachineError(f"{what} = {value}: the model's weights have diverged, or {kind} overflows; try it in fp32")
 
 
 def facts() -> dict[str, str]:

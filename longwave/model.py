@@ -74,9 +74,11 @@ class Decoder(nn.Module):
         """Normalised hidden states of the rows whose outputs are needed: the input of the head.
 
         With a state, `stream` comes from `state.stream(...)`, and the tokens count as seen afterwards.
+        UserError for tokens that do not fit the stream or, on a CPU, the vocabulary; a GPU would have to be waited for.
         """
         self._place()
-        hidden = self.embed(tokens)
+        self._check_call(tokens, stream, state)
+        hidden = self._embedded(tokens)
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
         hidden = self.stack(hidden, stream.carrying(**self._cosines_and_sines(stream)), state)
@@ -93,6 +95,11 @@ class Decoder(nn.Module):
 
         `stream.outputs` may name the rows that count, which spares the host to wait for the targets.
         """
+        if targets.shape != tokens.shape:
+            raise UserError(f"targets of shape {tuple(targets.shape)}: one for each of {tuple(tokens.shape)} tokens")
+        known = targets[targets != -100] if targets.device.type == "cpu" else targets[:0]
+        if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.config.vocab_size:
+            raise self._outside("targets", known)
         hidden = self.hidden(tokens, replace(stream, outputs=None))
         return self.head(hidden, targets, self.config.scales.logits, stream.outputs)
 
@@ -160,6 +167,18 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Stack):
                 module.recompute = on
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """While the block runs, the model is in training or in inference mode; then as before."""
+        before = self.training
+        if before != training:
+            self.train(training)
+        try:
+            yield
+        finally:
+            if before != training:
+                self.train(before)
 
     @contextmanager
     def watching(self, watcher: Callable[[Resampler, Stream, Selection], None]) -> Iterator[None]:
@@ -275,6 +294,42 @@ class Decoder(nn.Module):
         for letter in self.config.blocks:
             used = any(block.letter == letter for block in self.blocks)
             require(used, f"blocks.{letter} has no effect: the layout has no {letter} block")
+
+    def _check_call(self, tokens: Tensor, stream: Stream, state: State | None) -> None:
+        """UserError for arguments of a forward that do not fit each other or the model; nothing is read from a GPU."""
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise UserError(f"tokens of {tokens.dtype}: give integers, torch.int64")
+        if tokens.shape != (stream.tokens,):
+            shape = tuple(tokens.shape)
+            raise UserError(f"tokens of shape {shape}: the stream is one row of {stream.tokens} tokens, end to end")
+        for name, device in (("tokens", tokens.device), ("stream", stream.order.device)):
+            if device != self.embed.weight.device:
+                raise UserError(f"{name} on {device}: the model is on {self.embed.weight.device}")
+        if state is not None:
+            self._check_state(state, stream)
+        elif stream.continued is not None:
+            raise UserError("state: the stream continues one; give it too")
+
+    def _check_state(self, state: State, stream: Stream) -> None:
+        place, dtype = self.embed.weight.device, self._activation_dtype()
+        if stream.continued is None:
+            raise UserError("stream: not of this state; take it from state.stream(...)")
+        if (state.device, state.dtype) != (place, dtype):
+            ours = f"{dtype} on {place}; take one from model.state(...)"
+            raise UserError(f"state in {state.dtype} on {state.device}: the model computes in {ours}")
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        try:
+            return self.embed(tokens)
+        except IndexError:
+            raise self._outside("tokens", tokens) from None
+
+    def _outside(self, name: str, ids: Tensor) -> UserError:
+        """The error for ids that the vocabulary does not have."""
+        lowest, highest = int(ids.min()), int(ids.max())
+        return UserError(
+            f"{name} from {lowest} to {highest}: the model's vocabulary has 0 to {self.config.vocab_size - 1}"
+        )
 
     def _cosines_and_sines(self, stream: Stream) -> dict[str, Tensor]:
         """The angles by which parts will turn heads, once for all of them."""

@@ -64,7 +64,8 @@ def shown_loss(loss: float | None, digits: int = 3) -> str:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"))
+    name, facts = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[facts]}"))
+    columns = (name, BarColumn(), MofNCompleteColumn(), facts)
     return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
 
 

@@ -6,7 +6,6 @@ Every stage leaves its result in the output folder, so that the same command goe
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import time
 import zlib
@@ -31,7 +30,7 @@ from longwave.data.sources import Source, documents, standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, require
 from longwave.evaluation.held_out import HeldOut, bits_per_byte, held_out_loss
-from longwave.files.jsonfile import finite
+from longwave.files.jsonfile import to_json
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
@@ -80,7 +79,7 @@ def _quickstart(text: str | None, output: Path, overrides: Sequence[str], measur
     page.write_report(data, output / "report.html")
     _merge_metrics(output)
     figures = _figures(data)
-    (output / "results.json").write_text(json.dumps(finite(figures), indent=2) + "\n")
+    (output / "results.json").write_text(to_json(figures, indent=2) + "\n")
     for line in page.headline(data):
         print(f"{line.label}: {line.value}. {line.sentence}")
     if speed.disturbed:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Int32, Int64
 from torch import Tensor
 
+from longwave.errors import UserError
+
 T = TypeVar("T")
 Spans: TypeAlias = "Sequence[tuple[int, int]]"  # first entry and end of each run, on the host
 
@@ -46,6 +48,9 @@ class Runs:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Runs:
         """Runs of the given lengths, end to end."""
+        given: Sequence[Any] = lengths
+        if not all(isinstance(length, int) and length >= 0 for length in given):
+            raise UserError(f"lengths {list(given)}: the number of tokens of each run, 0 or more")
         bounds = torch.tensor([0, *accumulate(lengths)], device=device)
         return cls(bounds, sum(lengths), tuple(lengths))
 
@@ -237,6 +242,8 @@ class Stream:
     ) -> Stream:
         """A stream of runs, run `r` beginning at place `starts[r]` (0 by default) of its sequence."""
         runs = Runs.of(lengths, device)
+        if starts is not None and len(starts) != len(lengths):
+            raise UserError(f"starts {list(starts)}: {len(lengths)} runs need as many")
         order = runs.places
         if starts is not None and len(starts) == 1:
             order = order + starts[0]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan, prepare, quickstart, recipes, train
+from longwave.cli.console import standard_streams
 from longwave.cli.output import json_line
 from longwave.cli.parser import Parser, add_verbs
-from longwave.errors import MachineError, UserError, cut
+from longwave.errors import MachineError, UserError, one_line
 from longwave.version import __version__
 
 VERBS = (
@@ -31,11 +31,15 @@ _FIRST = """first steps:
   longwave quickstart                       trains two small models on text of this machine, and compares them
   longwave VERB --help                      what a verb takes; most take --json, too
 """
-_LONGEST = 1000  # characters of a line about an error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
+    with standard_streams():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         verb, options = command_line().read(arguments)
         result = verb.run(options)
@@ -50,8 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(error if error.args else "interrupted", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has gone
-        return 1
+        return 1  # whoever read our output has gone
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -75,6 +78,5 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(problem: object, code: int) -> int:
-    """Prints a problem as one line that people can read, whatever words of a hostile file it repeats."""
-    print(f"longwave: {cut(' '.join(str(problem).split()), _LONGEST)}", file=sys.stderr)
+    print(f"longwave: {one_line(problem)}", file=sys.stderr)
     return code

@@ -24,8 +24,15 @@ def run(options: Evaluate) -> dict[str, Any]:
 
     result = evaluate_folder(options.model, options.data, options.window, options.device)
     for name, value in result.items():
-        print(f"{name:<16} {value}")
+        print(f"{name:<16} {_words(value)}")
     return result
+
+
+def _words(value: Any) -> str:
+    """A figure as people read it: as many digits as say something."""
+    if isinstance(value, list):
+        return ", ".join(f"{share:.1%}" for share in value) or "all"
+    return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
 VERB = Verb("eval", "loss of a model on held-out text, in the mode in which it runs", Evaluate, run)

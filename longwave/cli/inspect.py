@@ -36,21 +36,20 @@ class Inspect(OnDevice):
 def run(options: Inspect) -> dict[str, Any]:
     """Inspects, writes the page, prints the short form and returns its figures."""
     from longwave import machine
-    from longwave.files.jsonfile import finite
     from longwave.inspection.inspect import Choice, inspect
-    from longwave.inspection.source import read_text
+    from longwave.inspection.source import text_of
     from longwave.reports.inspect import write_inspection
 
     output = Path(options.output)
     require(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     require(not output.is_dir(), f"--output {output}: a folder; give the name of a page, such as {output}/inspect.html")
     choice = Choice(_numbers("--layers", options.layers), _numbers("--heads", options.heads), options.against)
-    name, text = read_text(options.text, options.literal)
+    name, text = text_of(options.text, options.literal)
     found = inspect(options.model, name, text, options.first, choice, machine.device_of(options.device))
     write_inspection(found, output, machine.facts(), _command(options))
     print(*_lines(found), sep="\n")
     print(f"{output}: open it in a browser ({output.stat().st_size / 1e6:.1f} MB)")
-    return finite(found.plain()) | {"page": str(output)}
+    return found.plain() | {"page": str(output)}
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -58,7 +57,8 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
-        require(part.isdecimal() and part.isascii(), f"{option} {text}: {part!r} is no number; write 0,5")
+        number = part.isdecimal() and part.isascii() and len(part) < 10
+        require(number, f"{option} {text}: {part!r} is no number; write 0,5")
     return tuple(map(int, parts))
 
 

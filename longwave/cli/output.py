@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, cast
@@ -11,9 +10,9 @@ from typing import Any, cast
 
 def json_line(result: object) -> str:
     """A result, a dataclass or a mapping, as one JSON object; NaN and infinity, which JSON lacks, are null."""
-    from longwave.files.jsonfile import finite
+    from longwave.files.jsonfile import to_json
 
-    return json.dumps(finite(plain(result)), allow_nan=False)
+    return to_json(plain(result))
 
 
 def plain(value: Any) -> Any:

@@ -243,7 +243,7 @@ class StreamDecoder:
         return piece
 
     def finish(self) -> str:
-        """The text still held back, half characters as U+FFFD; afterwards the decoder is as new."""
+        """The text still held back, half characters as U+FFFD; afterwards the decoder begins a new text."""
         piece = self._tokenizer.decode(self._ids)[self._given :]
         self._ids, self._fresh, self._given = [], 0, 0
         return piece

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,7 +12,8 @@ from longwave.checkpoints import find, load
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
-from longwave.machine import device_of
+from longwave.errors import require, shown
+from longwave.machine import device_of, not_finite
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 
@@ -31,9 +30,22 @@ class HeldOut:
     tokens: int
     retention: tuple[float, ...]
 
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where no number of double precision is as large."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
 
 def held_out_loss(
-    model: Decoder, data: PackedTokens, *, windows: int = 0, batch_windows: int = 8, selection: str = "threshold"
+    model: Decoder,
+    data: PackedTokens,
+    *,
+    windows: int = 0,
+    batch_windows: int = 8,
+    selection: Literal["threshold", "training"] = "threshold",
 ) -> HeldOut:
     """The mean loss over the first `windows` windows of the data (0 for all), `batch_windows` at a time.
 
@@ -41,10 +53,12 @@ def held_out_loss(
     tokens, so its loss says nothing about quality; the gap between the two shows whether training prepares for
     inference.
     """
+    known = selection in ("threshold", "training")
+    require(known, f"selection = {shown(selection)}: threshold, as at inference, or training")
     count = len(data) if windows == 0 else min(windows, len(data))
     device = model.embed.weight.device
     kept = Kept.of(model.resamplers)
-    with _mode(model, training=selection == "training"), model.watching(kept), torch.no_grad():
+    with model.mode(training=selection == "training"), model.watching(kept), torch.no_grad():
         total, tokens = 0.0, 0
         for start in range(0, count, batch_windows):
             batch = data.batch(range(start, min(start + batch_windows, count)))
@@ -67,10 +81,13 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
     info.require_vocab(decoder.config.vocab_size)
     packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
     result = held_out_loss(decoder, packed)
+    require(result.tokens > 0, f"{data}: nothing in its held-out split is to be predicted; prepare more of it")
+    if not math.isfinite(result.loss):
+        raise not_finite(f"{model}: held-out loss", result.loss, decoder.embed.weight.dtype)
     return {
         "loss": result.loss,
         "loss_on": "all" if info.held_out.learned is None else "assistant",
-        "perplexity": math.exp(result.loss),
+        "perplexity": result.perplexity,
         "bits_per_byte": bits_per_byte(result, info),
         "tokens": result.tokens,
         "retention": list(result.retention),
@@ -80,14 +97,3 @@ def evaluate_folder(model: str, data: str, window: int | None, device: str) -> d
 def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
     """The loss in bits per byte of learned text, which can be compared between models with different tokenizers."""
     return result.loss / math.log(2) * info.held_out.targets / max(info.held_out.bytes, 1)
-
-
-@contextmanager
-def _mode(model: Decoder, training: bool) -> Iterator[None]:
-    """Puts the model into training or evaluation mode for a while, and then back."""
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)

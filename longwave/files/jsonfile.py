@@ -23,6 +23,11 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Plain values as JSON, in ASCII."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
 def finite(value: Any) -> Any:
     """Plain values with None in place of NaN and infinity, which JSON lacks; charts draw a diverged loss as a gap."""
     if isinstance(value, dict):

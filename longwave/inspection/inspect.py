@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from longwave.inspection.attention import BlockAttention, has_weights, softmax_o
 from longwave.inspection.flops import Passage, TokenFlops, extremes, token_flops
 from longwave.inspection.source import Piece, encode, pieces
 from longwave.inspection.trace import LevelTrace, TracedToken, by_token, watching_levels
+from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.progress import say
 from longwave.resamplers import Resampler
@@ -115,7 +117,7 @@ def inspect(path: str, name: str, text: str, first: int | None, choice: Choice, 
     ids = encode(text, name, tokenizer, model.config, first)
     before = [block_before(model, level) for level in model.resamplers]
     depths = {block.site.depth for block in before if block is not None}
-    traces, blocks = _run(model, ids, {*layers, *depths}, (None, *heads))
+    traces, blocks = _run(path, model, ids, {*layers, *depths}, (None, *heads))
     others = _against(choice.against, tokenizer, ids, depths, device) if choice.against else None
     levels = [_level(model, trace, block, blocks, others) for trace, block in zip(traces, before, strict=True)]
     flops = token_flops(model, traces, len(ids))
@@ -157,10 +159,14 @@ def _load(path: str, device: torch.device) -> tuple[Decoder, Tokenizer]:
 
 @torch.no_grad()
 def _run(
-    model: Decoder, ids: Sequence[int], depths: set[int], heads: Sequence[int | None] = ()
+    path: str, model: Decoder, ids: Sequence[int], depths: set[int], heads: Sequence[int | None] = ()
 ) -> tuple[list[LevelTrace], dict[int, BlockAttention]]:
-    with watching_levels(model) as levels, watching_attention(model, depths, heads) as blocks:
-        model.eval().hidden(torch.tensor(ids, device=model.embed.weight.device), Stream.of([len(ids)]))
+    device = model.embed.weight.device
+    with watching_levels(model) as levels, watching_attention(model, depths, heads) as blocks, model.mode(False):
+        hidden = model.hidden(torch.tensor(ids, device=device), Stream.of([len(ids)], device=device))
+    peak = float(hidden.abs().amax())  # NaN if any is
+    if not math.isfinite(peak):
+        raise not_finite(f"{path}: largest hidden state", peak, hidden.dtype)
     return levels, blocks
 
 
@@ -173,7 +179,7 @@ def _against(
     require(same, f"--against {path}: another tokenizer; only models with the same one read the same tokens")
     window = model.config.context_window
     require(len(ids) <= window, f"--against {path}: its context window is {window:,} tokens: give --first {window}")
-    return _run(model, ids, depths)[1]
+    return _run(path, model, ids, depths)[1]
 
 
 def _level(
@@ -214,5 +220,6 @@ def _heads(model: Decoder, asked: tuple[int, ...] | None) -> tuple[int, ...]:
     if asked is None:
         return tuple(range(min(count, _FEW_HEADS)))
     for one in asked:
-        require(one < count, f"--heads {one}: the model has heads 0 to {count - 1}")
+        there = f"heads 0 to {count - 1}" if count else "no softmax attention"
+        require(one < count, f"--heads {one}: the model has {there}")
     return tuple(dict.fromkeys(asked))

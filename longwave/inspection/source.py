@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
-from longwave.errors import UserError, require
+from longwave.errors import require
+from longwave.files.textfile import read_text
 
 
 @dataclass(frozen=True)
@@ -20,21 +19,16 @@ class Piece:
     label: str = ""
 
 
-def read_text(path: str | None, literal: str | None) -> tuple[str, str]:
-    """The name of a text, and the text with its line ends as they are.
+def text_of(path: str | None, literal: str | None) -> tuple[str, str]:
+    """The name of a text, and the text.
 
     path: a file, or `-` for stdin; literal: the text itself, in place of a path.
     """
     require((path is None) != (literal is None), "give one text: a file, - for stdin, or --text 'the text itself'")
-    if literal is not None:
-        return "text of the command line", literal
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(str(path)).read_bytes()
-        return ("stdin" if path == "-" else str(path)), raw.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}; give a text file, or --text") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{'stdin' if path == '-' else path}: not UTF-8 text") from None
+    if path is None:
+        return "text of the command line", str(literal)
+    name = "stdin" if path == "-" else path
+    return name, read_text(path, name)
 
 
 def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, first: int | None) -> list[int]:

@@ -40,8 +40,9 @@ class TracedToken:
 @torch.no_grad()
 def trace_levels(model: Decoder, tokens: Sequence[int]) -> list[LevelTrace]:
     """Runs one text as at inference and tells what every level, however nested, made of the tokens that reached it."""
-    with watching_levels(model) as levels:
-        model.eval().hidden(torch.tensor(tokens, device=model.embed.weight.device), Stream.of([len(tokens)]))
+    device = model.embed.weight.device
+    with watching_levels(model) as levels, model.mode(training=False):
+        model.hidden(torch.tensor(tokens, device=device), Stream.of([len(tokens)], device=device))
     return levels
 
 

@@ -98,15 +98,19 @@ class State:
 
     def part(self, part: str, stream: Stream) -> Memory:
         """The memory of one part for the stream at hand."""
+        if part not in self._store_of:
+            raise UserError(f"state: it remembers nothing for {part}; take one from model.state(...) of this model")
         return self._store_of[part].memory(part, stream)
 
     def stream(self, lengths: Sequence[int], slots: Sequence[int] | None = None) -> Stream:
         """The stream of `lengths[r]` new tokens that continue slot `slots[r]` (0, 1, ... by default)."""
         slots = range(len(lengths)) if slots is None else slots
         if any(not 0 <= slot < self.slots for slot in slots):
-            raise ValueError(f"slots {list(slots)} are not all among the {self.slots} of this state")
+            raise UserError(f"slots {list(slots)} are not all among the {self.slots} of this state")
         if len(set(slots)) != len(slots):
-            raise ValueError(f"slots {list(slots)} name a sequence twice")
+            raise UserError(f"slots {list(slots)} name a sequence twice")
+        if len(lengths) != len(slots):
+            raise UserError(f"lengths {list(lengths)}: {len(slots)} slots need as many")
         starts = [self._sequences[slot].seen for slot in slots]
         longest = max([start + length for start, length in zip(starts, lengths, strict=True)], default=0)
         if longest > LAST_PLACE + 1:

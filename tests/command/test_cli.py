@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ import torch
 from command_line import shell
 from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
+import longwave as lw
 from longwave import files
 from longwave import quickstart as quick_module
 from longwave.benchmarks.measure.others import OtherWork
 from longwave.benchmarks.measure.roofline import Peaks
 from longwave.cli import VERBS, command_line, main
+from longwave.cli.generate import _unescaped
 from longwave.training.loop import Interrupted
 from longwave.version import __version__
 
@@ -397,6 +401,36 @@ def test_eval_refuses_data_of_another_tokenizer_and_windows_without_sense(refuse
     refuses("eval", tmp_path / "missing", runs.prepared(), says=["missing", "give a model folder"])
 
 
+def test_eval_prints_as_many_digits_as_say_something(longwave, model: Path):
+    shown = longwave("eval", model, runs.prepared()).out
+    assert max(len(number.replace(".", "")) for number in re.findall(r"[\d.]+", shown)) <= 6, shown
+
+
+def broken(model: Path, tmp_path: Path, change: Callable[[torch.Tensor], object]) -> Path:
+    """A copy of a model with changed weights of its head."""
+    broken = lw.load(model)
+    with torch.no_grad():
+        change(broken.head_weight)
+    lw.save(broken, tmp_path / "broken")
+    return tmp_path / "broken"
+
+
+def test_a_perplexity_without_a_number_is_infinite_and_null(longwave, model: Path, tmp_path: Path):
+    found = longwave("eval", broken(model, tmp_path, lambda weight: weight.mul_(1e5)), runs.prepared(), "--json")
+    assert found.code == 0
+    assert found.json["loss"] > 709
+    assert found.json["perplexity"] is None
+    assert "perplexity       inf" in found.out
+
+
+def test_what_a_diverged_model_says_is_refused(refuses, model: Path, tmp_path: Path):
+    diverged = broken(model, tmp_path, lambda weight: weight[0].fill_(float("nan")))
+    refuses("eval", diverged, runs.prepared(), says=["held-out loss = nan", "diverged"], code=1)
+    words = ["generate", diverged, "--prompt", "x"]
+    refuses(*words, says=["logit for token 3 of prompt 1 = nan", "diverged"], code=1)
+    refuses(*words, "--temperature", "1", says=["logit for token 3 of prompt 1 = nan"], code=1)
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 
 
@@ -404,9 +438,14 @@ def test_generate_streams_one_prompt(longwave, model: Path):
     plain = longwave("generate", model, "--prompt", "def f(", "--max-new-tokens", "12")
     found = longwave("generate", model, "--prompt", "def f(", "--max-new-tokens", "12", "--json")
     assert (plain.code, found.code) == (0, 0)
-    assert found.json == {"prompts": ["def f("], "texts": [plain.out[:-1]]}
+    assert found.json == {"prompts": ["def f("], "texts": [plain.out[:-1]], "ended": ["max_new_tokens"]}
     assert plain.out[:-1]
     assert "attention" in plain.err
+
+
+def stdin(content: bytes) -> io.TextIOWrapper:
+    """A standard input that holds these bytes."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
 
 
 def test_generate_from_files_stdin_and_several_prompts(longwave, model: Path, tmp_path: Path, monkeypatch):
@@ -416,9 +455,9 @@ def test_generate_from_files_stdin_and_several_prompts(longwave, model: Path, tm
     assert found.json["prompts"] == ["def f(", "class A:"]
     shown = longwave("generate", model, *several).out
     assert shown == "".join(f"--- {i + 1}\n{text}\n" for i, text in enumerate(found.json["texts"]))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("class A:"))
-    alone = longwave("generate", model, "--max-new-tokens", "9", "--json")
-    assert alone.json == {"prompts": ["class A:"], "texts": [found.json["texts"][1]]}
+    monkeypatch.setattr(sys, "stdin", stdin(b"class A:"))
+    alone = longwave("generate", model, "--max-new-tokens", "9", "--json").json
+    assert (alone["prompts"], alone["texts"]) == (["class A:"], [found.json["texts"][1]])
 
 
 def test_generate_through_a_pipe(model: Path):
@@ -445,7 +484,9 @@ def test_generate_obeys_its_options(longwave, model: Path):
         (["--prompt", "word " * 300], ["prompt 1 has", "context_window is 64"]),
         (["--prompt", "x", "--max-new-tokens", "0"], ["max_new_tokens = 0"]),
         (["--prompt", "x", "--top-k", "5"], ["no effect at temperature = 0"]),
+        (["--prompt", "x", "--seed", "5"], ["seed = 5 has no effect"]),
         (["--prompt", "x", "--temperature", "-1"], ["temperature = -1.0"]),
+        (["--prompt", "x", "--temperature", "inf"], ["temperature = inf"]),
         (["--prompt", "x", "--temperature", "1", "--top-p", "0"], ["top_p = 0.0"]),
         (["--prompt", "x", "--stop", ""], ["a stop string is empty"]),
         (["--prompt", "x", "--device", "abacus"], ["device = 'abacus'"]),
@@ -460,8 +501,34 @@ def test_generate_refuses(refuses, model: Path, options: list[str], says: list[s
 def test_generate_refuses_input_that_is_no_text(refuses, model: Path, tmp_path: Path, monkeypatch):
     (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe")
     refuses("generate", model, "--prompt-file", tmp_path / "prompt.bin", says=["not UTF-8"])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf8"))
+    monkeypatch.setattr(sys, "stdin", stdin(b"\xff\xfe"))
     refuses("generate", model, says=["stdin: not UTF-8"])
+    monkeypatch.setattr(sys, "stdin", stdin(b""))
+    refuses("generate", model, says=["no prompt: give --prompt"])
+
+
+def test_a_byte_order_mark_is_no_text(longwave, model: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfdef f(\r\n")
+    from_file = longwave("generate", model, "--prompt-file", tmp_path / "bom.txt", "--max-new-tokens", "3", "--json")
+    assert from_file.json["prompts"] == ["def f(\r\n"]
+    monkeypatch.setattr(sys, "stdin", stdin(b"\xef\xbb\xbfdef f("))
+    assert longwave("generate", model, "--max-new-tokens", "3", "--json").json["prompts"] == ["def f("]
+
+
+def test_generate_says_that_the_context_window_ends_a_text(longwave, model: Path):
+    words = ["--prompt", "def f(", "--prompt", "x", "--stop", "\x00", "--json"]
+    found = longwave("generate", model, *words, "--max-new-tokens", "500")
+    assert found.json["ended"] == ["context_window"] * 2
+    told = [line for line in found.err.splitlines() if "context window" in line]
+    assert told == [
+        f"prompt {n}: ended at the context window of 64 tokens, before --max-new-tokens 500" for n in (1, 2)
+    ]
+    assert "context window" not in longwave("generate", model, *words, "--max-new-tokens", "5").err
+
+
+@pytest.mark.parametrize(("given", "stop"), [(r"\n", "\n"), (r"\t", "\t"), (r"\\n", r"\n"), (r"\d", r"\d"), ("n", "n")])
+def test_escapes_of_stop_strings(given: str, stop: str):
+    assert _unescaped(given) == stop
 
 
 def test_generate_refuses_a_terminal_without_a_prompt(refuses, model: Path, monkeypatch):

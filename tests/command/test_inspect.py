@@ -444,6 +444,7 @@ def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):
     no(text, "--first", 0, says=["--first 0"])
     no("--text", "a", "--layers", "5", says=["--layers 5", "blocks 0 to 4"])
     no("--text", "a", "--layers", "one", says=["--layers one", "write 0,5"])
+    no("--text", "a", "--layers", "9" * 5000, says=["--layers 999", "is no number"])
     no("--text", "a", "--heads", "4", says=["--heads 4", "heads 0 to 3"])
     no("--text", "a", "--against", tmp_path / "missing", says=["missing", "no such folder"])
     no("--text", "a", model=tmp_path / "missing", says=["missing", "no such folder"])
@@ -454,6 +455,29 @@ def test_inspect_refuses(refuses, folders, text: Path, tmp_path: Path):
     refuses(
         "inspect", folders["nested"], "--text", "a", "--output", tmp_path / "no" / "a.html", says=["there is no folder"]
     )
+
+
+def test_a_byte_order_mark_is_not_inspected(longwave, folders, tmp_path: Path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfdef f():\r\n")
+    (tmp_path / "plain.txt").write_bytes(b"def f():\r\n")
+    found = [
+        longwave("inspect", folders["llama"], tmp_path / name, "--output", tmp_path / "page.html", "--json").json
+        for name in ("bom.txt", "plain.txt")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("against", [False, True])
+def test_a_diverged_model_is_not_drawn(refuses, folders, tokenizer: Tokenizer, tmp_path: Path, against: bool):
+    model = model_of(NESTED)
+    model.tokenizer = tokenizer
+    with torch.no_grad():
+        model.blocks[1].parts[1].down_proj.weight.fill_(float("nan"))
+    lw.save(model, tmp_path / "diverged")
+    asked = [folders["nested"], "--against", tmp_path / "diverged"] if against else [tmp_path / "diverged"]
+    output = ["--output", tmp_path / "page.html"]
+    refuses("inspect", *asked, "--text", "some words", *output, says=["diverged: largest hidden state = nan"], code=1)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_inspect_refuses_models_that_do_not_fit(refuses, folders, text: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from longwave.errors import UserError
 from longwave.inference import generate
 from longwave.inference.generate import Emitted, Generation
 from longwave.inference.sampling import Sampling, choose_token
-from longwave.inference.text import Piece, _Writer, complete, generate_text
+from longwave.inference.text import _Writer, complete, generate_text
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 from longwave.streams import Stream
@@ -294,13 +294,13 @@ def test_streamed_pieces_joined_are_the_decoding_of_all_tokens(kind: str):
     prompts = ["def main(", "", "# ünï"]
     streamed = ["", "", ""]
     pieces = list(generate_text(tiny(kind), tokenizer(), prompts, max_new_tokens=40, sampling=WARM))
-    for prompt, text in pieces:
-        streamed[prompt] += text
+    for piece in pieces:
+        streamed[piece.prompt] += piece
     encoded = [tokenizer().encode(prompt, add_bos=True) for prompt in prompts]
     ids = continued(tiny(kind), encoded, 40, sampling=WARM, stop_tokens={tokenizer().eos_id})
     assert streamed == [tokenizer().decode(one) for one in ids]
     assert len(pieces) > 50
-    assert isinstance(pieces[0], Piece)
+    assert {piece.prompt for piece in pieces if piece.ended} == {0, 1, 2}
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from longwave.cli.options import OnDevice, option
 from longwave.errors import require
+from longwave.files.jsonfile import to_json
 from longwave.units import parse_bytes, parse_sizes
 
 if TYPE_CHECKING:
@@ -104,4 +104,4 @@ def save(found: results.Results, options: Running) -> None:
     from longwave import files
 
     if options.save is not None:
-        files.write_file(options.save, (json.dumps(found.plain(), indent=1) + "\n").encode())
+        files.write_file(options.save, (to_json(found.plain(), indent=1) + "\n").encode())
