@@ -242,9 +242,14 @@ class StreamDecoder:
             self._fresh = self._FEW
         return piece
 
+    @property
+    def rest(self) -> str:
+        """The text still held back, half characters as U+FFFD."""
+        return self._tokenizer.decode(self._ids)[self._given :]
+
     def finish(self) -> str:
-        """The text still held back, half characters as U+FFFD; afterwards the decoder begins a new text."""
-        piece = self._tokenizer.decode(self._ids)[self._given :]
+        """The text still held back; afterwards the decoder begins a new text."""
+        piece = self.rest
         self._ids, self._fresh, self._given = [], 0, 0
         return piece
 

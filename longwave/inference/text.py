@@ -46,9 +46,12 @@ class _Writer:
     stopped: bool = False
 
     def push(self, token: int) -> str:
-        if token in self.names:
-            return self._release(self.names[token], shown=False)
-        return self._release(self.decoder.push(token))
+        if token not in self.names:
+            return self._release(self.decoder.push(token))
+        name, rest = self.names[token], self.decoder.rest
+        if any(stop in self.held + rest + name for stop in self.stops):
+            self._hold(rest, shown=True)  # half characters before the name, which nothing will complete
+        return self._release(name, shown=False)
 
     def finish(self) -> str:
         if self.stopped:
@@ -57,14 +60,17 @@ class _Writer:
         return text if self.stopped else text + self._take(len(self.held))
 
     def _release(self, text: str, shown: bool = True) -> str:
-        self.held += text
-        self.shown += [shown] * len(text)
+        self._hold(text, shown)
         ends = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self._take(min(ends))
         keep = max((n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
         return self._take(len(self.held) - keep)
+
+    def _hold(self, text: str, shown: bool) -> None:
+        self.held += text
+        self.shown += [shown] * len(text)
 
     def _take(self, count: int) -> str:
         """The text among the first `count` characters, which are held no longer."""

@@ -137,6 +137,14 @@ def test_a_model_in_training_stays_in_training(model: Decoder):
     assert all(part.training for part in model.modules())
 
 
+def test_half_a_character_before_a_stop_token_is_shown(model: Decoder, monkeypatch: pytest.MonkeyPatch):
+    half, end = model.tokenizer.encode("日")[0], model.tokenizer.encode(END, parse_special=True)[0]
+    ids = iter([half, end, half, half, end])
+    monkeypatch.setattr(generate, "choose_token", lambda *_: next(ids))
+    assert lw.generate(model, "def", stop=END) == model.tokenizer.decode([half])
+    assert lw.generate(model, "def", stop=END) == model.tokenizer.decode([half, half])
+
+
 # --- a continuation is not the beginning of a text --------------------------------------------------------------------
 
 WORDS = ["▁one", "▁two", "three", "##ree", "▁", "four</w>", "<0xC3>", "<0xBC>", "!", "Ġnine", "Ã", "¼"]
