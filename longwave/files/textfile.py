@@ -10,16 +10,17 @@ from longwave.errors import UserError
 _MOST_BYTES = 256 << 20
 
 
-def read_text(path: str, name: str) -> str:
+def read_text(path: str, name: str, instead: str = "give a text file") -> str:
     """The text of a file, or of stdin for `-`.
 
-    name: what an error calls it. UserError for a file that cannot be read, is not UTF-8, or is larger than 256 MiB.
+    name: what an error calls it. instead: what an error says would do. UserError for a file that cannot be read, is not
+    UTF-8, or is larger than 256 MiB.
     """
     try:
         raw = _stdin() if path == "-" else _file(path)
     except (OSError, ValueError) as error:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{name}: {problem.lower()}; give a text file") from None
+        raise UserError(f"{name}: {problem.lower()}; {instead}") from None
     if len(raw) > _MOST_BYTES:
         raise UserError(f"{name}: more than {_MOST_BYTES >> 20} MiB of text; give less at a time")
     try:

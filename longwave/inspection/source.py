@@ -28,7 +28,7 @@ def text_of(path: str | None, literal: str | None) -> tuple[str, str]:
     if path is None:
         return "text of the command line", str(literal)
     name = "stdin" if path == "-" else path
-    return name, read_text(path, name)
+    return name, read_text(path, name, "give a text file, or --text")
 
 
 def encode(text: str, name: str, tokenizer: Tokenizer, config: ModelConfig, first: int | None) -> list[int]:

@@ -23,6 +23,7 @@ from longwave.cli import main
 from longwave.config import build
 from longwave.costs import At
 from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
 from longwave.inspection import attention as attention_module
 from longwave.inspection.agreement import Statistic, agreement
 from longwave.inspection.attention import BlockAttention, watching_attention
@@ -160,7 +161,7 @@ def test_watching_leaves_no_hook_and_changes_no_result():
     before = model(ids, Stream.of([50]))
     with watching_levels(model), watching_attention(model, {0, 1}):
         assert torch.equal(model(ids, Stream.of([50])), before)
-    with pytest.raises(IndexError), watching_levels(model), watching_attention(model, {0, 1}):
+    with pytest.raises(UserError), watching_levels(model), watching_attention(model, {0, 1}):
         model(torch.tensor([runs.VOCABULARY]), Stream.of([1]))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
