@@ -24,18 +24,22 @@ class Marked(NamedTuple):
 
 
 class Marks:
-    """The marks of one tokenizer's special tokens."""
+    """The marks of one tokenizer's special tokens.
+
+    names: the mark of each, by its name.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._mark_of = {name: mark_of(id) for id, name in tokenizer.special_tokens.items()}
-        marks = self._mark_of.values()
-        self._special, self._marks = any_of(self._mark_of), any_of(marks)
+        self.names = {name: mark_of(id) for id, name in tokenizer.special_tokens.items()}
+        marks = self.names.values()
+        self._special, self._marks = any_of(self.names), any_of(marks)
         self._tokens = any_of([*marks, *tokenizer.plain_added_tokens])
 
-    def mark(self, text: str) -> str:
-        """The text with a mark in place of the name of every special token."""
-        return self._special.sub(lambda found: self._mark_of[found[0]], text)
+    @property
+    def pattern(self) -> str:
+        """The regular expression that finds the names of special tokens."""
+        return self._special.pattern
 
     def unmark(self, text: str) -> str:
         """The text without marks."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import AddedToken, Encoding, Regex, decoders, models, pre_tokeni
 
 from longwave.data import tokenizer_folder
 from longwave.data.hiding import hidden, unk_of
-from longwave.errors import UserError, require, shown
+from longwave.errors import UserError, shown
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"
@@ -26,7 +27,7 @@ _PUNCTUATION = {f" {mark}": mark for mark in ".?!,"}
 _CLEANED = {**_PUNCTUATION, " ' ": "'", **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}}
 """What decoding with `clean_up_tokenization_spaces` replaces, in this order."""
 SMALLEST_VOCABULARY = 256 + 2  # every byte, bos and eos
-_PROBE = "a 1 一"
+_PROBE, _PROBES = "a 1 一", 100  # texts that show what is put around a text
 
 # Llama 3's split of text before BPE: words with at most one leading character, up to three digits, runs of punctuation,
 # line ends, blanks.
@@ -138,8 +139,8 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions, as for a word that a vocabulary lacks
             raise UserError(f"text: this tokenizer cannot write it ({error})") from error
         if self._forbidden is not None and any(self._forbidden in encoding.ids for encoding in encodings):
-            name = self._backend.id_to_token(self._forbidden)
-            raise UserError(f"text: this tokenizer writes what it does not know as {name!r}, which has another meaning")
+            name = shown(self.special_tokens[self._forbidden])
+            raise UserError(f"text: this tokenizer writes what it does not know as {name}, which has another meaning")
         return encodings
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -315,10 +316,15 @@ def _special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, str], ext
 
 def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text."""
-    encoding = backend.encode(_PROBE)
-    own = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
-    require(bool(own), f"the tokenizer gives no ids for {_PROBE!r}")
-    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+    for text in [_PROBE, *islice(backend.get_vocab(with_added_tokens=False), _PROBES)]:
+        try:
+            encoding = backend.encode(text)
+        except Exception:  # a text that the vocabulary lacks words for; the library raises bare Exceptions
+            continue
+        own = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
+        if own:
+            return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+    raise UserError(f"the tokenizer gives no ids for {_PROBE!r}, nor for words of its vocabulary")
 
 
 def _content(token: Any) -> Any:
