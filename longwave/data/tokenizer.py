@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tokenizers import AddedToken, Encoding, Regex, decoders, models, pre_tokeni
 
 from longwave.data import tokenizer_folder
 from longwave.data.hiding import hidden, unk_of
-from longwave.errors import UserError, shown
+from longwave.data.tokenizer_folder import LARGEST_VOCABULARY
+from longwave.errors import UserError, require, shown
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"
@@ -27,6 +29,9 @@ _PUNCTUATION = {f" {mark}": mark for mark in ".?!,"}
 _CLEANED = {**_PUNCTUATION, " ' ": "'", **{f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}}
 """What decoding with `clean_up_tokenization_spaces` replaces, in this order."""
 SMALLEST_VOCABULARY = 256 + 2  # every byte, bos and eos
+_LONG = 1000  # letters of a word
+_BLANKS = re.compile(rf"\s{{{_LONG}}}")
+_RUNS = re.compile(rf"\w{{{_LONG}}}|[^\w\s]{{{_LONG}}}|\s{{{_LONG}}}")
 _PROBE, _PROBES = "a 1 一", 100  # texts that show what is put around a text
 
 # Llama 3's split of text before BPE: words with at most one leading character, up to three digits, runs of punctuation,
@@ -76,14 +81,13 @@ class Tokenizer:
         """A byte-level BPE with `<|bos|>` as id 0 and `<|eos|>` as id 1; the same texts always give the same tokenizer.
 
         Padding is `<|eos|>`. vocab_size: the largest number of entries, special tokens included; a short text gives
-        fewer. Raises UserError for a vocab_size that cannot hold every byte.
+        fewer. Raises UserError for a vocab_size that cannot hold every byte, or that no machine could train.
         """
-        if vocab_size < SMALLEST_VOCABULARY:
-            raise UserError(
-                f"vocab_size = {vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} entries"
-            )
+        size = f"vocab_size = {vocab_size}: a byte-level vocabulary has"
+        require(vocab_size >= SMALLEST_VOCABULARY, f"{size} at least {SMALLEST_VOCABULARY} entries")
+        require(vocab_size <= LARGEST_VOCABULARY, f"{size} at most {LARGEST_VOCABULARY:,} entries here")
         backend = _untrained()
-        backend.train_from_iterator(texts, _trainer(vocab_size))
+        backend.train_from_iterator(chain.from_iterable(map(_in_words, texts)), _trainer(vocab_size))
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
         )
@@ -276,6 +280,18 @@ class StreamDecoder:
         held_back = len(self._tokenizer.decode(self._ids)) - self._given
         self._ids = self._ids[-keep:]
         self._given = len(self._tokenizer.decode(self._ids)) - held_back
+
+
+def _in_words(text: str) -> Iterator[str]:
+    """The text, cut within words of thousands of letters, since training takes the square of a word's length."""
+    if max(map(len, text.split()), default=0) < _LONG and _BLANKS.search(text) is None:
+        yield text
+        return
+    begin = 0
+    for found in _RUNS.finditer(text):
+        yield text[begin : found.end()]
+        begin = found.end()
+    yield text[begin:]
 
 
 def _untrained() -> tokenizers.Tokenizer:

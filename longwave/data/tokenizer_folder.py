@@ -25,6 +25,9 @@ from longwave.files.jsonfile import brief, read_object
 VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_templates")
 VOCABULARIES = (VOCABULARY_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+LARGEST_VOCABULARY = 1 << 22  # entries and ids; the largest published have some 2^20
+LARGEST_FILES = {VOCABULARY_FILE: 64 << 20}  # bytes; the largest published have 35 MB
+LARGEST_FILE = 16 << 20  # bytes of any other
 OWN_CLASS = "PreTrainedTokenizerFast"
 
 Config = dict[str, Any]
@@ -64,11 +67,11 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, Config]:
     if not holds_one(folder):
         raise UserError(f"{path}: no such file; a tokenizer is read from a folder that holds {VOCABULARY_FILE}")
     config = _read_json(folder / CONFIG_FILE)
-    for name in OTHER_FILES[:2]:
-        _read_json(folder / name)
-    if not path.is_file():
+    _check_others(folder)
+    if not path.exists():
         return _by_transformers(folder, config)
-    definition = read_object(path)
+    definition = _read_json(path)
+    _check_ids(definition, path)
     backend = _backend(path)
     return (backend, config) if _is_own(folder, definition, config) else _by_transformers(folder, config)
 
@@ -167,4 +170,41 @@ def _quiet() -> Iterator[None]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
-    return read_object(path) if path.is_file() else {}
+    return read_object(path) if _is_readable(path) else {}
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether there is a file of this name. UserError for one that is no regular file, or larger than any is."""
+    if not path.exists():
+        return False
+    require(path.is_file(), f"{path}: no regular file")
+    size, largest = path.stat().st_size, LARGEST_FILES.get(path.name, LARGEST_FILE)
+    require(size <= largest, f"{path}: {size:,} bytes; a file of this kind has {largest:,} at most")
+    return True
+
+
+def _check_others(folder: Path) -> None:
+    """UserError naming a file beside the vocabulary that cannot be read, before another library tries."""
+    for name in OTHER_FILES[:2]:
+        _read_json(folder / name)
+    for path in [folder / OTHER_FILES[2], *sorted((folder / OTHER_FILES[3]).glob("*.jinja"))]:
+        if _is_readable(path):
+            _require_utf8(path)
+    for name in VOCABULARIES:
+        _is_readable(folder / name)
+
+
+def _require_utf8(path: Path) -> None:
+    try:
+        path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+def _check_ids(definition: dict[str, Any], path: Path) -> None:
+    """UserError for an id far beyond all others: the library fills the gap, with gigabytes if it is wide."""
+    model = definition.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    wrong = next((id for id in ids if not (type(id) is int and 0 <= id < LARGEST_VOCABULARY)), None)
+    require(wrong is None, f"{path}: id {shown(wrong)}: ids are numbers from 0 to {LARGEST_VOCABULARY - 1:,}")

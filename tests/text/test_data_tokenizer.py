@@ -173,7 +173,6 @@ def test_a_saved_folder_loads_here_and_in_transformers(tmp_path: Path):
         ("tokenizer_config.json", "[]"),
         ("tokenizer_config.json", '{"eos_token": {"content": "<|eos|>"}}'),
         ("tokenizer_config.json", '{"tokenizer_class": "AutoModelForCausalLM"}'),
-        ("tokenizer_config.json", '{"tokenizer_class": "CanineTokenizer"}'),
         ("added_tokens.json", "[]"),
         ("special_tokens_map.json", "?"),
     ],

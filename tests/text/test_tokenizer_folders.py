@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,6 +353,65 @@ def test_what_is_refused_names_the_file(name: str, tmp_path: Path):
         Tokenizer.load(folder_of(tmp_path / "a", *shape))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "a") in str(caught.value)
+
+
+def put(path: Path, change: Callable[[Path], object]) -> Path:
+    """A folder of a tokenizer in which something was changed."""
+    PLAIN.save(path)
+    change(path)
+    return path
+
+
+def with_id(id: Any) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        definition = json.loads((path / "tokenizer.json").read_text())
+        definition["model"]["vocab"]["zz"] = id
+        (path / "tokenizer.json").write_text(json.dumps(definition))
+
+    return change
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.truncate(size)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an id of ten digits": (with_id(4_000_000_000), r"tokenizer\.json: id 4000000000: ids are numbers from 0"),
+    "an id of twenty digits": (with_id(10**20), r"tokenizer\.json: id 1"),
+    "an id below 0": (with_id(-1), r"tokenizer\.json: id -1"),
+    "an id in words": (with_id("1"), r"tokenizer\.json: id '1'"),
+    "a gigabyte": (lambda path: sparse(path / "tokenizer.json", 1 << 30), r"tokenizer\.json: 1,073,741,824 bytes"),
+    "a large config": (lambda path: sparse(path / CONFIG, 1 << 30), rf"{CONFIG}: 1,073,741,824 bytes"),
+    "a large template": (lambda path: sparse(path / "chat_template.jinja", 1 << 30), r"jinja: 1,073,741,824 bytes"),
+    "a pipe": (lambda path: os.mkfifo(path / MAP), rf"{MAP}: no regular file"),
+    "a pipe for a template": (lambda path: os.mkfifo(path / "chat_template.jinja"), "jinja: no regular file"),
+    "a device": (lambda path: (path / ADDED).symlink_to("/dev/zero"), rf"{ADDED}: no regular file"),
+    "latin-1": (lambda path: (path / "chat_template.jinja").write_bytes(b"\xe9"), r"chat_template\.jinja: not UTF-8"),
+    "depth": (lambda path: (path / MAP).write_text("[" * 10**6), MAP),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_at_once(name: str, tmp_path: Path):
+    change, says = HOSTILE[name]
+    folder, begun = put(tmp_path / "a", change), time.perf_counter()
+    with pytest.raises(UserError, match=says) as caught:
+        Tokenizer.load(folder)
+    assert time.perf_counter() - begun < 5
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_training_takes_no_square_of_a_word_and_no_vocabulary_that_no_machine_has():
+    draw, begun = random.Random(5), time.perf_counter()
+    letters, marks, blanks = ("".join(draw.choices(some, k=200_000)) for some in ("abcdef", "-+*/", " \t"))
+    tokenizer = Tokenizer.train([letters, marks, f"a{blanks}b"], 400)
+    assert time.perf_counter() - begun < 10  # 25 and more, in whole words
+    assert tokenizer.decode(tokenizer.encode(letters)) == letters
+    assert Tokenizer.train([WORDS * 9], 300).fingerprint == PLAIN.fingerprint
+    with pytest.raises(UserError, match=r"vocab_size = 1000000000: .* at most 4,194,304"):
+        Tokenizer.train([WORDS], 10**9)
 
 
 def test_a_tokenizer_is_not_saved_where_transformers_would_make_another_of_it(tmp_path: Path):
