@@ -131,17 +131,20 @@ WIRINGS: dict[str, Wiring] = {"residual": residual, "parallel": parallel}
 
 
 class Stack(nn.Module):
-    """Layers in order. With `recompute`, blocks keep only their inputs for the backward pass (Chen et al. 2016)."""
+    """Layers in order. With `recompute`, blocks keep only their inputs for the backward pass (Chen et al. 2016).
+
+    reentrant: which of torch's two ways of recomputing is taken; the gradients are the same.
+    """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.recompute = False
+        self.recompute = self.reentrant = False
 
     def forward(self, hidden: Float[Tensor, "T D"], stream: Stream, state: State | None) -> Float[Tensor, "T D"]:
         for layer in self.layers:
             if self.recompute and self.training and isinstance(layer, Block):
-                hidden = checkpoint(layer, hidden, stream, state, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+                hidden = checkpoint(layer, hidden, stream, state, use_reentrant=self.reentrant)  # pyright: ignore[reportAssignmentType]
             else:
                 hidden = layer(hidden, stream, state)
         return hidden

@@ -78,7 +78,14 @@ class Decoder(nn.Module):
         """
         self._place()
         self._check_call(tokens, stream, state)
-        hidden = self._embedded(tokens)
+        return self.hidden_of(self._embedded(tokens), stream, state)
+
+    def hidden_of(
+        self, embedded: Float[Tensor, "T D"], stream: Stream, state: State | None = None
+    ) -> Float[Tensor, "O D"]:
+        """The same from rows of the embedding, or from any others in their place."""
+        self._place()
+        hidden = embedded
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
         hidden = self.stack(hidden, stream.carrying(**self._cosines_and_sines(stream)), state)
@@ -162,11 +169,14 @@ class Decoder(nn.Module):
             if isinstance(module, Constant):  # which no folder holds
                 module.restore(self.embed.weight.device)
 
-    def checkpoint_blocks(self, on: bool) -> None:
-        """Trades compute for memory in training: blocks keep only their inputs and run again in the backward pass."""
+    def checkpoint_blocks(self, on: bool, reentrant: bool = False) -> None:
+        """Trades compute for memory in training: blocks keep only their inputs and run again in the backward pass.
+
+        reentrant: which of torch's two ways of doing so is taken.
+        """
         for module in self.modules():
             if isinstance(module, Stack):
-                module.recompute = on
+                module.recompute, module.reentrant = on, reentrant
 
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:

@@ -53,9 +53,7 @@ def _of_family(family: Family) -> Format:
 
 
 FORMATS: dict[str, Format] = {
-    native.MODEL_TYPE: Format(
-        native.config_from, native.read_model, lambda model, path, _: native.write_model(model, path)
-    ),
+    native.MODEL_TYPE: Format(native.config_from, native.read_model, native.write_model),
     **{family.model_type: _of_family(family) for family in FAMILIES},
     subllm.MODEL_TYPE: Format(subllm.config_from, subllm.read_model, subllm.write_model),
 }

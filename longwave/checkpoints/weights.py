@@ -89,18 +89,18 @@ class Stored:
 class WeightFiles:
     """The tensors of a folder, in one file or in the shards of an index.
 
-    file: the name of either; by default the one that `weights_file` finds. ignoring: the end of the names of tensors
+    file: the name of either; by default the one that `weights_file` finds. ignoring: the ends of the names of tensors
     that count as absent. UserError for a file that is missing, is no safetensors file, or holds other tensors than its
     index says.
     """
 
-    def __init__(self, folder: Path, file: str | None = None, ignoring: str | None = None) -> None:
+    def __init__(self, folder: Path, file: str | None = None, ignoring: str | tuple[str, ...] = ()) -> None:
         path = folder / (file or weights_file(folder))
         self.source = str(path)
         self._saved = files.checksums(folder)
         self._files = _shards(path) if path.suffix == ".json" else {path: _stored(path)}
         stored = {name: one for tensors in self._files.values() for name, one in tensors.items()}
-        self.found = {name: one for name, one in stored.items() if not (ignoring and name.endswith(ignoring))}
+        self.found = {name: one for name, one in stored.items() if not name.endswith(ignoring)}
 
     def names(self) -> set[str]:
         """Every tensor in the folder."""

@@ -1,4 +1,4 @@
-"""A `longwave.model.Decoder` behind the interface of a `transformers` causal language model.
+"""A `longwave.model.Decoder` behind the interface of `transformers`: its body, a language model, a classifier.
 
 A padded batch becomes a stream without pads on entry, so that no pad ever enters the model; hidden states leave as a
 padded batch, as `transformers` and the libraries on top of it expect.
@@ -8,8 +8,8 @@ Legend: `B` sequences, `N` columns of the batch (pads included), `T` tokens, `D`
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,76 +17,140 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
-from longwave.checkpoints import load
-from longwave.checkpoints.hub import FETCHING, find
 from longwave.errors import UserError
 from longwave.hf import cache as caches
 from longwave.hf import folder
 from longwave.hf.cache import LongwaveCache
 from longwave.hf.config import LongwaveConfig
 from longwave.hf.padding import Columns
-from longwave.layers.head import TiedHead
+from longwave.hf.pretrained import LongwavePreTrainedModel
+from longwave.layers.head import Head, TiedHead
 from longwave.model import Decoder
-from longwave.ops.cross_entropy import cross_entropy
 from longwave.resamplers import Clock
 
+logger = logging.get_logger(__name__)
 _IGNORE = -100
 _SAYS_AS_MUCH = {  # arguments of other models' forward that only repeat what the other arguments say
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids", "return_dict"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "token_type_ids", "is_causal"),
+    "tokenizer",  # of stop strings, which generate passes on
 }
 
 
-class Backbone(nn.Module):
-    """The decoder without its head, over padded batches."""
+class LongwaveModel(LongwavePreTrainedModel):
+    """The decoder over padded batches, up to the hidden states.
 
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.decoder = decoder
+    It keeps the head that it does not use, frozen, so that what it saves is a whole model again.
+    """
+
+    def __init__(self, config: LongwaveConfig, decoder: Decoder | None = None, headless: bool = True) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(config.decoder_config()) if decoder is None else decoder
         self._clock: Clock | None = None
         self._windows = 0  # training windows run in this optimizer step, so that micro-batches get different draws
+        if headless:
+            self.decoder.head.requires_grad_(False)
+        if not self.decoder.embed.weight.is_meta:
+            for module in self.decoder.modules():
+                cast(Any, module)._is_hf_initialized = True  # the decoder has drawn or loaded its weights
+        self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Int64[Tensor, "B N"] | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        use_cache: bool = False,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The hidden states (B, N, D) after the final norm; at a pad, the last token's before it, or zeros.
 
-        attention_mask: (B, N), or (B, past + N) with a cache; 0 marks a pad, on either side.
+        input_ids: (B, N). attention_mask: (B, N), or (B, past + N) with a cache; 0 marks a pad, on either side.
         position_ids: optional. Without a cache a row may hold several documents, each with positions from 0; attention
             then keeps them apart.
         cache (or past_key_values): a `LongwaveCache` to continue.
+        inputs_embeds: (B, N, D), rows of the embedding, or any others in their place, instead of input_ids.
+        use_cache: whether to make a cache; by default as the config says, but not in training, nor with position_ids.
+        output_hidden_states: whether to give the input of every block, and last_hidden_state, as `hidden_states`.
         """
-        cache = caches.given(kwargs)
-        _check_arguments(input_ids, kwargs)
-        assert input_ids is not None
-        if cache is None and use_cache:
-            cache = LongwaveCache(self.decoder, input_ids.shape[0])
-        columns = Columns.of(input_ids, attention_mask)
-        self._check_training(cache)
-        hidden = columns.pad(*self._hidden(columns, input_ids, position_ids, cache))
-        if cache is not None:
-            cache.advance(input_ids.shape[1], hidden[:, -1])
-        named = {"last_hidden_state": hidden, caches.NAME: cache}
+        past = caches.given({"cache": cache, "past_key_values": past_key_values})
+        self._check_arguments(kwargs, past)
+        embedded = self._embedded(input_ids, inputs_embeds, attention_mask)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and position_ids is None
+        if past is None and use_cache:
+            past = LongwaveCache(self.decoder, len(embedded))
+        self._check_training(past)
+        self._follow_attention()
+        columns = Columns.of(embedded, attention_mask)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with self._recorded(columns, bool(wanted)) as states:
+            hidden = columns.pad(*self._hidden(columns, embedded, position_ids, past))
+        if past is not None:
+            past.advance(embedded.shape[1], hidden[:, -1])
+        named = {"last_hidden_state": hidden, caches.NAME: past, "hidden_states": (*states, hidden) if wanted else None}
         return BaseModelOutputWithPast(**cast(Any, named))
 
+    def _embedded(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None
+    ) -> Float[Tensor, "B N D"]:
+        """The inputs as rows of the embedding; UserError unless one kind of them is given, of a fitting shape."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give either input_ids or inputs_embeds")
+        if inputs_embeds is not None:
+            _check_shape("inputs_embeds", inputs_embeds, self.decoder.config.hidden_size)
+            return inputs_embeds.to(self.decoder.embed.weight)
+        assert input_ids is not None
+        _check_shape("input_ids", input_ids)
+        if attention_mask is not None:  # a pad may be any number, of no embedding
+            input_ids = input_ids.masked_fill(~Columns.of(input_ids, attention_mask).real, 0)
+        try:
+            return self.decoder.embed(input_ids.to(self.decoder.embed.weight.device))
+        except IndexError:  # which only a CPU raises
+            size = self.config.vocab_size
+            raise UserError(f"input_ids reach {int(input_ids.max())}: the vocabulary has 0 to {size - 1}") from None
+
     def _hidden(
-        self, columns: Columns, input_ids: Tensor, position_ids: Tensor | None, cache: LongwaveCache | None
+        self, columns: Columns, embedded: Tensor, position_ids: Tensor | None, cache: LongwaveCache | None
     ) -> tuple[Float[Tensor, "T D"], Float[Tensor, "B D"]]:
         """The hidden states of the new tokens, row after row, and of each row's last token before them."""
-        device = self.decoder.embed.weight.device
-        stream = columns.stream(position_ids, cache, self._samples(len(input_ids)), device)
-        hidden = self.decoder.hidden(
-            columns.unpad(input_ids).to(device), stream, None if cache is None else cache.state
-        )
-        return hidden, hidden.new_zeros(len(input_ids), hidden.shape[1]) if cache is None else cache.last
+        stream = columns.stream(position_ids, cache, self._samples(len(embedded)), embedded.device)
+        hidden = self.decoder.hidden_of(columns.unpad(embedded), stream, None if cache is None else cache.state)
+        return hidden, hidden.new_zeros(len(embedded), hidden.shape[1]) if cache is None else cache.last
+
+    @contextmanager
+    def _recorded(self, columns: Columns, wanted: bool) -> Iterator[list[Tensor]]:
+        """While the block runs, the input of every block of the decoder is noted, as a padded batch with zeros at pads.
+
+        The block then reads what was noted, so that gradients can be kept there, unless it will run again in the
+        backward pass. UserError for a model with brackets, which may run their blocks on fewer tokens.
+        """
+        states: list[Tensor] = []
+        if wanted and self.decoder.brackets:
+            raise UserError("output_hidden_states: blocks inside a bracket may have fewer tokens; see model.decoder")
+
+        def note(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            hidden = inputs[0]
+            states.append(columns.pad(hidden, hidden.new_zeros(len(columns.real), hidden.shape[1])))
+            again = self.gradient_checkpointing and self.training
+            return None if again else (columns.unpad(states[-1]), *inputs[1:])
+
+        hooks = [block.register_forward_pre_hook(note) for block in self.decoder.blocks] if wanted else []
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _samples(self, rows: int) -> tuple[int, ...]:
         """The index of each row among the training windows of the present optimizer step, which keys its draws."""
@@ -97,6 +161,18 @@ class Backbone(nn.Module):
         if self.training:
             self._windows += rows
         return tuple(range(first, first + rows))
+
+    def _check_arguments(self, named: dict[str, Any], cache: LongwaveCache | None) -> None:
+        """Raises UserError for an argument that asks for something longwave cannot do."""
+        if named.get("output_attentions") is None:
+            named = {**named, "output_attentions": self.config.output_attentions}
+        if (places := named.pop("cache_position", None)) is not None:
+            seen = 0 if cache is None else cache.columns
+            if places.flatten().tolist() != list(range(seen, seen + places.numel())):
+                raise UserError(f"cache_position does not go on from the {seen} columns seen; leave it out")
+        asking = [name for name, value in named.items() if value is not None and value is not False]
+        if unknown := [name for name in asking if name not in _SAYS_AS_MUCH]:
+            raise UserError(f"{unknown[0]} is not supported by longwave models; leave it out")
 
     def _check_training(self, cache: LongwaveCache | None) -> None:
         if not self.training or not self.decoder.resamplers:
@@ -110,28 +186,18 @@ class Backbone(nn.Module):
             )
 
 
-class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
+class LongwaveForCausalLM(LongwavePreTrainedModel, GenerationMixin):
     """A longwave model in `transformers`.
 
     In training mode every row is a training window, and a SUBLLM has to be told the optimizer step: by
     `longwave.hf.StepCallback` in a `Trainer`, otherwise by `model.decoder.set_step(step, seed)`.
     """
 
-    config_class = LongwaveConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
     accepts_loss_kwargs = True  # Trainer then passes num_items_in_batch, the labels of all micro-batches of a step
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    config: LongwaveConfig
 
     def __init__(self, config: LongwaveConfig, decoder: Decoder | None = None) -> None:
         super().__init__(config)
-        if config._attn_implementation not in (None, "sdpa"):
-            raise UserError(f"attn_implementation = {config._attn_implementation!r}: longwave runs 'sdpa'")
-        self.model = Backbone(Decoder(config.decoder_config()) if decoder is None else decoder)
-        self.gradient_checkpointing = False
-        self.register_load_state_dict_pre_hook(folder.accept_saved_names)
+        self.model = LongwaveModel(config, decoder, headless=False)
         self.post_init()
 
     @property
@@ -139,120 +205,74 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
         """The longwave model itself."""
         return self.model.decoder
 
-    @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        config: LongwaveConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device_map: torch.device | str | int | dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> LongwaveForCausalLM:
-        """Loads a model folder of any family that longwave reads.
-
-        dtype: of the weights; by default as they were saved. device_map: one device. kwargs: values of the config, and
-        for a hub id options of fetching it, such as `revision`. Raises UserError for other options that ask for
-        anything, and for a tensor that does not fit.
-        """
-        source = pretrained_model_name_or_path
-        fetching = {name: kwargs.pop(name) for name in FETCHING if name in kwargs}
-        decoder = load(
-            find(source, **fetching), dtype=folder.dtype_of(dtype or torch_dtype), device=folder.device_of(device_map)
-        )
-        model = cls(folder.config_of(decoder, source, config, kwargs), decoder)
-        if decoder.origin.generation:
-            model.generation_config = GenerationConfig.from_dict(decoder.origin.generation)
-        return model.eval()
-
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        max_shard_size: int | str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Saves a longwave folder. A new one appears whole or not at all; in an existing one other files stay.
-
-        state_dict: the weights to write, under the names of `self.state_dict()`. max_shard_size: of one file; one file
-        for all weights by default. Raises UserError for any other option that is not at its default, such as
-        `push_to_hub=True` (use `model.push_to_hub(...)`).
-        """
-        folder.check_options("save_pretrained", kwargs, folder.SAVE_DEFAULTS)
-        if is_main_process:
-            folder.save_decoder(self.decoder, save_directory, state_dict, max_shard_size)
-            self.generation_config.save_pretrained(save_directory)
-
+    @can_return_tuple
     def forward(
         self,
-        input_ids: Int64[Tensor, "B N"] | None = None,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Int64[Tensor, "B N"] | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits (B, N, V), and with `labels` the loss. kwargs: further arguments of `Backbone.forward`.
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, N, V), and with `labels` the loss. The other arguments are those of `LongwaveModel.forward`.
+
+        Two of them stay among kwargs: `position_ids`, since `generate` would give it by name and count pads on the
+        right, and `shift_labels`, since Trainer evaluates nothing unless all labels in the signature are given.
 
         labels: (B, N), not shifted: a token's target is the label of the row's next token; -100 does not count.
+        kwargs["shift_labels"]: (B, N), the target of each token, in place of labels.
         num_items_in_batch: the divisor of the summed loss; by default the number of labels that count.
-        use_cache: whether to make a cache; by default as the config says, but not in training, nor with labels or
-            position_ids.
+        use_cache: by default as the config says, but not in training, nor with labels or position_ids.
         logits_to_keep: the number of last columns whose logits to return (0: all), or the columns' indices; by default
             all, but none in training with labels.
         """
-        named = {"cache": cache, "past_key_values": past_key_values, **kwargs}
-        use_cache = self._wants_cache(labels, kwargs) if use_cache is None else use_cache
-        body = self.model(input_ids, attention_mask, use_cache=use_cache, **named)
+        shift_labels = kwargs.pop("shift_labels", None)
+        learning = labels is not None or shift_labels is not None
+        if use_cache is None and learning:
+            use_cache = False
+        named = {"cache": cache, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, **kwargs}
+        body = self.model(input_ids, attention_mask, use_cache=use_cache, return_dict=True, **named)
         hidden, loss = body.last_hidden_state, None
-        if labels is not None:
-            loss = self._loss(hidden, labels, Columns.of(labels, attention_mask), num_items_in_batch)
-        if logits_to_keep is None and not (self.training and labels is not None):
+        if learning:
+            loss = self._loss(hidden, attention_mask, labels, shift_labels, num_items_in_batch)
+        if logits_to_keep is None and not (self.training and learning):
             logits_to_keep = 0
         logits = None if logits_to_keep is None else self._logits(hidden, logits_to_keep)
         outputs = {"loss": loss, "logits": logits, caches.NAME: body.get(caches.NAME)}
-        output = CausalLMOutputWithPast(**cast(Any, outputs))
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
-
-    def _wants_cache(self, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        whole = labels is not None or kwargs.get("position_ids") is not None
-        return self.config.use_cache and not self.training and not whole
+        return CausalLMOutputWithPast(**cast(Any, outputs), hidden_states=body.get("hidden_states"))
 
     def _loss(
-        self, hidden: Float[Tensor, "B N D"], labels: Tensor, columns: Columns, count: Tensor | int | None
+        self,
+        hidden: Float[Tensor, "B N D"],
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        count: Tensor | int | None,
     ) -> Float[Tensor, ""]:
         """The mean loss per label, computed in chunks of rows, so that not all logits are held at once."""
-        targets = columns.following(labels, _IGNORE).to(hidden.device)
-        rows, scale = columns.unpad(hidden), self.decoder.config.scales.logits
-        if self._has_plain_head():
-            total = cross_entropy(rows, self.decoder.head_weight, targets, scale)
+        columns = Columns.of(hidden, attention_mask)
+        if shift_labels is not None:
+            targets = columns.unpad(shift_labels)
         else:
-            total = F.cross_entropy(self._head(rows).float(), targets, ignore_index=_IGNORE, reduction="sum")
+            targets = columns.following(cast(Tensor, labels), _IGNORE)
+        targets = targets.to(hidden.device)
+        head, rows, scale = self.decoder.head, columns.unpad(hidden), self.decoder.config.scales.logits
+        if isinstance(head, Head | TiedHead):
+            total = head(rows, targets, scale)
+        else:  # an adapter around the head, which knows nothing of targets
+            total = F.cross_entropy(self.decoder.logits(rows).float(), targets, ignore_index=_IGNORE, reduction="sum")
         if count is None:
             return total / (targets != _IGNORE).sum().clamp(min=1)
         return total / (count.to(total) if isinstance(count, Tensor) else count)
 
     def _logits(self, hidden: Float[Tensor, "B N D"], keep: int | Tensor) -> Float[Tensor, "B kept V"]:
-        return self._head(hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        if self._has_plain_head():
-            logits = F.linear(hidden, self.decoder.head_weight)
-        else:
-            logits = self.decoder.head(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
-        return logits * self.decoder.config.scales.logits
-
-    def _has_plain_head(self) -> bool:
-        """Whether the head is a plain matrix; if PEFT has wrapped it in an adapter, its forward has to be called."""
-        return isinstance(self.decoder.head, nn.Linear | TiedHead)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Does nothing: the decoder has already drawn or loaded its weights."""
+        kept = hidden[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return self.decoder.logits(kept.flatten(0, 1)).unflatten(0, kept.shape[:2])
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -274,53 +294,63 @@ class LongwaveForCausalLM(PreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """Makes blocks keep only their inputs and run again in the backward pass; UserError for any other option."""
-        options = gradient_checkpointing_func.keywords if isinstance(gradient_checkpointing_func, partial) else {}
-        plain = getattr(gradient_checkpointing_func, "func", checkpoint) is checkpoint
-        if enable and (every_n_layers != 1 or not plain or any(options.values())):
-            asked = {**options, "every_n_layers": every_n_layers, "offload": not plain}
-            raise UserError(f"activation checkpointing of longwave models takes no options, not {asked}")
-        self.gradient_checkpointing = enable
-        self.decoder.checkpoint_blocks(enable)
-
-    def resize_token_embeddings(self, *args: Any, mean_resizing: bool = True, **kwargs: Any) -> nn.Embedding:
-        """Changes the vocabulary size of embedding and head; new rows are drawn around the mean of the old ones."""
-        if not mean_resizing:
-            raise UserError("mean_resizing = False is not supported by longwave models; leave it out")
-        embed = super().resize_token_embeddings(*args, **kwargs)
-        self.decoder.config = replace(self.decoder.config, vocab_size=embed.num_embeddings)
-        return embed
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.decoder.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.decoder.embed = cast(nn.Embedding, value)
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """UserError: transformers' own server of many requests, which `generate_batch` is, wants paged attention."""
+        raise UserError("continuous batching (generate_batch) wants paged attention; give generate a padded batch")
 
     def get_output_embeddings(self) -> nn.Module:
-        """The head; with tied embeddings, the embedding."""
-        if not self.decoder.config.tie_embeddings:
-            return self.decoder.head
-        self.decoder.embed.__dict__["bias"] = None  # TRL reads the bias of the module, as a linear head has it
-        return self.decoder.embed
+        """The head; with tied embeddings, one whose weight is the embedding's."""
+        return self.decoder.head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        if not self.decoder.config.tie_embeddings:
+        """Makes another module the head; a model whose head was tied to its embedding then has one of its own."""
+        if cast(Any, new_embeddings).weight is self.decoder.embed.weight:
+            return
+        if type(new_embeddings) is not nn.Linear:
             self.decoder.head = cast(Any, new_embeddings)
+        elif new_embeddings.bias is not None:
+            raise UserError("set_output_embeddings: a head with a bias; give a linear module with bias=False")
+        else:
+            folder.set_head(self.decoder, new_embeddings.weight)
+        cast(Any, self.decoder.head)._is_hf_initialized = True  # it comes with its weights
+        self.config.tie_word_embeddings = self.decoder.config.tie_embeddings
 
 
-def _check_arguments(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Raises UserError for an argument that asks for something longwave cannot do."""
-    if kwargs.get("inputs_embeds") is not None or input_ids is None:
-        raise UserError("inputs_embeds is not supported by longwave models; give input_ids")
-    unknown = [name for name, value in kwargs.items() if _asks(value) and name not in {*caches.NAMES, *_SAYS_AS_MUCH}]
-    if unknown:
-        raise UserError(f"{unknown[0]} is not supported by longwave models; leave it out")
+class LongwaveForSequenceClassification(GenericForSequenceClassification, LongwavePreTrainedModel):
+    """A longwave model that gives scores of classes at the last token of each row, read by a matrix of its own."""
+
+    def __init__(self, config: LongwaveConfig, decoder: Decoder | None = None) -> None:
+        LongwavePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LongwaveModel(config, decoder)
+        weight = self.decoder.embed.weight
+        self.score = nn.Linear(config.hidden_size, config.num_labels or 2, False, weight.device, weight.dtype)
+        self.post_init()
+
+    @property
+    def decoder(self) -> Decoder:
+        """The longwave model itself."""
+        return self.model.decoder
+
+    @classmethod
+    def _read(
+        cls, path: Path, dtype: torch.dtype | None, device: torch.device | str
+    ) -> tuple[Decoder, dict[str, Tensor]]:
+        return folder.read_with_classifier(path, dtype, device)
+
+    def _adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Takes the classifier of the folder; without one, and for another number of classes, it stays newly drawn."""
+        weight = tensors.get("score.weight")
+        if weight is None or weight.shape != self.score.weight.shape:
+            logger.warning(
+                "score.weight is newly drawn: the folder has no classifier of this size; train it before use"
+            )
+        else:
+            self.score.weight.data.copy_(weight)
 
 
-def _asks(value: Any) -> bool:
-    """Whether an argument asks for anything: whether it is neither None nor False."""
-    return value is not None and value is not False
+def _check_shape(name: str, inputs: Tensor, *rest: int) -> None:
+    """Raises UserError unless the inputs are (sequences, columns, *rest), with a column at least."""
+    if inputs.ndim != 2 + len(rest) or inputs.shape[2:] != rest or inputs.shape[1] == 0:
+        expected = ", ".join(("sequences", "columns", *map(str, rest)))
+        raise UserError(f"{name} has shape {list(inputs.shape)}; expected [{expected}], with one column or more")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from longwave.errors import UserError
@@ -24,18 +24,19 @@ class Columns:
     real: Bool[Tensor, "B N"]
 
     @classmethod
-    def of(cls, input_ids: Int64[Tensor, "B N"], attention_mask: Tensor | None) -> Columns:
+    def of(cls, inputs: Shaped[Tensor, "B N ..."], attention_mask: Tensor | None) -> Columns:
         """The columns that an attention mask describes; without a mask, all hold tokens.
 
-        attention_mask: (B, N), or with a cache (B, past + N); 0 marks a pad. Raises UserError for another shape.
+        inputs: ids, labels or embedded tokens. attention_mask: (B, N), or with a cache (B, past + N); 0 marks a pad.
+        Raises UserError for another shape.
         """
+        rows, columns = inputs.shape[:2]
         if attention_mask is None:
-            return cls(torch.ones_like(input_ids, dtype=torch.bool))
-        rows, columns = input_ids.shape
+            return cls(torch.ones(rows, columns, dtype=torch.bool, device=inputs.device))
         if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < columns:
             shape = list(attention_mask.shape)
             raise UserError(f"attention_mask has shape {shape}; expected [{rows}, {columns} or more]")
-        return cls(attention_mask[:, -columns:].bool().to(input_ids.device))
+        return cls(attention_mask[:, -columns:].bool().to(inputs.device))
 
     @cached_property
     def lengths(self) -> list[int]:

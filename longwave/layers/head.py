@@ -36,6 +36,8 @@ class Head(nn.Linear):
 class TiedHead(nn.Module):
     """A head that multiplies by the embedding's matrix and has no weights of its own; otherwise like `Head`."""
 
+    bias = None  # libraries read it of any head
+
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
         self._embed = (embed,)  # in a tuple, so that the embedding is not registered, and saved, a second time

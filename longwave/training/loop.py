@@ -283,9 +283,10 @@ class Trainer:
                 self._write_folder(staging)
 
     def _write_folder(self, staging: Path) -> None:
-        native.write_model(self.model, staging)
+        generation = completed(self.model.origin.generation, self.tokenizer)
+        native.write_model(self.model, staging, generation)
         self.tokenizer.save(staging)
-        write_generation(completed(self.model.origin.generation, self.tokenizer), staging)
+        write_generation(generation, staging)
 
     @property
     def _checkpoints(self) -> Path:
