@@ -204,8 +204,8 @@ def test_another_vocabulary_keeps_the_tokens_that_stay(layout: str, size: int, t
         near(again(tokens).logits, ours(tokens).logits)
     assert again.generate(tokens, max_new_tokens=3, do_sample=False).shape == (1, 15)
     assert ours.resize_token_embeddings(pad_to_multiple_of=32).num_embeddings == -(-size // 32) * 32
-    with pytest.raises(UserError, match="mean_resizing = False"):
-        ours.resize_token_embeddings(50, mean_resizing=False)
+    drawn = ours.resize_token_embeddings(200, mean_resizing=False).weight[-100:]
+    assert drawn.std().item() == pytest.approx(ours.decoder.config.init.std, rel=0.2), "as new weights are drawn"
 
 
 @both
@@ -231,12 +231,11 @@ def test_the_body_gives_what_the_head_reads():
     assert ours.config.logit_scale == 0.5
 
 
-@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
-def test_attention_that_longwave_does_not_run_is_refused(implementation: str, tmp_path: Path):
+def test_attention_that_longwave_does_not_run_is_refused(tmp_path: Path):
     save(decoder("llama"), tmp_path / "m")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="sdpa").dtype == torch.float64
-    with pytest.raises((UserError, ValueError, ImportError), match=r"longwave runs 'sdpa'|does not support Flash"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation=implementation)
+    with pytest.raises(UserError, match=r"attn_implementation = 'flash_attention_2': longwave runs 'sdpa'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="flash_attention_2")
 
 
 def test_values_of_the_config_can_be_given(tmp_path: Path):

@@ -264,7 +264,7 @@ def test_logits_to_keep(model: Model, keep: int | Tensor):
 def test_pads_never_enter_the_model(model: Model):
     ours, (ids, mask) = model("subllm"), padded("left")
     seen: list[int] = []
-    ours.decoder.embed.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    ours.decoder.stack.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     with torch.no_grad():
         ours(ids, attention_mask=mask)
     assert seen == [sum(LENGTHS)]
@@ -315,7 +315,7 @@ def test_tensor_that_does_not_fit_is_an_error(
     ("options", "named"),
     [
         ({"dtype": "bfloat17"}, "dtype = 'bfloat17'"),
-        ({"device_map": "auto"}, "device_map = 'auto'"),
+        ({"device_map": {"model": "cpu", "head": "disk"}}, "device_map = "),
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config"),
         ({"variant": "fp16"}, "variant = 'fp16' is not supported"),
     ],
