@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart setup test test-slow test-attack test-gpu check docs clean
+.PHONY: quickstart setup test test-slow test-attack test-gpu test-mixins check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
@@ -30,6 +30,10 @@ test-attack: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# transformers' own test mixins on longwave's classes; pip fetches them once (tests/mixins/run.py).
+test-mixins: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mixins/run.py
 
 check: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
