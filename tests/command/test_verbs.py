@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from longwave.cli.parser import Verb
 from longwave.cli.plan import VERB as PLAN
 from longwave.cli.prepare import VERB as PREPARE
 from longwave.cli.train import VERB as TRAIN
-from longwave.config import ModelConfig
+from longwave.config import ModelConfig, build
 from longwave.errors import UserError
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig
@@ -193,6 +195,46 @@ def test_a_hostile_recipe_is_one_short_line(refuses, tmp_path: Path, name: str, 
     line = refuses(verb, tmp_path / "x.toml", says=["x.toml"])
     assert len(line) < 1200
     assert sorted(one.name for one in tmp_path.iterdir()) == ["x.toml"]
+
+
+SIZES = {
+    "8F": "vocab_size hidden_size context_window attention.heads attention.kv_heads attention.head_size mlp.size "
+    "rotary.base norm_eps init.std",
+    "2L": "lightning.heads lightning.kv_heads lightning.head_size",
+    "2S": "infllm.kernel_size infllm.kernel_stride infllm.block_size infllm.topk infllm.init_blocks infllm.window_size "
+    "infllm.dense_len",
+    "2W": "window.size",
+    "F subllm(0.5: 2F)": "subllm.balancer_steps subllm.threshold_memory",
+}
+
+
+@pytest.mark.parametrize(("layout", "key"), [(layout, key) for layout, keys in SIZES.items() for key in keys.split()])
+def test_a_size_beyond_all_machines_is_planned_or_refused(layout: str, key: str):
+    """In a line, and at once: nothing of the size is made."""
+    for value in (-1, 0, 1, 7, 1 << 26, 1 << 27, (1 << 27) + 1, 1 << 63, 10**30, math.inf, math.nan, "x", [], {}):
+        began = time.perf_counter()
+        try:
+            assert (
+                lw.plan(build(ModelConfig, _values(layout, key, value), "x.toml"), context=[1, 1 << 31]).parameters > 0
+            )
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            assert len(str(error)) < 400
+        assert time.perf_counter() - began < 5
+
+
+def _values(layout: str, key: str, value: Any) -> dict[str, Any]:
+    """Values of a small model of a layout, with one of them changed."""
+    values: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "layout": layout, "mlp": {"size": 40}}
+    values["window" if layout == "2W" else "mlp"] = {"size": 8}
+    if layout not in ("2L",):
+        values["attention"] = {"heads": 4}
+    *tables, last = key.split(".")
+    inner = values
+    for table in tables:
+        inner = inner.setdefault(table, {"heads": 4} if table == "lightning" else {})
+    inner[last] = value
+    return values
 
 
 def test_every_verb_of_the_command_line_says_what_it_returns():
