@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
-    from longwave.verbs import plan, prepare, train
+    from longwave.verbs import evaluate, plan, prepare, train
 
 _HOMES = {
     "load": "api",
@@ -33,6 +33,7 @@ _HOMES = {
     "generate": "api",
     "stream": "api",
     "Continuation": "inference.text",
+    "evaluate": "verbs",
     "plan": "verbs",
     "prepare": "verbs",
     "train": "verbs",
@@ -51,6 +52,7 @@ __all__ = [
     "Stream",
     "UserError",
     "__version__",
+    "evaluate",
     "generate",
     "load",
     "plan",
@@ -68,4 +70,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """The names that can be used, those that were not loaded yet among them."""
     return sorted({*globals(), *_HOMES})

@@ -6,13 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from longwave.api import load
 from longwave.config import ModelConfig
 from longwave.data.shards import PreparedInfo
 from longwave.data.shards import prepare as write_shards
 from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require, within
+from longwave.evaluation.held_out import Evaluation
+from longwave.evaluation.held_out import evaluate as judge
 from longwave.machine import dtype_of
+from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
 from longwave.progress import TrainingProgress, say
 from longwave.training.loop import Trainer, TrainingResult
@@ -79,6 +83,22 @@ def train(
         _tell(trainer)
     trainer.run()
     return trainer.result()
+
+
+def evaluate(
+    model: str | Path | Decoder, data: str | Path, *, window: int | None = None, device: str = "auto"
+) -> Evaluation:
+    """How well a model predicts the held-out split of prepared data, in the mode in which it runs.
+
+    model: a folder, a hub id, or a model that is loaded, which stays on the device where it is. data: prepared with the
+    model's own tokenizer. window: tokens of a window; the model's context window by default.
+    device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
+    Raises UserError for data of another tokenizer, MachineError for a loss that is not finite.
+    """
+    if isinstance(model, Decoder):
+        require(device == "auto", f"device = {device}: no effect on a model that is loaded; leave it out")
+        return judge(model, data, window)
+    return judge(load(model, device=device), data, window)
 
 
 def _tell(trainer: Trainer) -> None:

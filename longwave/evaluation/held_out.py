@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import torch
 
-from longwave.checkpoints import find, load
 from longwave.data.packed import PackedTokens
 from longwave.data.shards import PreparedInfo
-from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require, shown
-from longwave.machine import device_of, not_finite
+from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 
@@ -67,31 +66,43 @@ def held_out_loss(
     return HeldOut(total / max(tokens, 1), tokens, kept.shares)
 
 
-def evaluate_folder(model: str, data: str, window: int | None, device: str) -> dict[str, Any]:
-    """Loss, perplexity, bits per byte and retention of a model folder on the held-out split of prepared data.
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts held-out text.
+
+    loss: mean nats per predicted token. loss_on: `assistant` where only the answers of conversations count, or `all`.
+    perplexity: e to the loss; infinite where no number of double precision is as large. bits_per_byte: of the text,
+    which can be compared between tokenizers. tokens: number of predicted tokens. retention: for each level of
+    resampling the share of the tokens entering it that it kept.
+    """
+
+    loss: float
+    loss_on: Literal["assistant", "all"]
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    retention: tuple[float, ...]
+
+
+def evaluate(model: Decoder, data: str | Path, window: int | None = None) -> Evaluation:
+    """How well a model predicts the held-out split of prepared data, run as at inference.
 
     In conversations only learned tokens count: the answers, unless the data was prepared with the loss on all.
-    window: tokens of an evaluation window; the model's context window by default.
+    window: tokens of an evaluation window; the model's context window by default. Raises UserError for data of another
+    tokenizer than the model's, MachineError for a loss that is not finite.
     """
-    folder = find(model)
-    decoder = load(folder, device=device_of(device))
     info = PreparedInfo.read(data)
-    if (tokenizer := Tokenizer.find(folder)) is not None:
-        info.require_tokenizer(tokenizer)
-    info.require_vocab(decoder.config.vocab_size)
-    packed = PackedTokens(data, "held_out", decoder.config.context_window if window is None else window, keep_last=True)
-    result = held_out_loss(decoder, packed)
+    if model.tokenizer is not None:
+        info.require_tokenizer(model.tokenizer)
+    info.require_vocab(model.config.vocab_size)
+    packed = PackedTokens(data, "held_out", model.config.context_window if window is None else window, keep_last=True)
+    result = held_out_loss(model, packed)
     require(result.tokens > 0, f"{data}: nothing in its held-out split is to be predicted; prepare more of it")
     if not math.isfinite(result.loss):
-        raise not_finite(f"{model}: held-out loss", result.loss, decoder.embed.weight.dtype)
-    return {
-        "loss": result.loss,
-        "loss_on": "all" if info.held_out.learned is None else "assistant",
-        "perplexity": result.perplexity,
-        "bits_per_byte": bits_per_byte(result, info),
-        "tokens": result.tokens,
-        "retention": list(result.retention),
-    }
+        raise not_finite(f"{data}: held-out loss", result.loss, model.embed.weight.dtype)
+    loss_on = "all" if info.held_out.learned is None else "assistant"
+    figures = result.perplexity, bits_per_byte(result, info), result.tokens, result.retention
+    return Evaluation(result.loss, loss_on, *figures)
 
 
 def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:

@@ -24,7 +24,7 @@ from longwave.data.shards import PreparedInfo, SplitTokens, prepare
 from longwave.data.sources import Conversation
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.evaluation.held_out import evaluate_folder, held_out_loss
+from longwave.evaluation.held_out import held_out_loss
 from longwave.model import Decoder
 from longwave.planning import model_config
 from longwave.streams import Stream
@@ -187,14 +187,14 @@ def test_evaluation_is_over_answers_of_whole_conversations():
     assert result.loss == pytest.approx(
         float(torch.stack(alone(model, "held_out", runs.WINDOW)).sum()) / result.tokens, rel=1e-12
     )
-    judged = evaluate_folder(str(start()), str(prepared()), None, "cpu")
-    assert (judged["loss"], judged["loss_on"]) == (pytest.approx(result.loss, rel=1e-5), "assistant")
-    assert judged["tokens"] < info.held_out.targets < info.held_out.tokens
-    assert judged["bits_per_byte"] == pytest.approx(
-        judged["loss"] / math.log(2) * info.held_out.targets / info.held_out.bytes
+    judged = lw.evaluate(start(), prepared(), device="cpu")
+    assert (judged.loss, judged.loss_on) == (pytest.approx(result.loss, rel=1e-5), "assistant")
+    assert judged.tokens < info.held_out.targets < info.held_out.tokens
+    assert judged.bits_per_byte == pytest.approx(
+        judged.loss / math.log(2) * info.held_out.targets / info.held_out.bytes
     )
-    on_all = evaluate_folder(str(start()), str(prepared("all")), None, "cpu")
-    assert (on_all["loss_on"], on_all["tokens"] > judged["tokens"]) == ("all", True)
+    on_all = lw.evaluate(start(), prepared("all"), device="cpu")
+    assert (on_all.loss_on, on_all.tokens > judged.tokens) == ("all", True)
 
 
 # --- a start from weights ---------------------------------------------------------------------------------------------
