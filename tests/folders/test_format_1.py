@@ -61,7 +61,7 @@ def test_a_window_of_format_1_becomes_a_table():
 
 def test_the_key_of_format_1_is_unknown_in_format_2():
     values = {**WRITTEN["block W"]["config"], "longwave_format": 2}
-    with pytest.raises(UserError, match=r"^config\.json: unknown key attention\.window = 5; did you mean window\?$"):
+    with pytest.raises(UserError, match=r"^config\.json: unknown key attention\.window = 5; it is now window\.size$"):
         native.config_from(values, "config.json")
 
 
