@@ -45,6 +45,6 @@ def llama(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of one step."""
+    """A recipe of three steps."""
     path = tmp_path_factory.mktemp("attacked") / "tiny.toml"
-    return runs.write_recipe(path, "causal", steps=1, evaluate_windows=1, evaluate_every=1)
+    return runs.write_recipe(path, "causal", steps=3, evaluate_windows=1, evaluate_every=3)

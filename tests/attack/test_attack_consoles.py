@@ -59,6 +59,8 @@ def test_any_console(attacker: Attacker, work: dict[str, tuple[list[Any], str | 
 
 
 def test_a_closed_stdout_is_no_failure_and_takes_no_other_file(attacker: Attacker, work: dict[str, Any]):
+    shutil.rmtree(attacker.work, ignore_errors=True)
+    attacker.work.mkdir()
     for name in ("train", "prepare", "inspect", "eval"):
         outcome = attacker.run(*work[name][0], stdin=None, stdout=None, stderr=None)
         assert outcome.code == 0, name

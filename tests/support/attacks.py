@@ -15,7 +15,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,8 @@ def series(count: int, cut: int, size: int = 25) -> Any:
 
 def attack(name: str, numbers: Sequence[int], attempt: Try) -> None:
     """Makes tries of these numbers, each from a generator of its own; fails with every one that went wrong."""
-    wrong = [f"try {number}: {outcome}" for number, outcome in _outcomes(name, numbers, attempt) if outcome.wrong]
+    outcomes = {number: attempt(random.Random(f"{name} {number}"), number) for number in numbers}
+    wrong = [f"try {number}: {outcome}" for number, outcome in outcomes.items() if outcome.wrong]
+    most = max(outcomes.values(), key=lambda one: one.seconds), max(outcomes.values(), key=lambda one: one.grown)
+    print(f"{name}: at most {most[0].seconds:.2f} s ({most[0]}) and {most[1].grown >> 20} MiB ({most[1]})")
     assert not wrong, "\n".join([f"{len(wrong)} of {len(numbers)} tries", *wrong])
-
-
-def _outcomes(name: str, numbers: Sequence[int], attempt: Try) -> Iterator[tuple[int, Outcome]]:
-    for number in numbers:
-        yield number, attempt(random.Random(f"{name} {number}"), number)
