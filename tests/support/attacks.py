@@ -29,7 +29,7 @@ GOOD_CODES = (0, 1, 2)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a try gave. grown: bytes of resident memory beyond those of the imports."""
+    """What a try gave. grown: bytes of resident memory beyond those of the imports. heard: whether stderr was read."""
 
     words: tuple[str, ...]
     code: int
@@ -37,6 +37,7 @@ class Outcome:
     err: str
     seconds: float
     grown: int
+    heard: bool = True
 
     @property
     def wrong(self) -> str:
@@ -46,7 +47,7 @@ class Outcome:
             f"exit code {self.code}": self.code not in GOOD_CODES,
             "a traceback": "Traceback" in self.err or 'File "' in self.err,
             f"{len(lines)} lines of errors": len(lines) > 1 or (self.code == 0 and bool(lines)),
-            "no line of an error": self.code == 2 and not lines,
+            "no line of an error": self.heard and self.code == 2 and not lines,
             "a line too long": any(len(line) > LONGEST_LINE for line in lines),
             f"{self.seconds:.1f} s": self.seconds > MOST_SECONDS,
             f"{self.grown >> 20} MiB": self.grown > MOST_BYTES,
@@ -112,7 +113,8 @@ class Attacker:
         }
         answer = self._ask(request)
         shown = {name: files[name].read_bytes().decode(encoding, "replace") for name in ("stdout", "stderr")}
-        return Outcome(tuple(map(str, words)), out=shown["stdout"], err=shown["stderr"], **answer)
+        heard = stderr == ""
+        return Outcome(tuple(map(str, words)), out=shown["stdout"], err=shown["stderr"], heard=heard, **answer)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._zygote.stdin is not None

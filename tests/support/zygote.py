@@ -21,6 +21,7 @@ CPU_SECONDS, CLOCK_SECONDS, ADDRESS_BYTES = 5.0, 60.0, 6 << 30
 _PRELOADED = (
     *("longwave.api", "longwave.evaluation.held_out", "longwave.inspection.inspect", "longwave.training.loop"),
     *("longwave.data.shards", "longwave.data.chat", "longwave.planning", "longwave.reports.inspect", "rich.table"),
+    *("longwave.hf", "transformers.models.auto.tokenization_auto", "transformers.tokenization_utils_tokenizers"),
 )
 
 
