@@ -81,7 +81,7 @@ def odd_json(draw: random.Random, path: Path) -> bytes:
     return json.dumps(content).encode()
 
 
-@series(500, cut=20)
+@series(500, cut=12)
 def test_prepared_data_with_any_change(attacker: Attacker, model: Path, recipe: Path, numbers: Sequence[int]):
     def attempt(draw: random.Random, number: int) -> Outcome:
         folder = attacker.work / "data"
