@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from longwave import files, machine
 from longwave.api import load
@@ -110,10 +110,10 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
 
 def _require_same_text(note: Path, source: str, documents_of: Source) -> None:
     """UserError where the data were prepared from another text, or the text has changed since."""
-    name, *checksum = note.read_text(encoding="utf8").splitlines()
+    name, _, checksum = note.read_text(encoding="utf8").strip().partition("\n")
     require(name == source, f"{note.parent / 'data'}: made of {name}; give another --output")
     is_there = callable(documents_of) or Path(documents_of).exists()
-    if checksum and is_there and checksum[0] != _checksum(documents_of):
+    if checksum and is_there and checksum != _checksum(documents_of):
         raise UserError(f"{source}: has changed since {note.parent / 'data'} was made of it; give another --output")
 
 
@@ -186,15 +186,21 @@ class _Measured:
 def _measured(models: dict[str, Decoder], recipe: Recipe, output: Path, again: bool) -> page.Speed:
     """The speed of the models: as it was measured before, or measured now, which takes a minute."""
     path, checksums = output / "speed.json", {name: files.checksums(output / name / "model") for name in NAMES}
-    known = TypeAdapter(_Measured)
-    if path.exists() and not again:
-        earlier = known.validate_json(path.read_bytes())
-        if earlier.models == checksums:
-            say(f"speed: as measured {earlier.when}; {_again(output)}")
-            return earlier.speed
-    speed = _speed(models, recipe)
-    files.write_file(path, known.dump_json(_Measured(_now(), checksums, speed), indent=1) + b"\n")
-    return speed
+    earlier = None if again else _measured_before(path)
+    if earlier is not None and earlier.models == checksums:
+        say(f"speed: as measured {earlier.when}; {_again(output)}")
+        return earlier.speed
+    found = _Measured(_now(), checksums, _speed(models, recipe))
+    files.write_file(path, TypeAdapter(_Measured).dump_json(found, indent=1) + b"\n")
+    return found.speed
+
+
+def _measured_before(path: Path) -> _Measured | None:
+    """What the file holds; None for none, and for one that another version wrote."""
+    try:
+        return TypeAdapter(_Measured).validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
 
 
 def _again(output: Path) -> str:

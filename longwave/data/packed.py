@@ -26,7 +26,7 @@ from torch import Tensor
 
 from longwave import draws
 from longwave.data.shards import Split, SplitTokens
-from longwave.errors import UserError
+from longwave.errors import MachineError, UserError
 from longwave.streams import Stream, Windows
 from longwave.units import counted
 
@@ -191,7 +191,8 @@ class PackedTokens:
     def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
         """The windows at the given positions of the data order; without a sampler, the windows with these numbers.
 
-        Raises IndexError for a window that the split does not have.
+        Raises IndexError for a window that the split does not have; MachineError for an id beyond the vocabulary, as
+        data have that were damaged since they were opened.
         """
         numbers = positions if sampler is None else [sampler.window(position) for position in positions]
         bounds = [self._bounds(number) for number in numbers]
@@ -202,7 +203,13 @@ class PackedTokens:
         for (start, stop), size in zip(bounds, sizes, strict=True):
             runs += self._fill(tokens[row : row + size], targets[row : row + size], start, stop)
             row += size
+        self._require_ids(tokens)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), tuple(runs), tuple(sizes), tuple(positions))
+
+    def _require_ids(self, tokens: NDArray[np.int64]) -> None:
+        largest, entries = int(tokens.max(initial=0)), self._tokens.info.vocab_size
+        if largest >= entries:
+            raise MachineError(f"{self._tokens.where}: damaged: it has a token id {largest}, beyond {entries - 1}")
 
     def _bounds(self, number: int) -> tuple[int, int]:
         if not 0 <= number < len(self):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from longwave import files
+from longwave.errors import require, shown
 from longwave.files.jsonfile import read_object
 
 TIMES = "times.json"
@@ -82,5 +83,8 @@ def read_seconds(folder: Path) -> Seconds:
     path = folder / TIMES
     if not path.is_file():
         return Seconds()
-    values = read_object(path)
-    return Seconds(**{field.name: float(values.get(field.name, 0)) for field in dataclasses.fields(Seconds)})
+    values = {field.name: 0.0 for field in dataclasses.fields(Seconds)} | read_object(path)
+    for name, value in values.items():
+        good = name in Seconds.__dataclass_fields__ and type(value) in (int, float) and value >= 0
+        require(good, f"{path}: {name} = {shown(value)}: seconds by activity; remove the file to count anew")
+    return Seconds(**values)

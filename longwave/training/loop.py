@@ -29,7 +29,7 @@ from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.shards import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import require
+from longwave.errors import MachineError, require
 from longwave.evaluation.held_out import held_out_loss
 from longwave.files.jsonfile import finite
 from longwave.machine import device_of
@@ -76,9 +76,9 @@ class TrainingResult:
     """The outcome of a run.
 
     model: the folder of the trained model. step, tokens: updates, and tokens trained on. loss, held_out_loss: the last
-    ones, in nats per token; None where one is not finite. retention: for each level the share of the tokens entering it
-    that it kept on held-out text. skipped: updates that were skipped since their gradient was not finite. seconds: the
-    time that passed, over all sessions of the run.
+    ones, in nats per token; None where one is not finite, or no longer logged. retention: for each level the share of
+    the tokens entering it that it kept on held-out text. skipped: updates that were skipped, as their gradient was not
+    finite. seconds: the time that passed, over all sessions of the run.
     """
 
     model: Path
@@ -142,7 +142,7 @@ class Trainer:
 
     def result(self) -> TrainingResult:
         """The outcome of the finished run."""
-        last = read_metrics(self.output / METRICS)[-1]
+        *_, last = {}, *read_metrics(self.output / METRICS)
         progress, losses = self.progress, (last.get("loss"), last.get("held_out_loss"))
         facts = (tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
         return TrainingResult(self.output / "model", progress.step, progress.tokens, *losses, *facts)
@@ -150,8 +150,8 @@ class Trainer:
     def run(self) -> Decoder:
         """Trains to the last step, writes `model/` and returns the model.
 
-        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written; Diverged once numbers are not finite
-        (`training.divergence`); MachineError if the machine fails, or if the folder is moved away meanwhile.
+        Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written; RunEnded once numbers are not finite
+        (`training.divergence`) or data are damaged; MachineError if the machine fails, or the folder is moved away.
         """
         was_finished = self.finished
         with files.locked(self.output) as self._lock:
@@ -237,16 +237,13 @@ class Trainer:
         run = self.recipe.training
         first, size = self.step * run.batch_windows, run.micro_windows or run.batch_windows
         starts = range(first, first + run.batch_windows, size)
-        batches = [self.data.batch(range(start, start + size), self.sampler) for start in starts]
-        largest, entries = max(int(batch.tokens.max()) for batch in batches), self.recipe.model.vocab_size
-        if largest >= entries:
-            raise self._ended(f"{self.recipe.data.folder}: damaged: it has a token id {largest}, beyond {entries - 1}")
-        return batches
+        with self._ending():
+            return [self.data.batch(range(start, start + size), self.sampler) for start in starts]
 
     def _evaluation(self) -> dict[str, Any]:
         run = self.recipe.training
         computing = torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16")
-        with self._clock.during("evaluation"), computing:
+        with self._clock.during("evaluation"), self._ending(), computing:
             result = held_out_loss(self.model, self.held_out, windows=run.evaluate_windows)
         retention = {"retention": list(result.retention)} if result.retention else {}
         return {"held_out_loss": result.loss, **retention}
@@ -295,6 +292,14 @@ class Trainer:
     def _ended(self, why: str) -> RunEnded:
         newest = checkpoints.newest(self._checkpoints)
         return RunEnded(self.step, why, newest and newest.path)
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """A fault of the machine, such as damaged data, with the step and the newest checkpoint told."""
+        try:
+            yield
+        except MachineError as error:
+            raise self._ended(str(error)) from error
 
     def _require_finite(self, tensors: Mapping[str, Tensor]) -> None:
         if (name := not_finite(tensors)) is not None:

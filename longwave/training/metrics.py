@@ -56,16 +56,20 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics file; [] if there is no file. A line cut off by a crash is left out."""
+    """The entries of a metrics file; [] if there is no file. Lines that a crash or a power cut spoiled are left out."""
     if not path.exists():
         return []
-    entries = []
-    for line in path.read_text(encoding="utf8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
+    lines = path.read_text(encoding="utf8", errors="replace").splitlines()
+    return [entry for entry in map(_entry, lines) if entry is not None]
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """The entry in a line; None if it is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
 
 
 def write_metrics(path: Path, entries: Iterable[dict[str, Any]]) -> None:

@@ -49,18 +49,19 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
     path = checkpoint.path
     try:
         kept = json.loads((path / FILE).read_text())
-        step = int(kept["step"])
+        step, written, fingerprint = int(kept["step"]), kept["recipe"], kept["tokenizer"]
+        skipped = {name: int(kept.get(name, 0)) for name in ("skipped", "in_a_row")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: no checkpoint of a run (no {FILE} to go by); remove the folder") from None
     if step != checkpoint.step:
         raise UserError(f"{path}: is a checkpoint of step {step}, whatever its name says; remove the folder")
-    _require_recipe(kept["recipe"], recipe, path, frozenset({"data.folder"} if "data" in kept else ()))
-    if kept["tokenizer"] != tokenizer.fingerprint:
+    _require_recipe(written, recipe, path, frozenset({"data.folder"} if "data" in kept else ()))
+    if fingerprint != tokenizer.fingerprint:
         raise UserError(f"{path}: trained with another tokenizer than {_data(recipe)} has; give another output")
     _require_data(kept.get("data"), recipe, path)
     run = recipe.training  # older checkpoints hold no token count; all their training windows were full
     tokens = int(kept.get("tokens", step * run.batch_windows * run.window))
-    return Progress(step, tokens, int(kept.get("skipped", 0)), int(kept.get("in_a_row", 0)))
+    return Progress(step, tokens, **skipped)
 
 
 def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, free: frozenset[str]) -> None:

@@ -268,6 +268,16 @@ def test_a_held_out_loss_that_is_not_finite_is_told_and_ends_nothing(tmp_path: P
     assert strict(tmp_path / "run" / "metrics.jsonl")[-1]["held_out_loss"] is None
 
 
+def test_held_out_data_that_is_damaged_meanwhile_ends_the_run_in_one_line(tmp_path: Path):
+    run = recipe(tmp_path, "llama")
+    trainer = Trainer(run, tmp_path / "run")
+    shard = tmp_path / "data" / "held_out" / "tokens-00000.bin"
+    damaged = np.full(shard.stat().st_size // 2, 0xFFFF, np.uint16).tobytes()
+    trainer.watch(At(5, lambda: _overwrite(shard, damaged)))
+    with pytest.raises(RunEnded, match=r"step 8: .*held_out: damaged: it has a token id 65535, .*step-00000006"):
+        trainer.run()
+
+
 def test_weights_that_are_not_finite_are_no_start(tmp_path: Path):
     trainer = trained(recipe(tmp_path, "llama", steps=4), tmp_path / "run")
     trainer.model.blocks[1].mixer.q_proj.weight.data[0, 0] = math.nan

@@ -150,7 +150,7 @@ def test_a_folder_that_is_moved_away_ends_the_run_in_one_line(tmp_path: Path, re
                 if how == "moved and made again":
                     run.mkdir()
 
-    monkeypatch.setattr("longwave.progress.TrainingProgress", lambda *_: Move(5))
+    monkeypatch.setattr("longwave.verbs.TrainingProgress", lambda *_: Move(5))
     says = [str(run), "was moved or deleted while it was written to", "the same command goes on"]
     refuses("train", path, "--output", run, says=says, code=1)
     assert not run.exists() or not any(run.iterdir())
@@ -284,6 +284,39 @@ def test_train_tells_the_time(tmp_path: Path, longwave):
     assert found.json["seconds"] == json.loads((tmp_path / "run" / "times.json").read_text())
 
 
+# --- files that a power cut or a person spoiled -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spoiled", [b"\0" * 50, b"\xff\xfe\n", b"[1]\n3\nnull\n", b'{"loss": 1}\n', b'{"step": "x"}\n']
+)
+def test_spoiled_lines_of_the_log_are_left_out(tmp_path: Path, spoiled: bytes):
+    with pytest.raises(Interrupted):
+        trained(recipe("llama"), tmp_path, StopAt(4))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(spoiled)
+    trained(recipe("llama"), tmp_path)
+    assert [entry["step"] for entry in losses(tmp_path)] == list(range(1, runs.STEPS + 1))
+
+
+def test_a_finished_run_without_its_log_has_a_result(tmp_path: Path, longwave):
+    path = write_recipe(tmp_path / "r.toml", "llama")
+    assert longwave("train", path, "--output", tmp_path / "run").code == 0
+    os.remove(tmp_path / "run" / "metrics.jsonl")
+    again = longwave("train", path, "--output", tmp_path / "run", "--json")
+    assert (again.code, again.json["step"], again.json["loss"]) == (0, runs.STEPS, None)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"training": "x"}', '{"training": -1}', '{"other": 1}', "[]", "", '{"training": NaN}']
+)
+def test_times_that_are_none_are_refused_by_name(tmp_path: Path, refuses, text: str):
+    path = write_recipe(tmp_path / "r.toml", "llama")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "times.json").write_text(text)
+    refuses("train", path, "--output", tmp_path / "run", says=["times.json"])
+
+
 # --- settings that do less than they seem to --------------------------------------------------------------------------
 
 EDEN, CONSTANT = {"kind": "eden"}, {"kind": "constant", "warmup_steps": 20}
@@ -338,29 +371,47 @@ def test_a_disk_that_fails_under_the_lock_is_one_line(tmp_path: Path):
 # --- attacks ----------------------------------------------------------------------------------------------------------
 
 
+def _started(path: Path, output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "longwave", "train", str(path), "--output", str(output)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def _holds(process: subprocess.Popen[str], folder: Path) -> bool:
+    lock = folder / ".lock"
+    return lock.exists() and lock.read_text().startswith(f"process {process.pid} on")
+
+
+def _ended(process: subprocess.Popen[str]) -> str:
+    """How a trainer ended: at its end, killed, or refused in one line because another one holds the folder."""
+    _, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors
+    if process.returncode == 2:
+        assert "is writing to it" in errors.splitlines()[-1] or "since it was read" in errors.splitlines()[-1]
+        return "refused"
+    assert process.returncode in (0, -signal.SIGKILL), errors
+    return "killed" if process.returncode else "done"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_trainers_that_fight_over_a_folder_and_are_killed_lose_nothing(tmp_path: Path, seed: int):
-    """Three at a time in one folder, each killed at a random moment, until one has come to the end."""
-    draw = random.Random(seed)
+    """One is held at a random step while two others try; it is killed, and three start at once, until the end."""
+    draw, output = random.Random(seed), tmp_path / "run"
     run = {"steps": 60, "checkpoint_every": 5, "keep": 1, "evaluate_every": 0}
     path = write_recipe(tmp_path / "r.toml", "causal", **run)
-    command = [sys.executable, "-m", "longwave", "train", str(path), "--output", str(tmp_path / "run")]
-    options: dict[str, Any] = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stderr": subprocess.PIPE, "text": True}
-    refused = 0
-    while not (tmp_path / "run" / "model").exists():
-        started = [subprocess.Popen(command, **options) for _ in range(3)]
-        victims = draw.sample(started, 2)
-        time.sleep(draw.uniform(3, 9))
-        for process in victims:
-            process.kill()
-        for process in started:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode in (0, 2, -signal.SIGKILL), errors
-            assert "Traceback" not in errors
-            refused += process.returncode == 2 and "writing to it" in errors
+    for until in sorted(draw.sample(range(5, 55), 3)):
+        leader = _started(path, output)
+        while not (_holds(leader, output) and len(read_metrics(output / "metrics.jsonl")) >= until):
+            assert leader.poll() is None
+            time.sleep(0.01)
+        leader.send_signal(signal.SIGSTOP)
+        rivals = [_started(path, output) for _ in range(2)]
+        assert [_ended(rival) for rival in rivals] == ["refused", "refused"]
+        leader.kill()
+        assert _ended(leader) == "killed"
+    found = [_ended(process) for process in [_started(path, output) for _ in range(3)]]
+    assert "done" in found
     trained(recipe("causal", **run), tmp_path / "straight")
-    assert refused
-    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    assert losses(output) == losses(tmp_path / "straight")
     for file in ("model/model.safetensors", "checkpoints/step-00000060/optimizer.safetensors"):
-        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
+        assert (output / file).read_bytes() == (tmp_path / "straight" / file).read_bytes()
