@@ -327,8 +327,8 @@ EDEN, CONSTANT = {"kind": "eden"}, {"kind": "constant", "warmup_steps": 20}
     [
         ({"steps": 500}, None, "goes through its 100 training windows 20.0 times"),
         ({"evaluate_windows": 50}, None, "evaluate_windows = 50: only 7 are held out, which all count"),
-        ({"checkpoint_every": 9}, None, "checkpoint_every = 9: more than the 8 steps, so it happens once, at the end"),
-        ({"evaluate_every": 9}, None, "evaluate_every = 9: more than the 8 steps"),
+        ({"checkpoint_every": 9}, None, "checkpoint_every = 9: more than 8 steps, so it happens once, at the end"),
+        ({"evaluate_every": 9}, None, "evaluate_every = 9: more than 8 steps"),
         ({}, EDEN, "schedule.warmup_steps = 500: the run of 8 steps ends before the full learning rate is reached"),
         ({}, CONSTANT, "schedule.warmup_steps = 20: .* give schedule.warmup_steps below 8, or more training.steps"),
     ],
