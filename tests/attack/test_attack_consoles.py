@@ -38,7 +38,7 @@ def work(model: Path, recipe: Path) -> dict[str, tuple[list[Any], str | None]]:
     }
 
 
-@series(600, cut=30)
+@series(600, cut=12)
 def test_any_console(attacker: Attacker, work: dict[str, tuple[list[Any], str | None]], numbers: Sequence[int]):
     def attempt(draw: random.Random, number: int) -> Outcome:
         shutil.rmtree(attacker.work, ignore_errors=True)
@@ -76,9 +76,14 @@ def test_what_cannot_be_written_is_an_error_after_the_work(attacker: Attacker, w
     assert "No space left" in outcome.err or sink == "broken"
 
 
-@pytest.mark.parametrize("closing", ["", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "| true"])
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
-def test_a_real_process(model: Path, closing: str, encoding: str, tmp_path: Path):
+CLOSINGS = ("", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "| true")
+SLOW = [(encoding, closing) for encoding in ("utf-8", "ascii", "cp1252") for closing in CLOSINGS][:-1]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "closing"), [("cp1252", "| true"), *(pytest.param(*one, marks=pytest.mark.attack) for one in SLOW)]
+)
+def test_a_real_process(model: Path, encoding: str, closing: str):
     """As a shell starts it, without the frame of the other tests."""
     command = f'"{sys.executable}" -m longwave generate "{model}" --prompt "日本 def f(" --max-new-tokens 9 {closing}'
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}

@@ -29,7 +29,7 @@ def command(draw: random.Random, folder: Path) -> list[object]:
     return [verb, folder, *more.get(verb, []), *options]
 
 
-@series(800, cut=30)
+@series(800, cut=15)
 def test_a_folder_with_any_change(attacker: Attacker, model: Path, llama: Path, numbers: Sequence[int]):
     def attempt(draw: random.Random, number: int) -> Outcome:
         folder = attacker.work / "folder"
@@ -39,7 +39,7 @@ def test_a_folder_with_any_change(attacker: Attacker, model: Path, llama: Path, 
     attack("folders", numbers, attempt)
 
 
-@series(500, cut=20)
+@series(500, cut=10)
 def test_a_tokenizer_with_any_change(attacker: Attacker, llama: Path, numbers: Sequence[int]):
     def attempt(draw: random.Random, number: int) -> Outcome:
         folder = fresh(llama, attacker.work / "folder")

@@ -33,7 +33,7 @@ def names_of(verb: Verb) -> list[str]:
     return [field.metadata["name"] or f"--{field.name.replace('_', '-')}" for field in named]
 
 
-@series(1400, cut=40)
+@series(1400, cut=25)
 def test_any_words(attacker: Attacker, model: Path, recipe: Path, numbers: Sequence[int]):
     given = [str(model), str(recipe), str(runs.prepared()), str(runs.corpus()), str(runs.corpus() / "shlex.py")]
 
@@ -56,7 +56,7 @@ def test_any_words(attacker: Attacker, model: Path, recipe: Path, numbers: Seque
     attack("words", numbers, attempt)
 
 
-@series(900, cut=30)
+@series(900, cut=15)
 def test_any_prompt(attacker: Attacker, model: Path, llama: Path, numbers: Sequence[int]):
     def attempt(draw: random.Random, number: int) -> Outcome:
         words: list[object] = ["generate", draw.choice([model, llama]), "--max-new-tokens", draw.choice([1, 3, 80])]
@@ -86,7 +86,7 @@ def test_any_text_inspected(attacker: Attacker, model: Path, llama: Path, number
     attack("inspected", numbers, attempt)
 
 
-@series(1000, cut=30)
+@series(1000, cut=15)
 def test_any_recipe(attacker: Attacker, recipe: Path, numbers: Sequence[int]):
     whole = recipe.read_bytes()
 
