@@ -46,10 +46,7 @@ def load(path: str | Path, *, dtype: str | torch.dtype | None = None, device: st
     `cuda:1`, or `auto` for a GPU where there is one. Raises UserError for a folder that does not fit.
     """
     place, kind = device_of(device), None if dtype is None else dtype_of(dtype)
-    folder = checkpoints.find(path)
-    model = checkpoints.load(folder, dtype=kind, device=place)
-    model.tokenizer = Tokenizer.find(folder)
-    return model
+    return checkpoints.load(path, dtype=kind, device=place, tokenizer=True)
 
 
 def save(model: Decoder, path: str | Path, *, format: str = "longwave", layout: str | None = None) -> None:

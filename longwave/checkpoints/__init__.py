@@ -13,20 +13,23 @@ import torch
 
 from longwave import files
 from longwave.checkpoints import huggingface, native, subllm
+from longwave.checkpoints.card import source_in, training_facts, write_card
 from longwave.checkpoints.families import FAMILIES, Family
 from longwave.checkpoints.foreign import respelled
 from longwave.checkpoints.generation import IDS, completed, read_generation, write_generation
-from longwave.checkpoints.hub import CONFIGS, find, is_hub_id
+from longwave.checkpoints.hub import CONFIGS, fetched_from, find, is_hub_id
 from longwave.checkpoints.located import refuse_adapter
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, shown
+from longwave.files import OpenFolder
 from longwave.files.jsonfile import read_object
 from longwave.model import Decoder
 from longwave.origin import Origin
 
-__all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "save"]
+__all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "origin_of", "read", "save"]
 
+CONFIG = "config.json"
 _Values = dict[str, Any]  # of a parsed config.json
 
 
@@ -35,12 +38,12 @@ class Format:
     """A kind of model folder, and how it is read and written.
 
     config: parsed `config.json` and where it comes from -> the model's config.
-    read: folder, parsed `config.json` and the dtype that is asked for -> model.
+    read: the opened folder, parsed `config.json` and the dtype that is asked for -> model.
     write: model, folder and the ids of special tokens.
     """
 
     config: Callable[[_Values, str], ModelConfig]
-    read: Callable[[Path, _Values, torch.dtype | None], Decoder]
+    read: Callable[[OpenFolder, _Values, torch.dtype | None], Decoder]
     write: Callable[[Decoder, Path, _Values], None]
 
 
@@ -59,28 +62,45 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tokenizer: bool = False,
+) -> Decoder:
     """Loads a model folder: longwave's own, a published SUBLLM, or a Hugging Face folder of a family in `FORMATS`.
 
     path: a folder, or a hub id (`org/name`), which needs a network the first time. dtype: of the weights; as they were
-    saved by default. UserError for a folder that does not fit: a missing, unexpected or misshapen tensor, an unknown or
-    quantised family, a file that differs from its checksum.
+    saved by default. tokenizer: whether `model.tokenizer` is to be the folder's, if it has one. UserError for a folder
+    that does not fit: a missing, unexpected or misshapen tensor, an unknown or quantised family, a file that differs
+    from its checksum.
     """
-    folder = find(path)
+    return files.read_whole(find(path), lambda folder: read(folder, dtype, tokenizer)).to(device)
+
+
+def read(folder: OpenFolder, dtype: torch.dtype | None, tokenizer: bool = False) -> Decoder:
+    """The model in an opened folder, on the CPU; arguments and errors are those of `load`."""
     refuse_adapter(folder)
-    files.verify(folder, unread=".safetensors")  # weights are compared while they are read
-    values = read_object(_config_file(folder))
-    generation = read_generation(folder, values)
-    format = format_of(values, folder)
-    model = FORMATS[format].read(folder, values, dtype).to(device)
-    model.origin = Origin(format, values, generation)
+    files.refuse_other(folder, unread=".safetensors")  # weights are compared while they are read
+    values = _config(folder)
+    model = FORMATS[format_of(values, folder.path)].read(folder, values, dtype)
+    model.origin = origin_of(folder, values)
+    model.tokenizer = Tokenizer.find(folder) if tokenizer else None
     return model
+
+
+def origin_of(folder: OpenFolder, values: _Values) -> Origin:
+    """What a model keeps of the folder it came from; values: of its parsed `config.json`."""
+    generation, where = read_generation(folder, values), str(folder / CONFIG)
+    source = fetched_from(folder.path) or source_in(values, where)
+    return Origin(format_of(values, folder.path), values, generation, source, training_facts(values, where))
 
 
 def save(
     model: Decoder, path: str | Path, *, tokenizer: Tokenizer | None = None, format: str = native.MODEL_TYPE
 ) -> None:
-    """Saves a model so that the folder appears whole or not at all.
+    """Saves a model, with a card that says what it is, so that the folder appears whole or not at all.
 
     format: "longwave"; "subllm" for the published format of a SUBLLM; or a family such as "llama" or "qwen3", for an
     ordinary `transformers` folder. A model that was loaded from that format keeps the spelling and the unknown keys of
@@ -93,24 +113,28 @@ def save(
     with files.folder(path) as staging:
         FORMATS[format].write(model, staging, own | generation)
         if format == model.origin.format != native.MODEL_TYPE:
-            _respell(staging / "config.json", model.origin.config, FORMATS[format])
+            _respell(staging / CONFIG, model.origin.config, FORMATS[format])
         write_generation(generation, staging)
+        write_card(model, staging, Path(path), format)
         if tokenizer is not None:
             tokenizer.save(staging)
 
 
 def load_config(path: str | Path) -> ModelConfig:
     """The config of the model in a folder or under a hub id, of which only `config.json` need exist."""
-    folder = find(path, CONFIGS)
-    values = read_object(_config_file(folder))
-    return FORMATS[format_of(values, folder)].config(values, str(folder / "config.json"))
+    return files.read_whole(find(path, CONFIGS), _read_config)
+
+
+def _read_config(folder: OpenFolder) -> ModelConfig:
+    values = _config(folder)
+    return FORMATS[format_of(values, folder.path)].config(values, str(folder / CONFIG))
 
 
 def format_of(values: dict[str, Any], folder: Path) -> str:
     """The format of the folder of a `config.json`; a published SUBLLM is known by the key `structure`."""
     name = subllm.MODEL_TYPE if "structure" in values else values.get("model_type")
     if not isinstance(name, str) or name not in FORMATS:
-        raise UserError(f"{folder / 'config.json'}: model_type = {shown(name)}; supported: {', '.join(FORMATS)}")
+        raise UserError(f"{folder / CONFIG}: model_type = {shown(name)}; supported: {', '.join(FORMATS)}")
     return name
 
 
@@ -119,8 +143,15 @@ def _respell(path: Path, original: _Values, format: Format) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _config_file(folder: Path) -> Path:
-    path = folder / "config.json"
-    if not path.exists():
-        raise UserError(f"{folder}: no config.json; give a model folder")
-    return path
+def _config(folder: OpenFolder) -> _Values:
+    """The parsed `config.json` of an opened folder."""
+    if CONFIG not in folder:
+        raise UserError(f"{folder.path}: no {CONFIG}; give a model folder{_meant(folder)}")
+    return folder.object(CONFIG)
+
+
+def _meant(folder: OpenFolder) -> str:
+    """The model's folder below, such as `model` of a run, in words for an error."""
+    below = [name for name in sorted(folder.names) if (folder.path / name / CONFIG).is_file()]
+    meant = "model" if "model" in below else below[-1] if below else None
+    return "" if meant is None else f"; did you mean {folder / meant}?"

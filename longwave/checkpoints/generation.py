@@ -13,28 +13,27 @@ from typing import Any
 
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, shown
-from longwave.files.jsonfile import read_object
+from longwave.files import OpenFolder
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_generation(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+def read_generation(folder: OpenFolder, values: dict[str, Any]) -> dict[str, Any]:
     """The content of `generation_config.json`, completed by ids in `config.json` (its parsed `values`).
 
     UserError for an id that is neither a number nor a list of numbers.
     """
-    path = folder / FILE
-    given = read_object(path) if path.exists() else {}
+    given = folder.object(FILE) if FILE in folder else {}
     ids = {name: values[name] for name in IDS if values.get(name) is not None}
-    for where, content in ((folder / "config.json", ids), (path, given)):
+    for where, content in ((folder / "config.json", ids), (folder / FILE, given)):
         for name in IDS:
             value = content.get(name)
             if not all(
                 type(one) is int for one in (value if isinstance(value, list) else [value]) if value is not None
             ):
                 raise UserError(f"{where}: {name} = {shown(value)}: a token id, or a list of them")
-    if path.exists():
+    if FILE in folder:
         ids.pop("eos_token_id", None)
     return ids | {name: value for name, value in given.items() if value is not None}
 

@@ -19,6 +19,7 @@ from longwave.checkpoints.rope import read_rotary, read_window, write_rotary, wr
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError, shown
+from longwave.files import OpenFolder
 from longwave.layout import Blocks, Layout
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
@@ -27,7 +28,7 @@ _TYPES = {"full_attention": "F", "sliding_attention": "W"}
 _QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".absmax", ".SCB")
 
 
-def read_model(family: Family, folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
+def read_model(family: Family, folder: OpenFolder, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
     config_from(family, values, source)  # a config that is refused is refused before any file of weights is opened

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longwave.errors import UserError, shown
+from longwave.files import OpenFolder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -21,13 +22,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
-def weights_file(folder: Path, values: dict[str, Any] | None = None) -> str:
+def weights_file(folder: OpenFolder, values: dict[str, Any] | None = None) -> str:
     """The name of the whole file or of the index with a folder's weights.
 
     values: of its parsed `config.json`. UserError naming a file whose weights `transformers` would take, or might be
     meant, and which is not read.
     """
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(folder.names)
     distributed = next(filter(_DISTRIBUTED.fullmatch, names), None)
     if distributed is not None:
         why = "a shard of a distributed checkpoint, which is not read; save the model whole (transformers)"
@@ -37,18 +38,18 @@ def weights_file(folder: Path, values: dict[str, Any] | None = None) -> str:
         return _named(folder, named)
     found = next((name for name in (WEIGHTS, INDEX) if name in names), None)
     if found is None:
-        raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}{_hint(names)}")
+        raise UserError(f"{folder.path}: no {WEIGHTS} and no {INDEX}{_hint(names)}")
     return found
 
 
-def refuse_adapter(folder: Path) -> None:
+def refuse_adapter(folder: OpenFolder) -> None:
     """UserError for the folder of a PEFT adapter, with or without its base model beside it."""
-    if (folder / ADAPTER).exists():
+    if ADAPTER in folder:
         why = "an adapter, which is not read; merge it into its model (PEFT's merge_and_unload) and save that"
         raise UserError(f"{folder / ADAPTER}: {why}")
 
 
-def _named(folder: Path, name: object) -> str:
+def _named(folder: OpenFolder, name: object) -> str:
     """The file that config.json names, which must be one of the folder's own."""
     right = (
         isinstance(name, str) and name == Path(name).name and name.endswith((".safetensors", ".safetensors.index.json"))

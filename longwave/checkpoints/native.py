@@ -17,6 +17,7 @@ from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.config import ModelConfig, build
 from longwave.errors import UserError, shown
+from longwave.files import OpenFolder
 from longwave.model import Decoder
 from longwave.version import __version__
 
@@ -61,6 +62,8 @@ def config_json(model: Decoder, ids: Mapping[str, Any] | None = None) -> dict[st
         "longwave_version": __version__,
         "dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         "model": model.config.to_dict(),
+        **({"source": model.origin.source} if model.origin.source else {}),
+        **({"training": dict(model.origin.training)} if model.origin.training else {}),
     }
 
 
@@ -86,7 +89,7 @@ def from_format_1(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_model(
-    folder: Path, values: dict[str, Any], dtype: torch.dtype | None, ignoring: tuple[str, ...] = ()
+    folder: OpenFolder, values: dict[str, Any], dtype: torch.dtype | None, ignoring: tuple[str, ...] = ()
 ) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved.
 

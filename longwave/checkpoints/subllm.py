@@ -29,6 +29,8 @@ from longwave.checkpoints.located import INDEX, WEIGHTS
 from longwave.checkpoints.weights import WeightFiles, Weights, write
 from longwave.config import ModelConfig, ScalesConfig, build
 from longwave.errors import UserError
+from longwave.files import OpenFolder
+from longwave.files.jsonfile import plain
 from longwave.layout import Blocks, Layout, parse
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
@@ -57,7 +59,7 @@ _BUFFERS = "position.inv_freq"
 _PICKLES = (".pt", ".pth", ".bin")
 
 
-def read_model(folder: Path, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
+def read_model(folder: OpenFolder, values: dict[str, Any], dtype: torch.dtype | None) -> Decoder:
     """Builds the model of a folder; weights take `dtype`, or stay as they were saved."""
     source = str(folder / "config.json")
     config = config_from(values, source)
@@ -201,16 +203,16 @@ def _width(theirs: ForeignConfig) -> int:
     return width
 
 
-def _weights(folder: Path) -> Weights:
+def _weights(folder: OpenFolder) -> Weights:
     """The tensors of a folder, in safetensors or in the one file that `torch.save` wrote."""
-    if (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+    if folder.names & {WEIGHTS, INDEX}:
         return WeightFiles(folder, ignoring=_BUFFERS)
-    found = sorted(path for path in folder.iterdir() if path.suffix in _PICKLES)
+    found = sorted(name for name in folder.names if name.endswith(_PICKLES))
     if len(found) != 1:
-        listed = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{folder}: no {WEIGHTS}, so exactly one *{', *'.join(_PICKLES)} is needed; found: {listed}")
-    tensors = {name: tensor for name, tensor in _state_dict(found[0]) if not name.endswith(_BUFFERS)}
-    return _Pickled(str(found[0]), tensors)
+        listed, wanted = ", ".join(found) or "none", ", *".join(_PICKLES)
+        raise UserError(f"{folder.path}: no {WEIGHTS}, so exactly one *{wanted} is needed; found: {listed}")
+    tensors = {name: tensor for name, tensor in _state_dict(folder, found[0]) if not name.endswith(_BUFFERS)}
+    return _Pickled(str(folder / found[0]), tensors)
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,12 @@ class _Pickled:
         return {name: self.found[name].to(dtype, copy=True) for name, dtype in dtypes.items()}
 
 
-def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _state_dict(folder: OpenFolder, file: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that `torch.save` wrote, by name; UserError for a file that holds anything else."""
+    path, opened = folder / file, folder.reopened(file)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        _refuse_compressed(opened)
+        content = torch.load(opened, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(opened))
     except Exception as error:  # torch raises whatever the bytes lead it to
         first = str(error).partition("\n")[0]
         raise UserError(f"{path}: cannot be read as a state dict of tensors and nothing else: {first}") from None
@@ -235,8 +240,24 @@ def _state_dict(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict, nor one under the key 'model'")
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor")
+            raise UserError(f"{path}: {plain(str(name))} is a {type(tensor).__name__}, not a tensor")
+        if not _is_whole(tensor):
+            raise UserError(f"{path}: {plain(str(name))} does not hold its own numbers (sparse, meta or expanded)")
         yield str(name), tensor
+
+
+def _refuse_compressed(path: str) -> None:
+    """ValueError for an archive that grows when it is read; `torch.save` never compresses."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("compressed, which torch.save never does")
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers all lie in the file: no form that grows when it is copied."""
+    plain_form = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return plain_form and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def _refuse_what_the_published_code_lacks(model: Decoder) -> None:

@@ -1,9 +1,9 @@
 """Reading and writing safetensors: whole folders, sharded or not; every mismatch is an error that names the tensor.
 
 Files are read once, by as many threads as there are cores. The checksums that a folder was saved with
-(`files.checksums`) are compared in the same pass; a folder without a manifest has none, so that there a changed bit
-inside a tensor's data cannot be seen. Weights land in memory of their own, aligned as torch aligns it: products on a
-CPU may differ in the last bit with the alignment of their operands, and mapped tensors lie where the file puts them.
+(`files.saved_checksums`) are compared in the same pass; a folder without a manifest has none, so that there a changed
+bit inside a tensor's data cannot be seen. Weights land in memory of their own, aligned as torch aligns it: products on
+a CPU may differ in the last bit with the alignment of their operands, and mapped tensors lie where the file puts them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from torch import Tensor
 from longwave import files
 from longwave.checkpoints.located import weights_file
 from longwave.errors import UserError, shown
+from longwave.files import OpenFolder
 from longwave.files.checksum import joined
-from longwave.files.jsonfile import brief, plain, read_object
+from longwave.files.jsonfile import brief, plain
 
+_HEADER, _INDEX = 16 << 20, 32 << 20  # the most bytes of a header and of an index: 150,000 and 300,000 tensors
 _BLOCK = 1 << 22  # bytes read at a time: what was read is summed while it lies in a cache
 _LARGE = 1 << 22  # bytes from which memory is asked for in huge pages: filling it is then several times as fast
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -94,11 +96,11 @@ class WeightFiles:
     index says.
     """
 
-    def __init__(self, folder: Path, file: str | None = None, ignoring: str | tuple[str, ...] = ()) -> None:
-        path = folder / (file or weights_file(folder))
-        self.source = str(path)
-        self._saved = files.checksums(folder)
-        self._files = _shards(path) if path.suffix == ".json" else {path: _stored(path)}
+    def __init__(self, folder: OpenFolder, file: str | None = None, ignoring: str | tuple[str, ...] = ()) -> None:
+        file = file or weights_file(folder)
+        self.source = str(folder / file)
+        self._folder, self._saved = folder, files.saved_checksums(folder)
+        self._files = _shards(folder, file) if file.endswith(".json") else {file: _stored(folder, file)}
         stored = {name: one for tensors in self._files.values() for name, one in tensors.items()}
         self.found = {name: one for name, one in stored.items() if not name.endswith(ignoring)}
 
@@ -114,8 +116,8 @@ class WeightFiles:
         """The named tensors, each in the given dtype. UserError for a file that is not what was saved."""
         read: dict[str, Tensor] = {}
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for path, tensors in self._files.items():
-                read |= _Reader(path, tensors, self._saved.get(path.name), pool).read(dtypes)
+            for file, tensors in self._files.items():
+                read |= _Reader(self._folder, file, tensors, self._saved.get(file), pool).read(dtypes)
         return read
 
 
@@ -132,15 +134,16 @@ class _Piece:
 class _Reader:
     """Reads one file: the wanted tensors, and everything else too where there is a checksum to compare."""
 
-    path: Path
+    folder: OpenFolder
+    file: str
     tensors: Mapping[str, Stored]
     saved: str | None
     pool: ThreadPoolExecutor
 
     def read(self, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         wanted = [piece for piece in self._pieces() if self.saved or piece.name in dtypes]
-        with open(self.path, "rb", buffering=0) as file, files.reading(self.path):
-            descriptor = file.fileno()
+        descriptor = self.folder.descriptor(self.file)
+        with files.reading(self.path):
             results = list(self.pool.map(lambda piece: self._take(descriptor, piece, dtypes), wanted))
         if self.saved:
             checksum = 0
@@ -153,10 +156,14 @@ class _Reader:
             if piece.name is not None and tensor is not None
         }
 
+    @property
+    def path(self) -> Path:
+        return self.folder / self.file
+
     def _pieces(self) -> list[_Piece]:
         """The whole file in order; tensors follow each other without a gap."""
         tensors = [_Piece(stored.begin, stored.bytes, name) for name, stored in self.tensors.items()]
-        header = min((piece.begin for piece in tensors), default=self.path.stat().st_size)
+        header = min((piece.begin for piece in tensors), default=self.folder.size(self.file))
         return [_Piece(0, header), *sorted(tensors, key=lambda piece: (piece.begin, piece.bytes))]
 
     def _take(self, descriptor: int, piece: _Piece, dtypes: Mapping[str, torch.dtype]) -> tuple[Tensor | None, int]:
@@ -191,13 +198,13 @@ def _memory(size: int) -> Tensor:
     return torch.frombuffer(region, dtype=torch.uint8)
 
 
-def _stored(path: Path) -> dict[str, Stored]:
+def _stored(folder: OpenFolder, file: str) -> dict[str, Stored]:
     """Every tensor in a file, by its header; safetensors refuses one that does not describe the file to the byte."""
-    if not path.exists():
-        raise UserError(f"{path.parent}: no {path.name}")
+    path, opened = folder / file, folder.reopened(file)
+    _check_header(folder, file)
     try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        with safe_open(opened, framework="pt") as reader:
+            slices = {name: reader.get_slice(name) for name in reader.offset_keys()}
             described = {name: (torch.Size(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors: {brief(error)}") from None
@@ -205,33 +212,40 @@ def _stored(path: Path) -> dict[str, Stored]:
         if dtype not in _DTYPES:
             raise UserError(f"{path}: tensor {plain(name)} is {dtype}; supported: {', '.join(FLOATS)}")
     sizes = [prod(shape) * _DTYPES[dtype].itemsize for shape, dtype in described.values()]
-    at, stored = path.stat().st_size - sum(sizes), dict[str, Stored]()
+    at, stored = folder.size(file) - sum(sizes), dict[str, Stored]()
     for (name, (shape, dtype)), size in zip(described.items(), sizes, strict=True):
         stored[name], at = Stored(shape, _DTYPES[dtype], at), at + size
     return stored
 
 
-def _shards(index: Path) -> dict[Path, dict[str, Stored]]:
+def _check_header(folder: OpenFolder, file: str) -> None:
+    """UserError for a header that would take gigabytes of memory to read."""
+    length = int.from_bytes(os.pread(folder.descriptor(file), 8, 0), "little")
+    if _HEADER < length < folder.size(file):
+        raise UserError(f"{folder / file}: a header of {length:,} bytes; at most {_HEADER:,} are read")
+
+
+def _shards(folder: OpenFolder, index: str) -> dict[str, dict[str, Stored]]:
     """The tensors of every shard that an index names, which must be those that the index puts there."""
-    listed = read_object(index).get("weight_map")
+    listed = folder.object(index, _INDEX).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise UserError(f"{index}: not an index of safetensors shards: weight_map names no files")
-    shards = {file: _stored(_shard(index, file)) for file in sorted(set(listed.values()))}
+        raise UserError(f"{folder / index}: not an index of safetensors shards: weight_map names no files")
+    shards = {file: _shard(folder, index, file) for file in sorted(set(listed.values()))}
     for name, file in listed.items():
         if name not in shards[file]:
-            raise UserError(f"{index.parent / file}: missing tensor {plain(name)}, which {index.name} puts there")
+            raise UserError(f"{folder / file}: missing tensor {plain(name)}, which {index} puts there")
     for file, tensors in shards.items():
         for name in tensors:
             if listed.get(name) != file:
-                raise UserError(f"{index.parent / file}: unexpected tensor {plain(name)}: not in {index.name}")
-    return {index.parent / file: tensors for file, tensors in shards.items()}
+                raise UserError(f"{folder / file}: unexpected tensor {plain(name)}: not in {index}")
+    return shards
 
 
-def _shard(index: Path, file: str) -> Path:
-    """The path of a shard, which lies beside its index."""
-    if file != Path(file).name or not (index.parent / file).is_file():
-        raise UserError(f"{index}: names {shown(file)}, which is missing")
-    return index.parent / file
+def _shard(folder: OpenFolder, index: str, file: str) -> dict[str, Stored]:
+    """The tensors of a shard, which lies beside its index."""
+    if file not in folder:
+        raise UserError(f"{folder / index}: names {shown(file)}, which is missing")
+    return _stored(folder, file)
 
 
 def check(expected: Mapping[str, torch.Size], found: Mapping[str, Described], source: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from longwave.cli.options import OnDevice, argument, option
+from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(OnDevice):
+class Evaluate(OnDevice, OfModel):
     """Options of `longwave eval`."""
 
     model: str = argument("a model folder, or a hub id")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from longwave.cli.options import OnDevice, argument, option
+from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import UserError, require
 from longwave.files.textfile import read_text
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(OnDevice):
+class Generate(OnDevice, OfModel):
     """Options of `longwave generate`."""
 
     model: str = argument("a model folder")

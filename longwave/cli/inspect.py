@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longwave.cli.options import OnDevice, argument, option
+from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import require
 from longwave.units import counted, short
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(OnDevice):
+class Inspect(OnDevice, OfModel):
     """Options of `longwave inspect`."""
 
     model: str = argument("a model folder")

@@ -11,7 +11,10 @@ makes `longwave train RECIPE [--steps STEPS]`; `longwave.cli.parser` says what e
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from longwave.errors import UserError
 
 
 def argument(help: str, *, default: Any = MISSING, metavar: str | None = None) -> Any:
@@ -32,7 +35,22 @@ class Options:
 
     def keywords(self) -> dict[str, Any]:
         """The options by name, for the function of `longwave.verbs` that does what the verb does."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "json"}
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("json", "revision")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Options):
+    """Options of a verb that takes a model, whose field of this name then holds the revision, too: `org/name@v1`."""
+
+    model: str | None
+    revision: str | None = option("of a model of the hub: a branch, a tag or a commit", metavar="REV")
+
+    def __post_init__(self) -> None:
+        if self.revision is None:
+            return
+        if self.model is None or Path(self.model).exists():
+            raise UserError(f"--revision {self.revision}: of a model of the hub, such as org/name, and none is given")
+        object.__setattr__(self, "model", f"{self.model}@{self.revision}")
 
 
 @dataclass(frozen=True, kw_only=True)

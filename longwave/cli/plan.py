@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from longwave.cli.options import Options, argument, option
+from longwave.cli.options import OfModel, argument, option
 from longwave.cli.parser import Verb
 from longwave.units import counted, short, short_bytes
 
@@ -18,7 +18,7 @@ _COLUMNS = ("parts", "parameters", "prefill FLOPs", "FLOPs/token", "bytes/token"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Options):
+class Plan(OfModel):
     """Options of `longwave plan`."""
 
     model: str = argument("a recipe, or a folder of which only config.json need exist")

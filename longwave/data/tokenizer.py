@@ -18,10 +18,12 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Encoding, Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from longwave import files
 from longwave.data import tokenizer_folder
 from longwave.data.hiding import hidden, unk_of
 from longwave.data.tokenizer_folder import LARGEST_VOCABULARY
 from longwave.errors import UserError, require, shown
+from longwave.files import OpenFolder
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"
@@ -95,21 +97,25 @@ class Tokenizer:
         return cls(backend, {"tokenizer_class": tokenizer_folder.OWN_CLASS, **named})
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
+    def load(cls, folder: str | Path | OpenFolder) -> Tokenizer:
         """The tokenizer in a folder, as `transformers.AutoTokenizer` reads it.
 
         Raises UserError naming the file that is missing, cannot be read or cannot be used.
         """
-        backend, config = tokenizer_folder.read(Path(folder))
+        if not isinstance(folder, OpenFolder):
+            return files.read_whole(folder, cls.load)
+        backend, config = tokenizer_folder.read(folder)
         try:
             return cls(backend, config)
         except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
+            raise UserError(f"{folder.path}: {error}") from None
 
     @classmethod
-    def find(cls, folder: str | Path) -> Tokenizer | None:
+    def find(cls, folder: str | Path | OpenFolder) -> Tokenizer | None:
         """The tokenizer in a folder as by `load`; None where no file of a tokenizer lies."""
-        return cls.load(folder) if tokenizer_folder.holds_one(Path(folder)) else None
+        if not isinstance(folder, OpenFolder):
+            return files.read_whole(folder, cls.find)
+        return cls.load(folder) if tokenizer_folder.holds_one(folder) else None
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, of which `AutoTokenizer` makes the same tokenizer."""

@@ -15,15 +15,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tokenizers
 
 from longwave.errors import UserError, require, shown
-from longwave.files.jsonfile import brief, read_object
+from longwave.files import OpenFolder
+from longwave.files.jsonfile import brief, object_in
 
 VOCABULARY_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_templates")
+TEMPLATES = "chat_templates"
+OTHER_FILES = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", TEMPLATES)
 VOCABULARIES = (VOCABULARY_FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 LARGEST_VOCABULARY = 1 << 22  # entries and ids; the largest published have some 2^20
 LARGEST_FILES = {VOCABULARY_FILE: 64 << 20}  # bytes; the largest published have 35 MB
@@ -50,15 +53,20 @@ _USED_UP = {
     *("chat_template", "backend", "is_local", "local_files_only", "name_or_path", "files_loaded"),
 }
 """Keys that say how to make a tokenizer, of which nothing is left to say once it is made."""
+_PARTS = re.compile(
+    r"(tokeniz|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|tekken|chat_template|config\.)"
+    r"[\w./-]*\.(json|jinja|model|txt|tiktoken)"
+)
+"""The names of files that a tokenizer may be made of."""
 _CLASS = re.compile(r"\w*(Tokenizer|TokenizerFast|TokenizersBackend)")
 
 
-def holds_one(folder: Path) -> bool:
+def holds_one(folder: OpenFolder) -> bool:
     """Whether a folder holds the vocabulary of a tokenizer."""
-    return any((folder / name).is_file() for name in VOCABULARIES)
+    return any(name in folder for name in VOCABULARIES)
 
 
-def read(folder: Path) -> tuple[tokenizers.Tokenizer, Config]:
+def read(folder: OpenFolder) -> tuple[tokenizers.Tokenizer, Config]:
     """The tokenizer in a folder, and the config that names its special tokens, as `AutoTokenizer` reads them.
 
     Raises UserError naming the file that is missing, cannot be read or cannot be used.
@@ -66,13 +74,14 @@ def read(folder: Path) -> tuple[tokenizers.Tokenizer, Config]:
     path = folder / VOCABULARY_FILE
     if not holds_one(folder):
         raise UserError(f"{path}: no such file; a tokenizer is read from a folder that holds {VOCABULARY_FILE}")
-    config = _read_json(folder / CONFIG_FILE)
+    config = _read_json(folder, CONFIG_FILE)
     _check_others(folder)
-    if not path.exists():
+    if VOCABULARY_FILE not in folder:
         return _by_transformers(folder, config)
-    definition = _read_json(path)
+    content = _read(folder, VOCABULARY_FILE)
+    definition = object_in(content, path)
     _check_ids(definition, path)
-    backend = _backend(path)
+    backend = _backend(content, path)
     return (backend, config) if _is_own(folder, definition, config) else _by_transformers(folder, config)
 
 
@@ -84,26 +93,28 @@ def write(folder: Path, definition: str, config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / VOCABULARY_FILE).write_text(definition, encoding="utf-8")
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    model = _model_type(folder)
-    if model != _OWN_MODEL:
-        said = _by_transformers(folder, config)[0].to_str(pretty=True)
+    with OpenFolder(folder) as written:
+        model = _model_type(written)
+        if model == _OWN_MODEL:
+            return
+        said = _by_transformers(written, config)[0].to_str(pretty=True)
         other = f"beside a model of the kind {shown(model)}, transformers would make another tokenizer of this one"
         require(said == definition, f"{folder / CONFIG_FILE}: {other}; save in longwave's own format")
 
 
-def _model_type(folder: Path) -> Any:
+def _model_type(folder: OpenFolder) -> Any:
     """The kind of the model in a folder; longwave's where there is none."""
-    return _read_json(folder / "config.json").get("model_type", _OWN_MODEL)
+    return _read_json(folder, "config.json").get("model_type", _OWN_MODEL)
 
 
-def _backend(path: Path) -> tokenizers.Tokenizer:
+def _backend(content: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a readable tokenizer ({brief(error)})") from error
 
 
-def _is_own(folder: Path, definition: dict[str, Any], config: Config) -> bool:
+def _is_own(folder: OpenFolder, definition: dict[str, Any], config: Config) -> bool:
     """Whether `transformers` would take the tokenizer as `tokenizer.json` says it: the form in which longwave saves.
 
     Nothing lies in other files, no class or kind of model has ways of its own, nothing is set that changes the
@@ -113,7 +124,7 @@ def _is_own(folder: Path, definition: dict[str, Any], config: Config) -> bool:
     extra = config.get("additional_special_tokens", [])
     named = [token for name, token in config.items() if name.endswith("_token")]
     return (
-        not any((folder / name).exists() for name in OTHER_FILES)
+        folder.names.isdisjoint(OTHER_FILES)
         and _model_type(folder) == _OWN_MODEL
         and config.get("tokenizer_class") == OWN_CLASS
         and all(name in _READ_AS_IS or name.endswith("_token") for name in config)
@@ -124,23 +135,35 @@ def _is_own(folder: Path, definition: dict[str, Any], config: Config) -> bool:
     )
 
 
-def _by_transformers(folder: Path, config: Config) -> tuple[tokenizers.Tokenizer, Config]:
-    """What `AutoTokenizer` makes of a folder. It runs no code of the folder's, and reads nothing else."""
+def _by_transformers(folder: OpenFolder, config: Config) -> tuple[tokenizers.Tokenizer, Config]:
+    """What `AutoTokenizer` makes of a folder. It runs no code of the folder's, and reads nothing else.
+
+    It reads a copy of the tokenizer's files, as they were when the folder was opened.
+    """
     where = folder / CONFIG_FILE
     name = config.get("tokenizer_class")
     known = name is None or (isinstance(name, str) and _CLASS.fullmatch(name) is not None)
     require(known, f"{where}: tokenizer_class = {shown(name)}: no class of a tokenizer")
     from transformers import AutoTokenizer
 
-    try:
-        with _quiet():
-            theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever one of some hundred classes raises
-        raise UserError(f"{where}: transformers makes no tokenizer of this folder ({brief(error)})") from error
+    with _quiet(), TemporaryDirectory() as copy:
+        _copy(folder, Path(copy))
+        try:
+            theirs = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever one of some hundred classes raises
+            said = brief(error).replace(copy, str(folder.path))
+            raise UserError(f"{where}: transformers makes no tokenizer of this folder ({said})") from error
     backend = getattr(theirs, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise UserError(f"{where}: tokenizer_class = {shown(name)}: has no form for the tokenizers library")
     return backend, _config_of(theirs, config)
+
+
+def _copy(folder: OpenFolder, target: Path) -> None:
+    """Writes what a tokenizer may be made of into another folder."""
+    for name in _parts(folder):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_bytes(_read(folder, name))
 
 
 def _config_of(theirs: Any, config: Config) -> Config:
@@ -168,35 +191,34 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: OpenFolder, name: str) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
-    return read_object(path) if _is_readable(path) else {}
+    return object_in(_read(folder, name), folder / name) if name in folder else {}
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether there is a file of this name. UserError for one that is no regular file, or larger than any is."""
-    if not path.exists():
-        return False
-    require(path.is_file(), f"{path}: no regular file")
-    size, largest = path.stat().st_size, LARGEST_FILES.get(path.name, LARGEST_FILE)
-    require(size <= largest, f"{path}: {size:,} bytes; a file of this kind has {largest:,} at most")
-    return True
+def _read(folder: OpenFolder, name: str) -> bytes:
+    return folder.read(name, LARGEST_FILES.get(name, LARGEST_FILE))
 
 
-def _check_others(folder: Path) -> None:
+def _check_others(folder: OpenFolder) -> None:
     """UserError naming a file beside the vocabulary that cannot be read, before another library tries."""
     for name in OTHER_FILES[:2]:
-        _read_json(folder / name)
-    for path in [folder / OTHER_FILES[2], *sorted((folder / OTHER_FILES[3]).glob("*.jinja"))]:
-        if _is_readable(path):
-            _require_utf8(path)
-    for name in VOCABULARIES:
-        _is_readable(folder / name)
+        _read_json(folder, name)
+    for name in folder.names & {*VOCABULARIES}:
+        _read(folder, name)
+    for name in (name for name in _parts(folder) if name.endswith(".jinja")):
+        _require_utf8(_read(folder, name), folder / name)
 
 
-def _require_utf8(path: Path) -> None:
+def _parts(folder: OpenFolder) -> list[str]:
+    """The files that a tokenizer may be made of."""
+    templates = folder.names_in(TEMPLATES) if TEMPLATES in folder else []
+    return [name for name in (*sorted(folder.names), *templates) if _PARTS.fullmatch(name)]
+
+
+def _require_utf8(content: bytes, path: Path) -> None:
     try:
-        path.read_text(encoding="utf-8")
+        content.decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
 

@@ -13,14 +13,22 @@ from longwave.errors import UserError, shown
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError naming the file if it cannot be read or holds anything else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse, object_pairs_hook=_object)
-    except (ValueError, OSError) as error:
+        return object_in(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: not readable as JSON: {brief(error)}") from None
+
+
+def object_in(content: bytes, path: Path) -> dict[str, Any]:
+    """The object in the content of a JSON file. UserError naming the file if it holds anything else."""
+    try:
+        found = json.loads(content.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_object)
+    except ValueError as error:
         raise UserError(f"{path}: not readable as JSON: {brief(error)}") from None
     except RecursionError:
         raise UserError(f"{path}: not readable as JSON: nested too deeply") from None
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{path}: not a JSON object, such as {{...}}")
-    return content
+    return found
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -52,8 +60,9 @@ def _refuse(constant: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(name for at, (name, _) in enumerate(pairs) if any(name == other for other, _ in pairs[:at]))
-        raise ValueError(f"the key {shown(twice)} stands there twice")
+    content = dict[str, Any]()
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the key {shown(name)} stands there twice")
+        content[name] = value
     return content

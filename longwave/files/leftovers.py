@@ -15,7 +15,7 @@ from typing import NamedTuple
 from longwave.files import storage
 from longwave.files.faults import faults
 from longwave.files.lock import is_held
-from longwave.files.manifest import MANIFEST
+from longwave.files.names import MANIFEST
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|trash)-(?P<pid>\d+)-(?P<token>[0-9a-f]{12})", re.DOTALL)
 _PATIENCE = 2.0  # seconds that a reader waits for a live writer between its two renames
@@ -73,6 +73,11 @@ def _siblings(parent: Path, name: str | None = None) -> list[Hidden]:
     entries = os.listdir(parent) if parent.is_dir() else []
     found = [match for match in map(_NAME.fullmatch, sorted(entries)) if match and name in (None, match["name"])]
     return [Hidden(parent / match["name"], match["kind"], int(match["pid"]), match["token"]) for match in found]
+
+
+def being_written(target: Path) -> bool:
+    """Whether a living process is about to put something at `target`."""
+    return any(hidden.kind == "partial" and hidden.in_use() for hidden in _siblings(target.parent, target.name))
 
 
 def folder_names(parent: Path) -> set[str]:

@@ -1,18 +1,22 @@
-"""The manifest of a folder: the names, sizes and checksums of its files as they were saved."""
+"""The manifest of a folder: the names, sizes and checksums of its files, but for the card, as they were saved."""
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from longwave.errors import UserError
+from longwave.files.names import MANIFEST
+from longwave.files.opened import OpenFolder
 
-MANIFEST = "manifest.json"
 FORMAT, VERSION, ALGORITHM = "longwave-folder", 1, "crc32"
 REMEDY = "make the folder again, or copy all of it"  # where one is damaged
+_LARGEST = 32 << 20  # bytes of a manifest
+
+T = TypeVar("T")
 
 
 class SavedFile(NamedTuple):
@@ -33,23 +37,28 @@ def file_names(path: Path) -> list[str]:
     return sorted(names)
 
 
-def measured(path: Path, names: Iterable[str]) -> Iterator[SavedFile]:
+def measured(files: Iterable[T], measure: Callable[[T], SavedFile]) -> list[SavedFile]:
     """The size and checksum of each file, in order; files are read side by side, as zlib releases the GIL."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(lambda name: _measure(path / name), names)
+        return list(pool.map(measure, files))
 
 
-def _measure(path: Path) -> SavedFile:
+def measure_path(path: Path) -> SavedFile:
+    """The size and checksum of the file at a path."""
+    with open(path, "rb", buffering=0) as file:
+        return measure(file.fileno())
+
+
+def measure(descriptor: int) -> SavedFile:
     """The size and CRC-32 of a file: every single flipped bit and every burst of up to 32 bits changes it.
 
     The fastest in the standard library: 2.2 GB/s on one core, against 1.3 for SHA-256 and 1.05 for BLAKE2b.
     """
     size = checksum = 0
     buffer = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            size += count
-            checksum = zlib.crc32(buffer[:count], checksum)
+    while count := os.preadv(descriptor, [buffer], size):
+        size += count
+        checksum = zlib.crc32(buffer[:count], checksum)
     return SavedFile(size, f"{checksum:08x}")
 
 
@@ -61,30 +70,40 @@ def manifest_text(files: dict[str, SavedFile]) -> bytes:
     return f'{body[:-2]},\n "checksum": "{zlib.crc32(body.encode()):08x}"\n}}\n'.encode()
 
 
-def read_manifest(path: Path) -> dict[str, SavedFile] | None:
-    """The files that the manifest of the folder `path` lists, or None if there is no manifest.
+def read_manifest(folder: OpenFolder) -> dict[str, SavedFile] | None:
+    """The files that the manifest of a folder lists, or None if there is no manifest.
 
     Raises UserError unless its bytes are exactly those that longwave writes, so that a flipped bit in it cannot pass.
     """
-    damaged = UserError(f"{path / MANIFEST} is damaged, or was not written by longwave; {REMEDY}")
-    try:
-        raw = (path / MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
+    if MANIFEST not in folder:
         return None
-    except IsADirectoryError:
-        raise damaged from None
+    damaged = UserError(f"{folder / MANIFEST} is damaged, or was not written by longwave; {REMEDY}")
+    raw = folder.read(MANIFEST, _LARGEST)
     try:
         content: Any = json.loads(raw)
         version, files = content["version"], {name: SavedFile(**file) for name, file in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged from error
     if version != VERSION:
-        raise UserError(f"{path / MANIFEST} has version {version}; this longwave reads version {VERSION}: take a later")
+        raise UserError(
+            f"{folder / MANIFEST} has version {version}; this longwave reads version {VERSION}: take a later"
+        )
     if raw != manifest_text(files):
         raise damaged
     return files
 
 
 def checksums(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The checksum that every file of a folder was saved with (eight hexadecimal digits); empty without a manifest."""
-    return {name: file.checksum for name, file in (read_manifest(Path(path)) or {}).items()}
+    """The checksum that every file of a folder was saved with (eight hexadecimal digits).
+
+    Empty without a folder or a manifest.
+    """
+    if not os.path.isdir(path):
+        return {}
+    with OpenFolder(path) as folder:
+        return saved_checksums(folder)
+
+
+def saved_checksums(folder: OpenFolder) -> dict[str, str]:
+    """The same, of an opened folder."""
+    return {name: file.checksum for name, file in (read_manifest(folder) or {}).items()}

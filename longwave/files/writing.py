@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from longwave.errors import UserError
@@ -10,7 +11,9 @@ from longwave.files import storage
 from longwave.files.faults import faults
 from longwave.files.leftovers import Hidden, hidden_name, sweep_siblings
 from longwave.files.lock import held
-from longwave.files.manifest import MANIFEST, file_names, manifest_text, measured, read_manifest
+from longwave.files.manifest import file_names, manifest_text, measure_path, measured, read_manifest
+from longwave.files.names import CARD, MANIFEST
+from longwave.files.opened import OpenFolder
 
 
 @contextmanager
@@ -28,15 +31,17 @@ def folder(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Pat
 
 
 @contextmanager
-def add_to(path: str | os.PathLike[str]) -> Iterator[Path]:
+def add_to(path: str | os.PathLike[str], replaced: str | None = None) -> Iterator[Path]:
     """Give a staging folder for plain files that then stand in `path`, a folder in which everything else stays.
+
+    replaced: a pattern of the names of files that the new ones stand in place of, and that go with them.
 
     A new or empty folder appears whole, as with `folder`. Any other is changed file by file, first its manifest, which
     then lists the new files alone: until the last of them stands, `verify` refuses the folder. Raises as `folder` does.
     """
     target = Path(path)
     if target.is_dir() and not _is_empty_folder(target):
-        with _staging(path, lambda target: None, _merge) as staging:
+        with _staging(path, lambda target: None, partial(_merge, replaced)) as staging:
             yield staging
     else:
         with folder(path) as staging:
@@ -101,7 +106,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"cannot save to {target}: it is a file, not a folder; give another path")
     if not overwrite:
         raise UserError(f"cannot save to {target}: it exists; give another path, or remove it first")
-    if read_manifest(target) is None:
+    with OpenFolder(target) as folder:
+        ours = read_manifest(folder) is not None
+    if not ours:
         raise UserError(f"cannot save to {target}: it holds files that longwave did not write; give another path")
 
 
@@ -114,7 +121,8 @@ def _seal(staging: Path) -> None:
     names = file_names(staging)
     if MANIFEST in names:
         raise UserError(f"cannot save a file named {MANIFEST}: the name is that of longwave's own list; give another")
-    files = dict(zip(names, measured(staging, names), strict=True))
+    listed = [name for name in names if name != CARD]
+    files = dict(zip(listed, measured([staging / name for name in listed], measure_path), strict=True))
     for name in names:
         _open_up(staging / name, staging)
         storage.disk.sync(staging / name)
@@ -141,12 +149,16 @@ def _publish(staging: Hidden, overwrite: bool) -> None:
             storage.disk.rename(staging.path, staging.target)
 
 
-def _merge(staging: Hidden) -> None:
+def _merge(replaced: str | None, staging: Hidden) -> None:
     """Move every file of the staging folder over its namesake in the target, the manifest before all others."""
+    names = sorted(file_names(staging.path), key=lambda name: name != MANIFEST)
+    stale = [path for path in staging.target.glob(replaced) if path.name not in names] if replaced else []
     outcome = f"{staging.target} holds some of the new files and is refused until it is saved again"
     with faults(f"saving {staging.target}", outcome):
-        for name in sorted(file_names(staging.path), key=lambda name: name != MANIFEST):
+        for name in names:
             storage.disk.rename(staging.path / name, staging.target / name)
             if name == MANIFEST:
                 storage.disk.sync(staging.target)
+        for path in stale:
+            storage.disk.remove(path)
         storage.disk.sync(staging.target)

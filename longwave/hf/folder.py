@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from longwave import files
-from longwave.checkpoints import load, native
+from longwave.checkpoints import native, origin_of, read
+from longwave.checkpoints.card import write_card
 from longwave.checkpoints.generation import FILE as GENERATION
-from longwave.checkpoints.generation import IDS, read_generation
+from longwave.checkpoints.generation import IDS
 from longwave.checkpoints.located import INDEX
 from longwave.checkpoints.names import flat_names
 from longwave.checkpoints.weights import WeightFiles, check, write
 from longwave.config import ModelConfig
 from longwave.errors import UserError, shown
-from longwave.files.jsonfile import read_object
+from longwave.files import OpenFolder
 from longwave.hf.config import DERIVED, LongwaveConfig
 from longwave.layers.head import Head
 from longwave.model import Decoder
-from longwave.origin import Origin
 
 _CHANGING_NOTHING = {  # options that say how files are found or read elsewhere
     *("_from_auto", "_from_pipeline", "adapter_kwargs", "ignore_mismatched_sizes", "low_cpu_mem_usage", "proxies"),
@@ -101,22 +101,27 @@ def saved_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def read_with_classifier(
-    folder: Path, dtype: torch.dtype | None, device: torch.device | str
+    path: Path, dtype: torch.dtype | None, device: torch.device | str
 ) -> tuple[Decoder, dict[str, Tensor]]:
     """The decoder of a folder, and the tensors of its classifier under their names in the class: none if it has none.
 
     Whoever asks for the decoder alone gets an error that names the classifier, which would be lost.
     """
-    values = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    decoder, stored = files.read_whole(path, lambda folder: _read(folder, dtype))
+    weight = decoder.to(device).embed.weight
+    return decoder, {name: stored[flat].to(weight) for name, flat in _CLASSIFIER.items() if flat in stored}
+
+
+def _read(folder: OpenFolder, dtype: torch.dtype | None) -> tuple[Decoder, dict[str, Tensor]]:
+    """The decoder in an opened folder, and the tensors of its classifier under their names there."""
+    values = folder.object("config.json") if "config.json" in folder else {}
     if values.get("model_type") != native.MODEL_TYPE:
-        return load(folder, dtype=dtype, device=device), {}
-    files.verify(folder, unread=".safetensors")
-    decoder = native.read_model(folder, values, dtype, ignoring=tuple(_CLASSIFIER.values())).to(device)
-    decoder.origin = Origin(native.MODEL_TYPE, values, read_generation(folder, values))
+        return read(folder, dtype), {}
+    files.refuse_other(folder, unread=".safetensors")
+    decoder = native.read_model(folder, values, dtype, ignoring=tuple(_CLASSIFIER.values()))
+    decoder.origin = origin_of(folder, values)
     stored = WeightFiles(folder)
-    read = stored.load(flat for flat in _CLASSIFIER.values() if flat in stored.found)
-    weight = decoder.embed.weight
-    return decoder, {name: read[flat].to(weight) for name, flat in _CLASSIFIER.items() if flat in read}
+    return decoder, stored.load(flat for flat in _CLASSIFIER.values() if flat in stored.found)
 
 
 def save(
@@ -131,13 +136,10 @@ def save(
     if weights is not None:
         check({name: own[name].shape for name in own}, weights, "save_pretrained: state_dict")
     tensors = {names[name]: (weights or own)[name] for name in own}
-    with files.add_to(target) as staging:
+    with files.add_to(target, replaced="model*.safetensors*") as staging:  # of a save in another number of files
         _describe(model, staging)
+        write_card(cast(Any, model.base_model).decoder, staging, Path(target))
         _write_shards(tensors, staging, max_shard_size or sum(tensor.nbytes for tensor in tensors.values()))
-        written = {path.name for path in staging.iterdir()}
-    for stale in Path(target).glob("model*.safetensors*"):
-        if stale.name not in written:  # weights of an earlier save with another number of files
-            stale.unlink()
 
 
 def _describe(model: PreTrainedModel, staging: Path) -> None:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from longwave import files
-from longwave.checkpoints import find, load, native
+from longwave.checkpoints import load, native
+from longwave.checkpoints.card import write_card
 from longwave.checkpoints.generation import completed, write_generation
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
@@ -116,6 +117,7 @@ class Trainer:
             self.optimizer = recipe.optimizer.build(self.model)
             self._resume_optimizer()
         self._observers: list[Observer] = []
+        self._last: dict[str, Any] = {}  # the entry of the last step
 
     def watch(self, observer: Observer) -> None:
         """Adds an observer, which is given the entry of every step."""
@@ -193,6 +195,7 @@ class Trainer:
         entry |= figures.by_name()
         if _due(self.step, run.evaluate_every, run.steps):
             entry |= self._evaluation()
+        self._last = entry
         self._record(finite(entry | {"seconds": round(self._clock.seconds.total, 3)}), logged)
         if _due(self.step, run.checkpoint_every, run.steps):
             self._checkpoint()
@@ -278,12 +281,32 @@ class Trainer:
             self._require_finite(weights_of(self.model))
             with files.folder(self.output / "model") as staging:
                 self._write_folder(staging)
+                write_card(self.model, staging, self.output / "model")
 
     def _write_folder(self, staging: Path) -> None:
+        self.model.origin.training = {**({} if self._last else self.model.origin.training), **self._facts()}
         generation = completed(self.model.origin.generation, self.tokenizer)
         native.write_model(self.model, staging, generation)
         self.tokenizer.save(staging)
         write_generation(generation, staging)
+
+    def _facts(self) -> dict[str, str | int | float]:
+        """What the model card tells of this run so far; losses if this process made the last step."""
+        recipe, last = self.recipe, finite(self._last)
+        start = recipe.training.start_from
+        losses = {
+            "training loss, last step": last.get("loss"),
+            "held-out loss, nats a token": last.get("held_out_loss"),
+        }
+        return {
+            **({} if start is None else {"started from": Path(start).name}),
+            "data": Path(recipe.data.folder).name,
+            "steps": self.step,
+            "tokens": self.tokens,
+            "tokens of a window": recipe.training.window,
+            "optimizer": recipe.optimizer.kind,
+            **{name: loss for name, loss in losses.items() if loss is not None},
+        }
 
     @property
     def _checkpoints(self) -> Path:
@@ -332,12 +355,11 @@ class Trainer:
         run, config = self.recipe.training, self.recipe.model
         if run.start_from is None:
             return Decoder(config, run.seed).to(self.device)
-        folder = find(run.start_from)
-        start = load(folder, dtype=torch.float32, device=self.device)
+        start = load(run.start_from, dtype=torch.float32, device=self.device, tokenizer=True)
         require_finite(start, f"training.start_from = {run.start_from}", "give another folder")
         require_start(config, start.config, run.start_from)
-        if (tokenizer := Tokenizer.find(folder)) is not None:
-            self.info.require_tokenizer(tokenizer)
+        if start.tokenizer is not None:
+            self.info.require_tokenizer(start.tokenizer)
         with torch.device("meta"):
             model = Decoder(config)
         model.adopt(start.state_dict())
@@ -347,8 +369,9 @@ class Trainer:
     def _resume_optimizer(self) -> None:
         if self.step:
             folder = checkpoints.step_folder(self._checkpoints, self.step)
-            saved = WeightFiles(folder, "optimizer.safetensors")
-            self.optimizer.load_tensors({name: tensor.clone() for name, tensor in saved.load(saved.names()).items()})
+            with files.OpenFolder(folder) as opened:
+                saved = WeightFiles(opened, "optimizer.safetensors")
+                self.optimizer.load_tensors({name: one.clone() for name, one in saved.load(saved.names()).items()})
 
 
 def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,9 +3,11 @@
 What the other families add is in `test_families.py`, damage of every kind in `test_damaged_folders.py`.
 """
 
+import io
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +389,16 @@ class Bomb:
         return (Path.touch, (Path("exploded"),))
 
 
+def compressed(path: Path) -> bytes:
+    """What `torch.save` writes, compressed: a thousandth of what reading it takes."""
+    torch.save({"a": torch.zeros(1 << 16)}, path)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name))
+    return packed.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
@@ -395,9 +407,17 @@ class Bomb:
         (lambda path: torch.save([torch.ones(2)], path), "holds a list"),
         (lambda path: torch.save({"epoch": 3}, path), "epoch is a int, not a tensor"),
         (lambda path: path.write_bytes(b"PK\x03\x04 and then nothing"), "cannot be read as a state dict"),
+        (lambda path: path.write_bytes(compressed(path)), "cannot be read as a state dict.*compressed"),
+        (lambda path: torch.save({"a": torch.ones(1).expand(1 << 40)}, path), "a does not hold its own numbers"),
+        (lambda path: torch.save({"a": torch.ones(2, 2).to_sparse()}, path), "a does not hold its own numbers"),
+        (lambda path: torch.save({"a": torch.ones(2, device="meta")}, path), "a does not hold its own numbers"),
+        (lambda path: torch.save({"a\nb": 1}, path), r"'a\\nb' is a int, not a tensor"),
         (lambda path: None, r"exactly one \*.pt, \*.pth, \*.bin is needed; found: none"),
     ],
-    ids=["bomb", "bomb in a zip", "list", "number", "cut", "nothing"],
+    ids=[
+        *("bomb", "bomb in a zip", "list", "number", "cut", "compressed", "expanded", "sparse", "meta", "odd name"),
+        "nothing",
+    ],
 )
 def test_torch_file_of_anything_but_tensors_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Callable[[Path], object], named: str

@@ -28,6 +28,7 @@ from longwave.checkpoints.foreign import disassemble
 from longwave.checkpoints.names import flat_names
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
+from longwave.files import CARD
 from longwave.model import Decoder
 from longwave.streams import Stream
 
@@ -107,7 +108,7 @@ def examine(numbers: range, whole: dict[str, Path], home: Path) -> dict[str, int
 
 
 def same_files(one: Path, other: Path) -> bool:
-    files = [path.relative_to(other) for path in other.rglob("*") if path.is_file()]
+    files = [path.relative_to(other) for path in other.rglob("*") if path.is_file() and path.name != CARD]
     return all((one / file).is_file() and (one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 

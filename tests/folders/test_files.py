@@ -410,6 +410,43 @@ def test_a_save_under_way_in_this_process_is_not_swept_and_one_of_an_earlier_lif
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("pid", [999999999, None], ids=["no number here", "our own number"])
+def test_a_save_in_another_container_is_not_swept(tmp_path: Path, pid: int | None):
+    """There a living process has a number that here is nobody's, or one's own; it holds a lock on what it writes."""
+    leftover = tmp_path / f".model.partial-{pid or os.getpid()}-0123456789ab"
+    leftover.mkdir()
+    code = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_SH); print(); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(leftover)], **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        files.sweep(tmp_path)
+        assert leftover.exists()
+        other.kill()
+    files.sweep(tmp_path)
+    assert not leftover.exists()
+
+
+def test_a_folder_that_is_written_is_held(tmp_path: Path):
+    with files.folder(tmp_path / "model") as staging:
+        assert leftovers.being_written(tmp_path / "model")
+        (staging / "config.json").write_text("{}")
+        code = "import sys; from longwave import files; files.sweep(sys.argv[1])"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(leftovers, "_ACTIVE", set())  # as another process sees it that has our number
+            assert leftovers.being_written(tmp_path / "model")
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+        assert staging.exists()
+    assert not leftovers.being_written(tmp_path / "model")
+
+
+def test_leftovers_with_odd_names_are_swept(tmp_path: Path):
+    for name in ("two\nlines", "a.b", "ключ", os.fsdecode(b"\xff\xfe")):
+        (tmp_path / f".{name}.partial-999999999-0123456789ab").mkdir()
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
 def test_saving_sweeps_only_its_own_name(tmp_path: Path):
     other = tmp_path / ".other.partial-999999999-0123456789ab"  # on a shared disk it may live on another machine
     other.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from model_folders import TOKENS, logits, same, small, theirs
 from safetensors.torch import save_file
 
 import longwave
-from longwave import files, planning
+from longwave import cli, files, planning
 from longwave.checkpoints import load, load_config, save, weights
 from longwave.checkpoints.weights import WeightFiles
 from longwave.config import ModelConfig
@@ -72,7 +73,7 @@ def stored(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 def test_tensors_come_as_they_were_saved(stored: Any, monkeypatch: pytest.MonkeyPatch, block: int):
     folder, tensors = stored
     monkeypatch.setattr(weights, "_BLOCK", block)
-    saved = WeightFiles(folder)
+    saved = WeightFiles(files.OpenFolder(folder))
     assert saved.names() == tensors.keys()
     read = saved.load(saved.names())
     same(read, tensors)
@@ -82,7 +83,7 @@ def test_tensors_come_as_they_were_saved(stored: Any, monkeypatch: pytest.Monkey
 
 def test_a_part_is_read_alone_and_in_another_dtype(stored: Any):
     folder, tensors = stored
-    read = WeightFiles(folder).read({"large": torch.bfloat16, "scalar": torch.float32})
+    read = WeightFiles(files.OpenFolder(folder)).read({"large": torch.bfloat16, "scalar": torch.float32})
     same(read, {"large": tensors["large"].bfloat16(), "scalar": tensors["scalar"].float()})
 
 
@@ -90,7 +91,7 @@ def test_every_damaged_byte_is_refused_whatever_is_read(stored: Any):
     """In the header, in what is read, and in what is not."""
     folder, _ = stored
     path = folder / "model.safetensors"
-    whole, saved = path.read_bytes(), WeightFiles(folder)
+    whole, saved = path.read_bytes(), WeightFiles(files.OpenFolder(folder))
     places = {"header": 5 + 8 * 3, **{name: found.begin for name, found in saved.found.items() if found.bytes}}
     for place in places.values():
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
@@ -107,7 +108,7 @@ def test_without_a_manifest_what_is_not_wanted_is_not_read(stored: Any):
     folder, tensors = stored
     (folder / files.MANIFEST).unlink()
     path = folder / "model.safetensors"
-    saved = WeightFiles(folder)
+    saved = WeightFiles(files.OpenFolder(folder))
     place = saved.found["large"].begin
     path.write_bytes(path.read_bytes()[:place] + b"\xff" + path.read_bytes()[place + 1 :])
     same(saved.load(["odd"]), {"odd": tensors["odd"]})
@@ -154,23 +155,42 @@ def child(script: str, *arguments: str) -> str:
 # --- hub ids ----------------------------------------------------------------------------------------------------------
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
 class Hub:
     """`snapshot_download` as it is where there is a network: it puts the files that the patterns name into a cache."""
 
     def __init__(self, cache: Path, repositories: dict[str, Path]) -> None:
         self.cache, self.repositories, self.asked = cache, repositories, list[str]()
 
-    def __call__(self, name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def __call__(
+        self, name: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
+    ) -> str:
         from huggingface_hub.utils import filter_repo_objects
 
-        self.asked.append(name)
+        self.asked.append(name if revision is None else f"{name}@{revision}")
         source = self.repositories[name]
         files = [path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()]
         wanted = filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        return str(self.put(name, source, list(wanted)))
+
+    def folder(self, name: str) -> Path:
+        return self.cache / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
+
+    def put(self, name: str, source: Path, wanted: list[str]) -> Path:
+        """Files as the library's cache has them: links to blobs that are named by their content."""
+        folder = self.folder(name)
+        blobs = folder.parents[1] / "blobs"
+        for home in (folder, blobs):
+            home.mkdir(parents=True, exist_ok=True)
         for file in wanted:
-            (self.cache / name).mkdir(parents=True, exist_ok=True)
-            (self.cache / name / file).write_bytes((source / file).read_bytes())
-        return str(self.cache / name)
+            content = (source / file).read_bytes()
+            blob = hashlib.sha256(content).hexdigest()
+            (blobs / blob).write_bytes(content)
+            (folder / file).unlink(missing_ok=True)
+            (folder / file).symlink_to(f"../../blobs/{blob}")
+        return folder
 
 
 @pytest.fixture
@@ -191,29 +211,70 @@ def test_a_hub_id_is_fetched_and_loaded(hub: Hub):
     model = longwave.load("org/qwen")
     same(model.state_dict(), load(hub.repositories["org/qwen"]).state_dict())
     assert model.tokenizer is not None
-    kept = {path.name for path in (hub.cache / "org/qwen").iterdir()}
+    kept = {path.name for path in hub.folder("org/qwen").iterdir()}
     own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {name for name in kept if not name.startswith("model")} == own
-    assert not (hub.cache / "org/qwen/original").exists()
+    assert not (hub.folder("org/qwen") / "original").exists()
 
 
 def test_a_longwave_folder_on_the_hub_is_verified(hub: Hub):
     longwave.load("org/own")
     path = hub.repositories["org/own"] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(UserError, match=r"org/own/model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=rf"{COMMIT}/model\.safetensors is damaged"):
         longwave.load("org/own")
 
 
 def test_only_the_config_is_fetched_for_a_plan(hub: Hub):
     assert load_config("org/qwen") == planning.model_config("org/qwen") == load(hub.repositories["org/qwen"]).config
-    assert [path.name for path in (hub.cache / "org/qwen").iterdir()] == ["config.json"]
+    assert [path.name for path in hub.folder("org/qwen").iterdir()] == ["config.json"]
 
 
 def test_a_folder_comes_before_a_hub_id(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     save(small(), "org/own")
     assert load("org/own").config.vocab_size == 29
+    assert not hub.asked
+
+
+def test_the_hub_is_named_before_it_is_asked_and_the_commit_afterwards(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model = longwave.load("hf:org/own@v1.0")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("fetching org/own at v1.0 from the Hugging Face hub")
+    assert said[1] == f"org/own: commit {COMMIT}"
+    assert hub.asked == ["org/own@v1.0"]
+    assert model.origin.source == f"org/own@{COMMIT}"
+    for format in ("longwave", "llama"):
+        longwave.save(model, tmp_path / format, format=format)
+        assert f"| weights of | org/own@{COMMIT} |" in (tmp_path / format / files.CARD).read_text()
+    assert load(tmp_path / "longwave").origin.source == model.origin.source
+    assert load(hub.folder("org/own")).origin.source == model.origin.source  # by the path of the cache, too
+
+
+def test_every_verb_of_a_model_takes_a_revision(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["plan", "org/qwen", "--revision", "v1.0", "--context", "64"]) == 0
+    text = ["--prompt", "some", "--max-new-tokens", "1", "--device", "cpu"]
+    assert cli.main(["generate", "org/qwen", "--revision", "refs/pr/1", *text]) == 0
+    assert hub.asked == ["org/qwen@v1.0", "org/qwen@refs/pr/1"]
+    for verb in ("plan", "generate"):
+        assert cli.main([verb, str(tmp_path / "qwen"), "--revision", "v1.0"]) == 2
+        assert "--revision v1.0: of a model of the hub, such as org/name" in capsys.readouterr().err
+    for verb in (["eval"], ["inspect"], ["bench", "inference"], ["bench", "training"], ["bench", "context"]):
+        with pytest.raises(SystemExit):
+            cli.main([*verb, "--help"])
+        assert "--revision REV" in capsys.readouterr().out
+
+
+def test_a_mistyped_folder_is_not_asked_for(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    save(small(), "runs/tiny")
+    for reader in (longwave.load, load_config):
+        for path, near in (("runs/tniy", "did you mean runs/tiny? "), ("runs/x", "")):
+            with pytest.raises(UserError) as caught:
+                reader(path)
+            assert str(caught.value) == f"{path}: no such folder; {near}for a model of the hub write hf:{path}"
     assert not hub.asked
 
 

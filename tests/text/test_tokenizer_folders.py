@@ -384,9 +384,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a gigabyte": (lambda path: sparse(path / "tokenizer.json", 1 << 30), r"tokenizer\.json: 1,073,741,824 bytes"),
     "a large config": (lambda path: sparse(path / CONFIG, 1 << 30), rf"{CONFIG}: 1,073,741,824 bytes"),
     "a large template": (lambda path: sparse(path / "chat_template.jinja", 1 << 30), r"jinja: 1,073,741,824 bytes"),
-    "a pipe": (lambda path: os.mkfifo(path / MAP), rf"{MAP}: no regular file"),
-    "a pipe for a template": (lambda path: os.mkfifo(path / "chat_template.jinja"), "jinja: no regular file"),
-    "a device": (lambda path: (path / ADDED).symlink_to("/dev/zero"), rf"{ADDED}: no regular file"),
+    "a pipe": (lambda path: os.mkfifo(path / MAP), rf"{MAP} is a pipe"),
+    "a pipe for a template": (lambda path: os.mkfifo(path / "chat_template.jinja"), "jinja is a pipe"),
+    "a device": (lambda path: (path / ADDED).symlink_to("/dev/zero"), rf"{ADDED} is a device"),
     "latin-1": (lambda path: (path / "chat_template.jinja").write_bytes(b"\xe9"), r"chat_template\.jinja: not UTF-8"),
     "depth": (lambda path: (path / MAP).write_text("[" * 10**6), MAP),
 }

@@ -10,7 +10,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from longwave.cli.options import OnDevice, option
+from longwave.cli.options import OfModel, OnDevice, option
 from longwave.errors import require
 from longwave.files.jsonfile import to_json
 from longwave.units import parse_bytes, parse_sizes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Running(OnDevice):
+class Running(OnDevice, OfModel):
     """Place of a measurement, and the files it leaves."""
 
     dtype: Literal["fp32", "bf16"] = option("of activations", default="fp32")
