@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import initialization as initial
 
+from longwave.checkpoints import load
 from longwave.checkpoints.hub import FETCHING, find
 from longwave.errors import UserError
 from longwave.hf import folder
@@ -107,7 +108,7 @@ class LongwavePreTrainedModel(PreTrainedModel):
         cls, path: Path, dtype: torch.dtype | None, device: torch.device | str
     ) -> tuple[Decoder, dict[str, Tensor]]:
         """The decoder of a folder, and the tensors of the class that are none of the decoder's."""
-        return folder.load(path, dtype=dtype, device=device), {}
+        return load(path, dtype=dtype, device=device), {}
 
     def _adopt(self, tensors: dict[str, Tensor]) -> None:
         """Takes the tensors that are none of the decoder's."""
