@@ -151,7 +151,7 @@ def _own_first(options: type[Options]) -> Iterator[Field[Any]]:
     """The fields of a dataclass: its own before those of its bases, so that help begins with what is special."""
     named = {field.name: field for field in fields(options)}
     for kind in options.__mro__[:-1]:
-        yield from (named[name] for name in kind.__annotations__ if name in named)
+        yield from (named.pop(name) for name in kind.__annotations__ if name in named)
 
 
 def _takes_many(options: type[Options]) -> str | None:

