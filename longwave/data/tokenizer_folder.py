@@ -54,7 +54,7 @@ _USED_UP = {
 }
 """Keys that say how to make a tokenizer, of which nothing is left to say once it is made."""
 _PARTS = re.compile(
-    r"(tokeniz|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|tekken|chat_template|config\.)"
+    r"(tokeniz|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece|tekken|chat_template|config)"
     r"[\w./-]*\.(json|jinja|model|txt|tiktoken)"
 )
 """The names of files that a tokenizer may be made of."""
