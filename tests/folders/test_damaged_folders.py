@@ -50,7 +50,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     publish(home / "published", SALA | {"vocab_size": VOCABULARY, "max_position_embeddings": 64})
     save(load(home / "published"), home / "sala", format="minicpm_sala", tokenizer=tokenizer)
     shutil.rmtree(home / "published")
-    theirs(home / "shards", "qwen2", shard="20KB", max_position_embeddings=64, vocab_size=VOCABULARY)
+    theirs(home / "shards", "qwen3", shard="20KB", max_position_embeddings=64, vocab_size=VOCABULARY)
     tokenizer.save(home / "shards")
     return {path.name: path for path in sorted(home.iterdir())}
 
