@@ -20,6 +20,7 @@ from longwave.cli import main  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("dev", deadline=None, max_examples=25)
+settings.register_profile("few", derandomize=True, deadline=None, max_examples=3)
 settings.register_profile("thorough", deadline=None, max_examples=500)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from longwave import trial
 from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan, prepare, quickstart, recipes, train
 from longwave.cli.console import standard_streams
 from longwave.cli.output import json_line
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     try:
         verb, options = command_line().read(arguments)
+        if trial.is_on():
+            print(trial.NOTE, file=sys.stderr)
         result = verb.run(options)
         if options.json and result is not None:
             print(json_line(result))

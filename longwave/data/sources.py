@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from longwave import trial
 from longwave.data import formats
 from longwave.data.documents import Conversation, Document
 from longwave.data.formats import NotRead
@@ -103,13 +104,23 @@ def _at_least_one(found: Iterator[Document], where: str, census: Census) -> Iter
 
 def _of_one_kind(found: Iterator[Document]) -> Iterator[Document]:
     first = None
-    for document in found:
+    for document in _begun(found):
         first = first or document
         if isinstance(document, Conversation) != isinstance(first, Conversation):
             what = ("a text", "a conversation")
             kinds = what if isinstance(first, Conversation) else what[::-1]
             raise UserError(f"{document.name}: {kinds[0]}, yet {first.name} is {kinds[1]}; prepare the two apart")
         yield document
+
+
+def _begun(found: Iterator[Document]) -> Iterator[Document]:
+    """All documents; in a trial run only the first, up to half a million characters."""
+    read = 0
+    for document in found:
+        yield document
+        read += len(document.text)
+        if trial.is_on() and read >= trial.CHARACTERS:
+            return
 
 
 def _each(paths: Iterable[tuple[Path, str]], rules: Rules, census: Census) -> Iterator[Document]:

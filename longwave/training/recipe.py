@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from longwave import recipes
+from longwave import recipes, trial
 from longwave.checkpoints import load_config
 from longwave.config import ModelConfig, Strict, build
 from longwave.errors import UserError, cut, require, shown, within
@@ -110,7 +110,7 @@ def read_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     path: of a TOML file, or the name of a recipe that comes with the package. overrides: `key.path=value` words, or
     values by `key.path`.
     """
-    recipe = build(Recipe, read_values(path, overrides), str(path))
+    recipe = build(Recipe, trial.recipe(read_values(path, overrides)), str(path))
     with within(path), torch.device("meta"):
         Decoder(recipe.model)  # checks what only parts that are put together can
     return recipe

@@ -9,48 +9,58 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
 from doc_blocks import LANGUAGES, PAGES, ROOT, Block, blocks, run
 
 import longwave
 from longwave import cli
 from longwave.blocks import BLOCKS, PARTS
 from longwave.checkpoints import save
+from longwave.data.shards import prepare
+from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.model import Decoder
 from longwave.ops.decay_linear import DECAY_LINEAR
 from longwave.resamplers import BRACKETS
-from longwave.training.recipe import Recipe
+from longwave.training.recipe import Recipe, read_recipe
 
 # --- the code ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that the pages name: what a quickstart leaves, a Llama, some texts, the recipes."""
+    """A folder with everything that the pages name: models and data of a quickstart, a Llama, some text, the README.
+
+    The models have the shapes, the vocabulary and the context window that `make quickstart` leaves; they are untrained.
+    """
     folder = tmp_path_factory.mktemp("home")
-    shutil.copytree(runs.corpus(), folder / "my-text")
-    shutil.copytree(runs.prepared(), folder / "quickstart/data")
-    tokenizer = Tokenizer.load(runs.prepared())
-    for name, kind in {"llama": "llama", "subllm": "causal"}.items():
-        model = Decoder(dataclasses.replace(runs.recipe(kind).model, context_window=256))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LONGWAVE_TRIAL", "1")
+        prepare(standard_library, folder / "quickstart/data", vocab_size=4096)
+    tokenizer = Tokenizer.load(folder / "quickstart/data")
+    for name in ("llama", "subllm"):
+        model = Decoder(read_recipe(f"quickstart-{name}").model)
         save(model, folder / "quickstart" / name / "model", tokenizer=tokenizer)
         if name == "llama":
             save(model, folder / "my-llama", tokenizer=tokenizer, format="llama")
-    shutil.copytree(ROOT / "longwave/recipes", folder / "longwave/recipes")
+    some = shutil.ignore_patterns("[!a-c]*", "test*", "*.pyc", "site-packages", "__pycache__")
+    shutil.copytree(sysconfig.get_path("stdlib"), folder / "my-text", ignore=some)
     shutil.copy(ROOT / "README.md", folder)
     return folder
 
 
 @pytest.fixture
-def tables() -> Iterator[None]:
-    """What a page adds to the tables of parts, or to the forms of an op, is taken out again."""
+def at_home(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A trial run in a copy of that folder; what a page adds to the tables of parts and forms is taken out again."""
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    monkeypatch.setenv("LONGWAVE_TRIAL", "1")
     kept = [(table, dict(table)) for table in (PARTS, BLOCKS, BRACKETS)]
     forms = DECAY_LINEAR.forms
     yield
@@ -60,35 +70,79 @@ def tables() -> Iterator[None]:
         table.update(content)
 
 
-@pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_of_a_page_runs(page: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    shutil.copytree(home, tmp_path / "home")
-    monkeypatch.chdir(tmp_path / "home")
+def run_page(page: Path, long: bool) -> None:
+    """Runs every block of a page in order, as a reader would."""
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.place}: language {block.language!r} is not among {LANGUAGES}"
-        run(block, names)
+        run(block, names, long)
+
+
+LONG = [page for page in PAGES if any(block.needs == "long" for block in blocks(page))]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_the_code_of_a_page_runs(page: Path):
+    run_page(page, long=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("at_home")
+@pytest.mark.parametrize("page", LONG, ids=page_name)
+def test_the_long_code_of_a_page_runs(page: Path):
+    run_page(page, long=True)
+
+
+def test_only_few_blocks_are_parsed_alone():
+    """Each with its reason; whoever adds one adds it here."""
+    parsed = [block for page in PAGES for block in blocks(page) if block.needs]
+    assert sorted((page_name(block.page), block.needs) for block in parsed) == [
+        ("README.md", "network"),
+        ("docs/benchmarks.md", "long"),
+        ("docs/benchmarks.md", "long"),
+        ("docs/get-started.md", "network"),
+        ("docs/get-started.md", "network"),
+        ("docs/how-to/mixer.md", "tests"),
+        ("docs/how-to/resampler.md", "tests"),
+        ("docs/how-to/sala.md", "long"),
+        ("docs/how-to/train.md", "network"),
+        ("docs/index.md", "network"),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("language", "text"),
+    ("language", "text", "needs"),
     [
-        ("python", "assert 1 + 1 == 3"),
-        ("python", "import longwave as lw\nlw.load('nothing')"),
-        ("sh", "longwave plan nothing.toml"),
-        ("sh", "longwave bench inference --no-such-option x"),
-        ("sh", "make nothing"),
-        ("sh", "pip install 'longwave[nothing]'"),
-        ("sh", "python -m pytest tests/nothing.py"),
-        ("sh", "rm -rf something"),
-        ("toml", "[training]\nsteps = 2"),
+        ("python", "assert 1 + 1 == 3", None),
+        ("python", "import longwave as lw\nlw.load('nothing')", None),
+        ("python", "a page that is no Python", "gpu"),
+        ("sh", "longwave plan nothing.toml", None),
+        ("sh", "longwave bench inference bench-llama --no-such-option x", "long"),
+        ("sh", "longwave plan longwave/recipes/nothing.toml", "gpu"),
+        ("sh", "make quickstart", None),  # not run by these tests, so it has to say why
+        ("sh", "make nothing", "network"),
+        ("sh", "pip install 'longwave[nothing]'", "network"),
+        ("sh", "python -m pytest tests/nothing.py", "tests"),
+        ("sh", "rm -rf something", None),
+        ("sh", "rm -rf something", "network"),
+        ("toml", "[training]\nsteps = 2", None),
     ],
 )
-def test_a_block_that_is_wrong_is_found(language: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_block_that_is_wrong_is_found(language: str, text: str, needs: str | None, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((AssertionError, longwave.UserError)):
-        run(Block(ROOT / "README.md", 1, language, None, text + "\n"), {})
+    with pytest.raises((AssertionError, SyntaxError, longwave.UserError)):
+        run(Block(ROOT / "README.md", 1, language, None, text + "\n", needs), {})
+
+
+def test_an_unknown_need_is_found(tmp_path: Path):
+    (tmp_path / "page.md").write_text("<!-- test: luck -->\n```sh\nmake quickstart\n```\n")
+    with pytest.raises(AssertionError, match="luck"):
+        list(blocks(tmp_path / "page.md"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +155,7 @@ class Added:
 
     blocks: int
     word: str
-    tests: list[str]
+    tests: tuple[str, ...]
     setting: str
 
 
@@ -109,23 +163,22 @@ ADDED = {
     "mixer": Added(
         3,
         "C",
-        ["tests/laws/test_laws.py", "tests/laws/test_costs.py"],
+        ("tests/laws/test_laws.py", "tests/laws/test_costs.py"),
         "contract.CROSSED = 'C'\n    contract.CASES.update(contract.cases_of('C', ['subllm']))\n",
     ),
     "resampler": Added(
         2,
         "scattered",
-        ["tests/laws/test_laws.py"],
+        ("tests/laws/test_laws.py",),
         "contract.ARGUMENTS['scattered'] = '0.5'\n    contract.CASES.update(contract.cases_of('', ['scattered']))\n",
     ),
 }
 
 
-@pytest.mark.parametrize("page", ADDED)
-def test_what_a_how_to_adds_keeps_the_contract(page: str, tmp_path: Path):
-    """The contract tests, over the cases that hold what the page adds."""
+def held_to_the_contract(page: str, folder: Path, profile: str) -> None:
+    """Runs the contract tests over the cases that hold what a page adds, with as many examples as a profile draws."""
     added = ADDED[page]
-    (tmp_path / "adding.py").write_text(
+    (folder / "adding.py").write_text(
         "def pytest_configure():\n"  # once conftest.py has set up the checking of shapes
         "    import contract\n"
         "    from doc_blocks import ROOT, blocks, run\n\n"
@@ -138,19 +191,33 @@ def test_what_a_how_to_adds_keeps_the_contract(page: str, tmp_path: Path):
         "    names = [str(item.callspec.params.get('name')) if hasattr(item, 'callspec') else '' for item in items]\n"
         f"    items[:] = [item for item, name in zip(items, names) if '{added.word}' in name.split()]\n"
     )
+    paths = [str(folder), str(ROOT), str(ROOT / "tests" / "support")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "adding", "-p", "no:cacheprovider", *added.tests],
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests" / "support")]),
+            "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": "1",
+            "HYPOTHESIS_PROFILE": profile,
         },
         capture_output=True,
         text=True,
         timeout=500,
     )
     assert done.returncode == 0, done.stdout  # 5 where no test was left
+
+
+@pytest.mark.parametrize("page", ADDED)
+def test_what_a_how_to_adds_keeps_the_contract(page: str, tmp_path: Path):
+    """Every contract test, with few examples: the tests themselves are drawn over fully for longwave's own parts."""
+    held_to_the_contract(page, tmp_path, "few")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ADDED)
+def test_what_a_how_to_adds_keeps_the_contract_thoroughly(page: str, tmp_path: Path):
+    held_to_the_contract(page, tmp_path, "dev")
 
 
 # --- the lists --------------------------------------------------------------------------------------------------------

@@ -3,12 +3,16 @@
 | language | what happens to it |
 |---|---|
 | `python` | run; the blocks of a page share their names, in order; a title like `longwave/x.py` makes it a module |
-| `sh` | every command is run, `longwave` in this process and small (`SMALL`); `CHECKED` are looked at, not run |
+| `sh` | every command is run exactly as it is typed, in this process (`test_docs.py` makes it a trial run) |
 | `toml` | a whole recipe: read strictly, and written under its title so that commands after it find it |
 | `console` | a record of what was run once, with its date and machine; left alone |
 | `text` | no code: output, trees, usage; left alone |
 
 A block without a language, or with another one, is an error: nothing in the documentation goes unseen by accident.
+
+A block that cannot run here says so in a comment on the line before it, `<!-- test: network -->`, with one of the words
+of `NEEDS`. Its commands are parsed instead: options that do not exist, and files, targets and extras that are missing,
+are found. Pages below `docs/performance/` are dated records, and parsed as a whole.
 """
 
 from __future__ import annotations
@@ -28,64 +32,80 @@ from longwave.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECORDS = ROOT / "docs/performance"
 LANGUAGES = {"python", "sh", "toml", "console", "text"}
-SMALL = {  # what makes a command of the documentation a matter of seconds; added to its end, where it counts
-    "prepare": ["--vocab-size", "300", "--held-out", "0.3", "--seed", "1"],
-    "inspect": ["--first", "64"],
-    "train": [
-        *("training.steps=2", "training.window=32", "training.batch_windows=2", "training.evaluate_windows=2"),
-        *("model.hidden_size=48", "model.mlp.size=64", "schedule.warmup_steps=1"),
-    ],
+NEEDS = {
+    "network": "downloads packages or a model",
+    "gpu": "needs a CUDA device",
+    "machines": "needs several machines",
+    "tests": "runs tests, over code of the page; test_docs.py has a test that does",
+    "long": "takes a minute even as a trial run: parsed in `make test`, run in `make test-slow`",
 }
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 _TITLE = re.compile(r'title="([^"]*)"')
+_NEED = re.compile(r"^ *<!-- test: (\w+) -->$")
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: where its first line stands, its language, its title and its text."""
+    """A fenced block: where its first line stands, its language, title and text, and the word of `NEEDS` before it."""
 
     page: Path
     line: int
     language: str
     title: str | None
     text: str
+    needs: str | None = None
 
     @property
     def place(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
+    def runs(self, long: bool) -> bool:
+        """Whether it is run, and not parsed alone. long: whether blocks that take a minute are."""
+        return RECORDS not in self.page.parents and (self.needs is None or (long and self.needs == "long"))
+
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Every fenced block of a page, indented ones included; an open fence is an error."""
+    """Every fenced block of a page, indented ones included; an open fence or an unknown need is an error."""
     opened: tuple[int, str, str, str] | None = None
     body: list[str] = []
+    before = ""
     for number, line in enumerate(page.read_text(encoding="utf8").splitlines(), start=1):
         match = _FENCE.match(line)
         if opened is None and match:
-            opened, body = (number + 1, *match.groups()), []
+            opened, body, need = (number + 1, *match.groups()), [], _NEED.match(before)
+            assert need is None or need[1] in NEEDS, f"{page}:{number}: {before}: use one of {', '.join(NEEDS)}"
         elif opened is not None and match and match[2].startswith(opened[2]) and not match[3].strip():
             first, _, _, info = opened
             title = _TITLE.search(info)
             language = info.split()[0] if info.split() else ""
-            yield Block(page, first, language, title and title[1], "\n".join(body) + "\n")
+            yield Block(page, first, language, title and title[1], "\n".join(body) + "\n", need and need[1])
             opened = None
         elif opened is not None:
             body.append(line.removeprefix(opened[1]))
+        before = line
     assert opened is None, f"{page}:{opened and opened[0]}: a fence without its end"
 
 
-def run(block: Block, names: dict[str, Any]) -> None:
-    """Does what the block's language asks for, in the current folder."""
+def run(block: Block, names: dict[str, Any], long: bool = False) -> None:
+    """Does what the block's language asks for, in the current folder; only parses what cannot be run here."""
     if block.language == "python":
         code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec", dont_inherit=True)
-        exec(code, _module(block.title).__dict__ if block.title else names)
+        if block.runs(long):
+            exec(code, _module(block.title).__dict__ if block.title else names)
     elif block.language == "toml":
         _read(block)
     elif block.language == "sh":
-        for line in block.text.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                command(words, block.place)
+        for words in commands(block):
+            (command if block.runs(long) else parse)(words, block.place)
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of every command of a block."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
 
 
 def _module(path: str) -> ModuleType:
@@ -102,14 +122,18 @@ def _read(block: Block) -> None:
 
 
 def command(words: list[str], place: str) -> None:
-    """Runs one command, or checks it as `CHECKED` says."""
-    for start, check in CHECKED.items():
+    """Runs one command, as it is typed."""
+    assert words[0] == "longwave", f"{place}: {shlex.join(words)}: no way to run this; see {__name__}.NEEDS"
+    code = cli.main(words[1:])
+    assert code == 0, f"{place}: {shlex.join(words)}: exit code {code}"
+
+
+def parse(words: list[str], place: str) -> None:
+    """Looks at a command that is not run."""
+    for start, check in PARSED.items():
         if words[: len(start.split())] == start.split():
             return check(words, place)
-    assert words[0] == "longwave", f"{place}: {shlex.join(words)}: no way to run this; see {__name__}.CHECKED"
-    code = cli.main([*words[1:], *SMALL.get(words[1], [])])
-    assert code == 0, f"{place}: {shlex.join(words)}: exit code {code}"
-    return None
+    raise AssertionError(f"{place}: {shlex.join(words)}: no way to parse this; see {__name__}.PARSED")
 
 
 def _target_exists(words: list[str], place: str) -> None:
@@ -125,21 +149,24 @@ def _extras_exist(words: list[str], place: str) -> None:
     assert set(",".join(named).split(",")) <= {"", *project["optional-dependencies"]}, place
 
 
-def _parses(words: list[str], place: str) -> None:
+def _options_exist(words: list[str], place: str) -> None:
     cli.command_line().read(words[1:])
-    _files_exist(words, place)
+    _recipes_exist(words, place)
 
 
-def _files_exist(words: list[str], place: str) -> None:
-    files = [word for word in words if word.endswith((".py", ".toml"))]
+def _recipes_exist(words: list[str], place: str) -> None:
+    files = [word for word in words if word.startswith("longwave/recipes/")]
     assert [word for word in files if not (ROOT / word).exists()] == [], place
 
 
-CHECKED: dict[str, Callable[[list[str], str], None]] = {
-    "make": _target_exists,  # sets up an environment of its own, and takes minutes
-    "pip install": _extras_exist,  # would change the environment that the tests run in
-    "longwave quickstart": _parses,  # minutes; tests/command/test_cli.py runs it, small
-    "longwave bench": _parses,  # minutes at the sizes that make its figures mean something
-    "python -m pytest": _files_exist,  # these very tests; what the page adds to them has a test of its own
-    "python -m http.server": _files_exist,  # runs until it is stopped
+def _tests_exist(words: list[str], place: str) -> None:
+    files = [word for word in words if word.endswith(".py")]
+    assert [word for word in files if not (ROOT / word).exists()] == [], place
+
+
+PARSED: dict[str, Callable[[list[str], str], None]] = {
+    "make": _target_exists,
+    "pip install": _extras_exist,
+    "python -m pytest": _tests_exist,
+    "longwave": _options_exist,
 }

@@ -10,6 +10,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from longwave import trial
 from longwave.cli.options import OfModel, OnDevice, option
 from longwave.errors import require
 from longwave.files.jsonfile import to_json
@@ -53,10 +54,22 @@ _READ: dict[str, Callable[[str], Any]] = {  # fields that a command line gives a
 }
 
 
+_TRIED: dict[str, Callable[[Any], Any]] = {  # what a trial run makes of fields
+    "contexts": trial.contexts,
+    "repeats": lambda rounds: trial.at_most(rounds, 3),
+    "decode_steps": lambda steps: trial.at_most(steps, 4),
+}
+
+
 def chosen(options: Running, config: type) -> dict[str, Any]:
     """Values of the fields of a config, as far as the options have them."""
     given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(config)}
-    return {name: _READ[name](value) if name in _READ else value for name, value in given.items() if value is not None}
+    read = {name: _READ.get(name, _same)(value) for name, value in given.items() if value is not None}
+    return {name: _TRIED.get(name, _same)(value) for name, value in read.items()}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def measured(
