@@ -27,3 +27,11 @@ def test_seconds_beyond_importing_torch():
     importing, helping = (min(map(float, times)) for times in zip(*runs, strict=True))
     assert importing < 0.3
     assert helping < 0.5
+
+
+def test_every_lazy_name_is_there_and_shown():
+    import longwave
+
+    assert [name for name in longwave.__all__ if name not in dir(longwave)] == []
+    assert all(getattr(longwave, name) is not None for name in longwave.__all__)
+    assert set(longwave._HOMES) < set(longwave.__all__)

@@ -51,7 +51,7 @@ from longwave.model import Decoder
 from longwave.resamplers import BRACKETS
 from longwave.streams import Stream, Windows
 
-FEWER = settings(max_examples=max(8, settings().max_examples // 3))
+FEWER = settings(max_examples=max(min(8, settings().max_examples), settings().max_examples // 3))
 SEARCH = settings(max_examples=1000, phases=[Phase.generate], derandomize=True, database=None)
 
 every_case = pytest.mark.parametrize("name", CASES)
