@@ -3,43 +3,52 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.installed-dev
+# Where there is no NVIDIA GPU, PyTorch's CPU build is taken from here if it answers; TORCH_CPU= takes what pip finds.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart setup test test-slow test-attack test-gpu test-mixins check docs clean
+.PHONY: quickstart setup setup-dev test test-slow test-attack test-gpu test-mixins check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
 
 setup: $(STAMP)
+setup-dev: $(TOOLS)
 
-# Renewed when the dependencies change; does nothing when all is in place.
+# What longwave needs to run. Renewed when the dependencies change; does nothing when all is in place.
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longwave needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python tools/install.py '' $(TORCH_CPU)
 	touch $@
 
-test: setup
+# What tests, linters and the documentation need beside it.
+$(TOOLS): $(STAMP)
+	$(BIN)/python tools/install.py dev $(TORCH_CPU)
+	touch $@
+
+test: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not attack'
 
-test-slow: setup
+test-slow: setup-dev
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
 # Some 5,000 hostile inputs, and those of `make test` again; under 15 minutes on two cores.
-test-attack: setup
+test-attack: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack
 
-test-gpu: setup
+test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
 
 # transformers' own test mixins on longwave's classes; pip fetches them once (tests/mixins/run.py).
-test-mixins: setup
+test-mixins: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mixins/run.py
 
-check: setup
+check: setup-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 # The site, strictly: a broken link or anchor stops it (as does the test that builds it).
-docs: setup
+docs: setup-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
