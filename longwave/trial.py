@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-CHARACTERS = 1 << 20  # of text
+CHARACTERS = 1 << 19  # of text
 _SHORTER = 64  # times, the contexts of a measurement
 _MOST: dict[str, dict[str, int]] = {  # of the values of a recipe
     "training": {"steps": 2, "window": 128, "batch_windows": 2, "micro_windows": 2, "evaluate_windows": 2},
