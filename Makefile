@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.installed-dev
+LOWEST := .venv-lowest
 # Where there is no NVIDIA GPU, PyTorch's CPU build is taken from here if it answers; TORCH_CPU= takes what pip finds.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart setup setup-dev test test-slow test-attack test-gpu test-mixins check docs clean
+.PHONY: quickstart setup setup-dev test test-slow test-lowest test-attack test-gpu test-mixins check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
@@ -37,6 +38,12 @@ test-slow: setup-dev
 test-attack: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack
 
+# The tests with the lowest versions of all dependencies, in an environment of its own.
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m 'not slow and not attack'
+
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
 
@@ -52,4 +59,4 @@ docs: setup-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(LOWEST) build *.egg-info

@@ -1,7 +1,7 @@
 """Installs longwave in the environment of the Python that runs this: `python tools/install.py [EXTRA]`.
 
-PyTorch goes first. Where there is no NVIDIA GPU its CPU build is taken from PyTorch's own index, if that answers: a
-tenth of the size of the build with CUDA, which is what the package index has for Linux. Standard library only.
+PyTorch goes first. Where there is no NVIDIA GPU its CPU build is taken from PyTorch's own index, if that answers; the
+package index has the build with CUDA for Linux, which is many times as large. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {  # to download, and on the disk
-    "cpu": "PyTorch's CPU build: about 0.3 GB to download, 1.1 GB on the disk with everything else",
-    "any": "PyTorch as the package index has it: on Linux with CUDA, about 3 GB to download and 6 GB on the disk",
-    "dev": "what tests, documentation and benchmarks need: about 0.4 GB more to download, 1.1 GB on the disk",
+    "cpu": "longwave with PyTorch's CPU build: about 0.25 GB, 1.2 GB on the disk",
+    "any": "longwave with PyTorch as the package index has it: with CUDA (Linux) several GB, else about 0.25 GB",
+    "dev": "what tests, linters and the documentation need beside it: 1 GB more on the disk",
 }
 
 

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from longwave import api, checkpoints, planning
+from longwave import api, checkpoints
+from longwave.benchmarks.context.options import dense_twin
 from longwave.benchmarks.measure.checks import check_forms, check_logits, check_loss, one_pass
 from longwave.benchmarks.measure.memory import peak_memory
 from longwave.benchmarks.measure.profile import Part, Profiler, Traced
@@ -36,6 +37,8 @@ from longwave.benchmarks.measure.roofline import (
 )
 from longwave.benchmarks.measure.timing import Task, interleaved, swift_collections
 from longwave.benchmarks.results.results import Model, Options, Results, Row, against, hardware
+from longwave.checkpoints.families import family_of
+from longwave.config import ModelConfig
 from longwave.costs import Peaks, Work, count
 from longwave.errors import require
 from longwave.machine import device_of, dtype_of
@@ -46,6 +49,7 @@ from longwave.states import State
 from longwave.streams import Stream, Windows
 from longwave.units import counted
 
+DENSE_TWIN = "dense"
 Kind = Literal["inference", "training"]
 T = TypeVar("T")
 
@@ -295,12 +299,14 @@ def run(
 ) -> tuple[Results, Profiler]:
     """Times a model, a recipe with random weights or a folder, against `transformers`, another model, or nothing.
 
+    other: `auto` for transformers where it has such a model, else for `dense`, the model's twin with full attention in
+    every block and no levels.
     Two recipes of one shape share the weights that both have. trace: whether the profiler that is returned keeps the
     tasks for a trace. UserError for contexts or vocabularies that do not fit; MachineError where an output is wrong.
     """
     device = device_of(options.device)
     dtype = torch.float32 if kind == "training" else dtype_of(options.dtype)
-    models = _models(model, other, lambda path: _decoder(path, dtype, device, options.seed))
+    models = _models(model, other, partial(_decoder, dtype=dtype, device=device, seed=options.seed))
     _check_fit(models, max(options.contexts) + (options.decode_steps if kind == "inference" else 0))
     for decoder in _decoders(models).values():
         check_forms(decoder, sample_tokens(decoder, min(options.contexts), options.seed))
@@ -412,20 +418,33 @@ def _decoders(models: Sequence[TimedModel]) -> dict[int, Decoder]:
     return {id(model.decoder): model.decoder for model in models}
 
 
-def _models(model: str | Path, other: str | Path | None, read: Callable[[str | Path], Decoder]) -> list[TimedModel]:
+def default_contexts(model: str | Path, steps: int) -> tuple[int, ...]:
+    """The contexts to time where none are named: the usual ones that fit into the model's window with so many steps."""
+    room = plan.model_config(model).context_window - steps
+    return tuple(context for context in BenchOptions.contexts if context <= room) or (max(1, room),)
+
+
+def _models(model: str | Path, other: str | Path | None, read: Callable[..., Decoder]) -> list[TimedModel]:
+    config = plan.model_config(model)
+    if str(other) == "auto":
+        family = family_of(config)
+        other = "transformers" if family and family.in_transformers else DENSE_TWIN
     first = Longwave("longwave" if str(other) == "transformers" else Path(model).stem, read(model))
     if other is None:
         return [first]
     if str(other) == "transformers":
         return [first, Transformers(first.decoder)]
     name = Path(other).stem
-    return [first, Longwave(name if name != first.name else str(other), read(other))]
+    source = dense_twin(config) if other == DENSE_TWIN else other
+    return [first, Longwave(name if name != first.name else str(other), read(source))]
 
 
-def _decoder(path: str | Path, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
-    if Path(path).is_dir() or checkpoints.is_hub_id(path):
-        return api.load(path, dtype=dtype, device=device)
-    return Decoder(planning.model_config(path), seed).to(device, dtype)
+def _decoder(source: str | Path | ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+    if isinstance(source, ModelConfig):
+        return Decoder(source, seed).to(device, dtype)
+    if Path(source).is_dir() or checkpoints.is_hub_id(source):
+        return api.load(source, dtype=dtype, device=device)
+    return Decoder(plan.model_config(source), seed).to(device, dtype)
 
 
 def _check_fit(models: Sequence[TimedModel], tokens: int) -> None:

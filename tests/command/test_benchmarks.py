@@ -372,3 +372,20 @@ def _spin(seconds: float) -> None:
     until = time.process_time() + seconds
     while time.process_time() < until:
         pass
+
+
+@pytest.mark.parametrize(
+    ("layout", "against"), [("2F", "transformers"), ("F subllm(0.64: F) F", "dense"), ("S L", "dense")]
+)
+def test_what_a_model_is_timed_against_by_default(layout: str, against: str, longwave, tmp_path):
+    """Transformers where it has such a model, else the dense twin; at contexts that fit into the window."""
+    shape = f"vocab_size = 300\nhidden_size = 32\nlayout = '{layout}'\ncontext_window = 128\n"
+    subllm = "[model.subllm]\nselection = 'causal'\n" if "subllm" in layout else ""
+    parts = "[model.attention]\nheads = 2\n[model.mlp]\nsize = 48\n"
+    (tmp_path / "one.toml").write_text(f"[model]\n{shape}{parts}{subllm}")
+    for kind in ("inference", "training"):
+        result = longwave("bench", kind, tmp_path / "one.toml", "--repeats", 1, "--json")
+        assert result.code == 0, result.err
+        rows = result.json["rows"]
+        assert {row["context"] for row in rows} == {96 if kind == "inference" else 128}
+        assert any(row["subject"].startswith(against) for row in rows)

@@ -31,7 +31,7 @@ from longwave import cli
 from longwave.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECORDS = ROOT / "docs/performance"
 LANGUAGES = {"python", "sh", "toml", "console", "text"}
 NEEDS = {

@@ -36,7 +36,7 @@ class Running(OnDevice, OfModel):
 class Measuring(Running):
     """Contexts and batches of a measurement, and its repeats."""
 
-    contexts: str = option("token counts, such as 2048,64k", default="2048,8192")
+    contexts: str | None = option("token counts, such as 2048,64k (2048,8192, as far as the model's window goes)")
     batches: str = option("batch sizes, such as 1,8", default="1", name="--batch")
     repeats: int = option("interleaved rounds, of which medians are taken", default=5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from longwave.cli.bench.measuring import Measuring, chosen, measured
@@ -15,7 +15,7 @@ class Training(Measuring):
     """Options of `longwave bench training`."""
 
     model: str = argument("a recipe (random weights) or a model folder")
-    against: str = option("another recipe or folder, 'transformers' or none", default="transformers")
+    against: str = option("transformers, dense (its shape without levels), a recipe, a folder or none", default="auto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ def run(options: Training) -> dict[str, Any]:
 
     kind = "inference" if isinstance(options, Inference) else "training"
     other = None if options.against == "none" else options.against
+    if options.contexts is None:
+        fitting = models.default_contexts(options.model, getattr(options, "decode_steps", 0))
+        options = replace(options, contexts=",".join(map(str, fitting)))
     config = build(models.BenchOptions, chosen(options, models.BenchOptions), "bench")
     return measured(options, config, lambda: models.run(kind, options.model, other, config, bool(options.profile)))
 
