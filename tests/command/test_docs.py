@@ -110,6 +110,7 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/benchmarks.md", "long"),
         ("docs/get-started.md", "network"),
         ("docs/get-started.md", "network"),
+        ("docs/how-to/form.md", "long"),
         ("docs/how-to/mixer.md", "tests"),
         ("docs/how-to/resampler.md", "tests"),
         ("docs/how-to/sala.md", "long"),
@@ -209,7 +210,7 @@ def held_to_the_contract(folder: Path, profile: str) -> str:
     paths = [folder, ROOT, ROOT / "tests/support", ROOT / "tests/command"]
     files = sorted({f"tests/laws/{name}.py" for added in ADDED.values() for name in added.tests})
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-x", "-p", "adding", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-vv", "-x", "-p", "adding", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
         env={
             **os.environ,
