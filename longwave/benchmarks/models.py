@@ -420,12 +420,12 @@ def _decoders(models: Sequence[TimedModel]) -> dict[int, Decoder]:
 
 def default_contexts(model: str | Path, steps: int) -> tuple[int, ...]:
     """The contexts to time where none are named: the usual ones that fit into the model's window with so many steps."""
-    room = plan.model_config(model).context_window - steps
+    room = planning.model_config(model).context_window - steps
     return tuple(context for context in BenchOptions.contexts if context <= room) or (max(1, room),)
 
 
 def _models(model: str | Path, other: str | Path | None, read: Callable[..., Decoder]) -> list[TimedModel]:
-    config = plan.model_config(model)
+    config = planning.model_config(model)
     if str(other) == "auto":
         family = family_of(config)
         other = "transformers" if family and family.in_transformers else DENSE_TWIN
@@ -444,7 +444,7 @@ def _decoder(source: str | Path | ModelConfig, dtype: torch.dtype, device: torch
         return Decoder(source, seed).to(device, dtype)
     if Path(source).is_dir() or checkpoints.is_hub_id(source):
         return api.load(source, dtype=dtype, device=device)
-    return Decoder(plan.model_config(source), seed).to(device, dtype)
+    return Decoder(planning.model_config(source), seed).to(device, dtype)
 
 
 def _check_fit(models: Sequence[TimedModel], tokens: int) -> None:
