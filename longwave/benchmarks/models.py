@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from longwave import api, checkpoints
+from longwave import api, checkpoints, planning
 from longwave.benchmarks.context.options import dense_twin
 from longwave.benchmarks.measure.checks import check_forms, check_logits, check_loss, one_pass
 from longwave.benchmarks.measure.memory import peak_memory
