@@ -84,6 +84,13 @@ def _has_bytes(part: Any) -> bool:
     return part.get("type") == "ByteLevel" or any(_has_bytes(one) for one in part.get("pretokenizers", ()))
 
 
+def size_of(definition: Definition) -> int:
+    """The largest id plus one."""
+    vocabulary = definition["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return 1 + max([*ids, *(token["id"] for token in definition["added_tokens"])], default=-1)
+
+
 def unk_of(model: dict[str, Any]) -> str | None:
     """The token that a model gives for what it does not know."""
     if "unk_id" in model:

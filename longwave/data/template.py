@@ -17,6 +17,7 @@ from longwave.data.documents import Message
 from longwave.data.marks import Marks, Span
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
+from longwave.files.jsonfile import plain
 
 _DRAW = secrets.randbits(64)  # drawn in each process, so that no message can hold an opening or closing by chance
 _OPENING, _CLOSING = f"\ue002{_DRAW}\ue001", f"\ue003{_DRAW}\ue001"
@@ -92,7 +93,7 @@ class Template:
         """
         for token in self._marks.unmarked(text):
             if not _says(messages, token):
-                made = f"the chat template puts {token} together out of parts"
+                made = f"the chat template puts {plain(token)} together out of parts"
                 raise UserError(f"{where}: {made}; write it in the template as one string")
 
 

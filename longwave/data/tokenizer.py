@@ -20,10 +20,11 @@ from tokenizers import AddedToken, Encoding, Regex, decoders, models, pre_tokeni
 
 from longwave import files
 from longwave.data import tokenizer_folder
-from longwave.data.hiding import hidden, unk_of
+from longwave.data.hiding import hidden, size_of, unk_of
 from longwave.data.tokenizer_folder import LARGEST_VOCABULARY
 from longwave.errors import UserError, require, shown
 from longwave.files import OpenFolder
+from longwave.files.jsonfile import brief, plain
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 REPLACEMENT = "\ufffd"
@@ -72,8 +73,8 @@ class Tokenizer:
             self._special.get(self.named_tokens.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")
         )
         self.opening, self.closing = _around(backend)
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         definition = json.loads(self._definition)
+        self.vocab_size = size_of(definition)
         self.cleans = _cleans_blanks(config, definition["model"]["type"])
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(hidden(definition, self._special)))
         self._forbidden = self._never_said(unk_of(definition["model"]))
@@ -147,7 +148,7 @@ class Tokenizer:
                 "text: not valid Unicode (a lone surrogate); give text that can be written as UTF-8"
             ) from error
         except Exception as error:  # the library raises bare Exceptions, as for a word that a vocabulary lacks
-            raise UserError(f"text: this tokenizer cannot write it ({error})") from error
+            raise UserError(f"text: this tokenizer cannot write it ({brief(error)})") from error
         if self._forbidden is not None and any(self._forbidden in encoding.ids for encoding in encodings):
             name = shown(self.special_tokens[self._forbidden])
             raise UserError(f"text: this tokenizer writes what it does not know as {name}, which has another meaning")
@@ -331,14 +332,14 @@ def _special_tokens(backend: tokenizers.Tokenizer, named: Mapping[str, str], ext
     for name, token in [*named.items(), *(("additional_special_tokens", token) for token in extra)]:
         id = backend.token_to_id(token)
         if id is None:
-            raise UserError(f"{name} = {shown(token)}: the vocabulary has no such token")
+            raise UserError(f"{plain(name)} = {shown(token)}: the vocabulary has no such token")
         special[token] = id
     return special
 
 
 def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text."""
-    for text in [_PROBE, *islice(backend.get_vocab(with_added_tokens=False), _PROBES)]:
+    for text in _probes(backend):
         try:
             encoding = backend.encode(text)
         except Exception:  # a text that the vocabulary lacks words for; the library raises bare Exceptions
@@ -347,6 +348,11 @@ def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
         if own:
             return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
     raise UserError(f"the tokenizer gives no ids for {_PROBE!r}, nor for words of its vocabulary")
+
+
+def _probes(backend: tokenizers.Tokenizer) -> Iterator[str]:
+    yield _PROBE
+    yield from islice(backend.get_vocab(with_added_tokens=False), _PROBES)
 
 
 def _content(token: Any) -> Any:
