@@ -551,11 +551,11 @@ TEMPLATE = "{% for message in messages %}<{{ message['role'] }}>{{ message['cont
 
 @pytest.fixture
 def chatty(tmp_path: Path) -> Path:
-    """A Qwen2 folder with a tokenizer that knows fewer special tokens than the configs, and a chat template."""
+    """A Qwen3 folder with a tokenizer that knows fewer special tokens than the configs, and a chat template."""
     from longwave.data.tokenizer import Tokenizer
 
     folder = tmp_path / "chatty"
-    theirs(folder, "qwen2", vocab_size=280, bos_token_id=3, eos_token_id=1, pad_token_id=5)
+    theirs(folder, "qwen3", vocab_size=280, bos_token_id=3, eos_token_id=1, pad_token_id=5)
     Tokenizer.train(["some text of some words"], 280).save(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["bos_token"]
@@ -566,7 +566,7 @@ def chatty(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format", ["qwen2", "longwave"])
+@pytest.mark.parametrize("format", ["qwen3", "longwave"])
 def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, format: str):
     model = longwave.load(chatty)
     assert model.origin.generation["eos_token_id"] == [1, 7]
@@ -577,7 +577,7 @@ def test_ids_defaults_and_chat_template_survive(chatty: Path, tmp_path: Path, fo
     again = longwave.load(tmp_path / "back")
     assert again.origin.generation == model.origin.generation
     assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == TEMPLATE
-    if format == "qwen2":
+    if format == "qwen3":
         config = AutoConfig.from_pretrained(tmp_path / "back")
         assert {name: getattr(config, name) for name in ids} == ids
 
@@ -586,7 +586,7 @@ def test_text_ends_at_every_token_that_the_folder_names(chatty: Path):
     model = longwave.load(chatty)
     assert model.tokenizer is not None
     prompt = "some text"
-    whole = greedy(model, torch.tensor(model.tokenizer.encode(prompt)), 40)
+    whole = greedy(model, torch.tensor(model.tokenizer.encode(prompt, add_bos=True)), 40)
     stop = next(token for at, token in enumerate(whole) if at > 3 and token not in whole[:at])
     model.origin.generation = {"eos_token_id": [279, stop]}
     expected = model.tokenizer.decode(whole[: whole.index(stop) + 1])
