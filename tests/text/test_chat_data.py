@@ -19,7 +19,8 @@ from longwave.data import shards
 from longwave.data.chat import DEFAULT_TEMPLATE, ChatEncoder, LossOn
 from longwave.data.documents import Conversation
 from longwave.data.packed import NO_TARGET, PackedTokens, WindowSampler
-from longwave.data.shards import PreparedInfo, SplitTokens, iter_documents, prepare
+from longwave.data.prepared import PreparedInfo, SplitTokens, iter_documents
+from longwave.data.shards import prepare
 from longwave.data.sources import documents
 from longwave.data.splitting import split_held_out
 from longwave.data.tokenizer import Tokenizer

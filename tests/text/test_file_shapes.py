@@ -25,7 +25,8 @@ from chats import talk
 from longwave.cli import main
 from longwave.data import formats
 from longwave.data.documents import Conversation
-from longwave.data.shards import PreparedInfo, prepare
+from longwave.data.prepared import PreparedInfo
+from longwave.data.shards import prepare
 from longwave.data.sources import Census, documents
 from longwave.errors import UserError
 
