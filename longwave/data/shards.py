@@ -37,7 +37,8 @@ from longwave.errors import UserError
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
 TRAINING_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary, and its training holds every word in memory
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
+_CHUNK_BYTES, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
+_SLICE = 1 << 20  # characters: of a text that a tokenizer is trained on, since the library gathers 256 of them
 
 Progress = Callable[[str, int], None]
 """Called with the stage ("tokenizer", then "tokens") and the bytes of text that the stage has read so far."""
@@ -173,13 +174,14 @@ def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encode
 def _chunks(pairs: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
     """Documents in groups small enough for memory and large enough to keep every core busy."""
     chunk: list[tuple[Document, bool]] = []
-    characters = 0
+    taken = 0
     for pair in pairs:
-        chunk.append(pair)
-        characters += len(pair[0].text)
-        if characters >= _CHUNK_CHARACTERS or len(chunk) == _CHUNK_DOCUMENTS:
+        size = len(pair[0].text.encode())
+        if chunk and (taken + size > _CHUNK_BYTES or len(chunk) == _CHUNK_DOCUMENTS):
             yield chunk
-            chunk, characters = [], 0
+            chunk, taken = [], 0
+        chunk.append(pair)
+        taken += size
     if chunk:
         yield chunk
 
@@ -191,7 +193,7 @@ def _training_texts(pairs: Iterator[tuple[Document, bool]]) -> Iterator[str]:
             return
         if not is_held_out:
             room -= len(document.text)
-            yield document.text
+            yield from (document.text[start : start + _SLICE] for start in range(0, len(document.text), _SLICE))
 
 
 def _reporting(

@@ -219,10 +219,10 @@ def test_memory_is_bounded_by_the_chunk_and_by_what_the_tokenizer_sees(tmp_path:
     seen: list[int] = []
     whole = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [seen.append(len(texts)), whole(self, texts)][1])
-    monkeypatch.setattr(shards, "_CHUNK_CHARACTERS", 30)
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 30)
     monkeypatch.setattr(shards, "TRAINING_CHARACTERS", len(TEXTS[0]) + 1)
     info = prepare(corpus, tmp_path / "data", vocab_size=270, held_out=0.0)
-    assert seen[:2] == [5, 2]
+    assert seen[:2] == [4, 1]
     assert sum(seen) == len(TEXTS)
     assert info.tokenizer == Tokenizer.train(TEXTS[:2], 270).fingerprint
 

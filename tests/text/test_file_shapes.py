@@ -300,7 +300,7 @@ def test_rows_beyond_the_limit_are_refused_before_they_are_read(tmp_path: Path, 
 
 
 def test_a_long_text_of_a_row_is_cut_like_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(formats, "PIECE_BYTES", 50)
     text = "a line of it\n" * 40
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "short"}, {"text": text}]))
     found = list(documents(tmp_path / "a.jsonl"))
