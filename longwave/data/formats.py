@@ -84,13 +84,13 @@ class _Opened(NamedTuple):
     unpack: Callable[[BinaryIO], Any] | None
 
     @contextmanager
-    def bytes(self) -> Iterator[BinaryIO]:
+    def bytes(self) -> Iterator[io.BufferedReader]:
         with self.path.open("rb") as file:
             if self.unpack is None:
                 yield file
             else:
                 with io.BufferedReader(self.unpack(file), _BLOCK) as unpacked:
-                    yield unpacked  # type: ignore[misc]
+                    yield unpacked
 
     @contextmanager
     def text(self) -> Iterator[io.TextIOBase]:
@@ -118,7 +118,7 @@ def _text(opened: _Opened) -> Iterator[str]:
         yield from pieces(file)
 
 
-def pieces(file: BinaryIO) -> Iterator[str]:
+def pieces(file: io.BufferedIOBase) -> Iterator[str]:
     """A text in UTF-8 in pieces of at most `PIECE_BYTES` that end with a line; a byte order mark is left out."""
     rest = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while block := rest + file.read(PIECE_BYTES - len(rest)):

@@ -202,6 +202,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path):
 def test_without_bos_and_eos_documents_are_bare_and_still_apart(tmp_path: Path):
     TOKENIZER.save(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
+    definition = json.loads((tmp_path / "bare" / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(definition))
     prepare(corpus, tmp_path / "data", tokenizer=Tokenizer.load(tmp_path / "bare"), held_out=0.3)
     assert [tokens.tolist() for tokens in iter_documents(tmp_path / "data", "train")] == [
         d[1:-1] for d in encoded(False)

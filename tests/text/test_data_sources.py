@@ -137,7 +137,7 @@ def test_a_split_that_leaves_one_side_empty_says_what_would_do():
         list(split_held_out(pair, 1e-9))
     enough = float(str(caught.value).split("; ")[1].split()[0])
     assert sum(named(split_held_out(pair, enough)).values()) == 1
-    with pytest.raises(UserError, match="all 2 documents"):
+    with pytest.raises(UserError, match="2 documents, all held out"):
         list(split_held_out(pair, 0.999))
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match="held_out = "):
