@@ -29,7 +29,7 @@ from longwave.data.encoding import Kind
 from longwave.data.intact import Intact
 from longwave.data.sources import LeftOut
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError, require
+from longwave.errors import MachineError, UserError, require
 
 FORMAT = 1
 META_FILE, LEARNED_FILE = "meta.json", "learned.bin"
@@ -148,8 +148,8 @@ class SplitTokens:
 
     info: the description of the prepared folder. where: the split's folder, named in error messages.
     edges: the places where answers start and end, alternating and ascending; None where every token is learned.
-    Raises UserError for a folder that is not a prepared one, and for files that are missing or damaged: shards of
-    tokens when they are first read, all others at once.
+    Raises UserError for a folder that is not a prepared one, and for files that are missing, cut or damaged. A shard of
+    tokens that is damaged is found when it is first read: a MachineError.
     """
 
     def __init__(self, folder: str | Path, split: Split):
@@ -203,13 +203,22 @@ class SplitTokens:
             number += 1
 
     def _shard(self, number: int) -> NDArray[np.unsignedinteger]:
-        """The tokens of a shard, which are checked when they are first read."""
+        """The tokens of a shard, which are checked when they are first read. MachineError if they are damaged.
+
+        A run is on its way by then, and ends as with any fault of the machine.
+        """
         if number not in self._checked:
-            path = self._intact.require(f"{self.where.name}/{tokens_file(number)}")
-            fits = int(self.shards[number].max()) < self.info.vocab_size
-            require(fits, f"{path}: corrupted (ids beyond the vocabulary of {self.info.vocab_size}); {_AGAIN}")
+            try:
+                self._check(number)
+            except UserError as error:
+                raise MachineError(str(error)) from error
             self._checked.add(number)
         return self.shards[number]
+
+    def _check(self, number: int) -> None:
+        path = self._intact.require(f"{self.where.name}/{tokens_file(number)}")
+        fits = int(self.shards[number].max()) < self.info.vocab_size
+        require(fits, f"{path}: corrupted (ids beyond the vocabulary of {self.info.vocab_size}); {_AGAIN}")
 
     def _tokens(self, number: int, size: int) -> NDArray[np.unsignedinteger]:
         """The memory map of a shard, as a plain array: slicing `np.memmap` itself costs several times more."""
