@@ -25,7 +25,8 @@ from longwave.benchmarks.measure.roofline import measure_peaks
 from longwave.benchmarks.models import BenchOptions, Longwave, TimedModel, Transformers, bench_inference, bench_training
 from longwave.benchmarks.results.results import Row
 from longwave.data.packed import PackedTokens
-from longwave.data.shards import PreparedInfo, iter_documents, prepare
+from longwave.data.prepared import PreparedInfo, iter_documents
+from longwave.data.shards import prepare
 from longwave.data.sources import Source, documents, standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, require

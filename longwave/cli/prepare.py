@@ -10,7 +10,7 @@ from longwave.cli.parser import Verb
 from longwave.units import counted
 
 if TYPE_CHECKING:
-    from longwave.data.shards import PreparedInfo
+    from longwave.data.prepared import PreparedInfo
 
 
 @dataclass(frozen=True, kw_only=True)

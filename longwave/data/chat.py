@@ -10,9 +10,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from longwave.data.conversations import ASSISTANT, is_label
@@ -34,6 +35,11 @@ DEFAULT_TEMPLATE = (
 """The template for a tokenizer without one: ChatML, with bos and eos around every turn, which no message can write."""
 
 LossOn = Literal["assistant", "all"]
+
+# The most of one conversation: a text is tokenised whole, in up to 190 bytes of memory per byte, and where each answer
+# is rendered on its own, the time grows with the square of the messages.
+LONGEST_CHARACTERS = 2 << 20
+_MOST_RENDERED = 1 << 20  # renderings times messages
 
 
 class Chat:
@@ -77,6 +83,7 @@ class Chat:
         where, messages = conversation.name, conversation.messages
         skipped = f"{where}: a message with weight 0 cannot be left out of a loss on all; use --loss-on assistant"
         require(loss_on == "assistant" or not conversation.unlearned, skipped)
+        _require_size(conversation, 1 if loss_on == "all" or self._template.names_answers else len(messages))
         if loss_on == "all" or self._template.names_answers:
             whole = self._template.render(messages, where, variables=self._variables(conversation))
             _require_asked(messages, whole.asked, where)
@@ -170,6 +177,28 @@ def _require_asked(messages: Sequence[Message], asked: frozenset[tuple[str, str]
         require(not unread, _unread(f"{where}: messages[{place}]", unread))
 
 
+def _require_size(conversation: Conversation, renderings: int) -> None:
+    """Raises UserError for a conversation that would take more memory or time than any machine should give it."""
+    where, size, count = conversation.name, len(conversation.text), len(conversation.messages)
+    longest = f"{where}: a conversation of {size:,} characters; cut it, {LONGEST_CHARACTERS:,} is the most"
+    require(size <= LONGEST_CHARACTERS, longest)
+    most = f"{where}: a conversation of {count:,} messages, each answer of which would be rendered on its own; cut it"
+    require(count * renderings <= _MOST_RENDERED, f"{most}, or enclose answers in {{% generation %}} in the template")
+
+
+def _together(texts: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    """Texts in groups that are small enough for memory, and large enough to keep every core busy."""
+    group, size = list[Rendered](), 0
+    for text in texts:
+        if group and size + len(text.text) > LONGEST_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text.text)
+    if group:
+        yield group
+
+
 def _unread(where: str, names: Sequence[str]) -> str:
     some = [plain(name) for name in names[:5]]
     ways = " ".join(f"--ignore {name}" for name in some)
@@ -206,7 +235,7 @@ class ChatEncoder:
         Several, where the template shows an earlier answer differently once others follow.
         """
         texts = [self._chat.texts(one, self._loss_on) for one in documents]
-        encoded = iter(self._chat.encode([text for some in texts for text in some]))
+        encoded = chain.from_iterable(map(self._chat.encode, _together(chain.from_iterable(texts))))
         return [[self._learned(next(encoded)) for _ in some] for some in texts]
 
     def _learned(self, encoded: Encoded) -> Encoded:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from longwave import draws
-from longwave.data.shards import Split, SplitTokens
+from longwave.data.prepared import Split, SplitTokens
 from longwave.errors import MachineError, UserError
 from longwave.streams import Stream, Windows
 from longwave.units import counted

@@ -1,11 +1,4 @@
-"""Prepared data: a folder of token shards larger than memory, written once and read through memory maps.
-
-    out/tokenizer.json, tokenizer_config.json
-    out/meta.json                     what the folder holds: `PreparedInfo`
-    out/{train,held_out}/
-        tokens-00000.bin              the split's tokens laid end to end (uint16 or uint32, little-endian)
-        documents-00000.npy           where in the split each document that starts in this shard starts (int64)
-        learned.bin                   conversations only: where in the split each answer starts and ends (int64)
+"""Documents into prepared data (`prepared.py` says what its folder holds), in memory that does not grow with them.
 
 A text is stored as bos, its ids and eos (bos and eos only where the vocabulary has them), a conversation as its chat
 template writes it. Every shard but the last has the same number of tokens, and documents run across shards. The folder
@@ -14,139 +7,41 @@ appears whole or not at all (`files.folder`).
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from longwave import files
 from longwave.data.chat import ChatEncoder, LossOn
 from longwave.data.documents import Conversation, Document
-from longwave.data.encoding import Encoded, Encoder, Kind, TextEncoder
-from longwave.data.sources import Census, LeftOut, Source, documents
+from longwave.data.encoding import Encoded, Encoder, TextEncoder
+from longwave.data.prepared import (
+    FORMAT,
+    LEARNED_FILE,
+    META_FILE,
+    DType,
+    PreparedInfo,
+    SplitInfo,
+    documents_file,
+    on_disk,
+    tokens_file,
+)
+from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
-FORMAT = 1
-META_FILE, LEARNED_FILE = "meta.json", "learned.bin"
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
 TRAINING_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary, and its training holds every word in memory
-_CHUNK_CHARACTERS, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
+_CHUNK_BYTES, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
+_SLICE = 1 << 20  # characters: of a text that a tokenizer is trained on, since the library gathers 256 of them
 
-Split = Literal["train", "held_out"]
-DType = Literal["uint16", "uint32"]
 Progress = Callable[[str, int], None]
 """Called with the stage ("tokenizer", then "tokens") and the bytes of text that the stage has read so far."""
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """Sizes of one split.
-
-    bytes: UTF-8 bytes of the learned text, the denominator of bits per byte.
-    shards: number of tokens of each shard file.
-    learned: number of tokens that are learned; None where all are.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    documents: int
-    bytes: int
-    tokens: int
-    shards: list[int]
-    learned: int | None = None
-
-    @property
-    def targets(self) -> int:
-        """Number of tokens that are learned."""
-        return self.tokens if self.learned is None else self.learned
-
-
-@dataclass(frozen=True)
-class PreparedInfo:
-    """Description of a prepared folder: the content of its `meta.json`.
-
-    tokenizer: the fingerprint of the tokenizer that made the ids.
-    kind: `chat` where the documents are conversations, which training windows do not cut.
-    left_out: number of conversations left out, since they have no answer that is learned.
-    not_read: the files and rows of the source that hold nothing to learn, by the reason.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
-    format: int
-    vocab_size: int
-    dtype: DType
-    tokenizer: str
-    train: SplitInfo
-    held_out: SplitInfo
-    kind: Kind = "text"
-    left_out: int = 0
-    not_read: list[LeftOut] = field(default_factory=list)
-
-    @property
-    def documents(self) -> int:
-        """Number of documents of both splits."""
-        return self.train.documents + self.held_out.documents
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of both splits."""
-        return self.train.tokens + self.held_out.tokens
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the learned text of both splits."""
-        return self.train.bytes + self.held_out.bytes
-
-    @classmethod
-    def read(cls, folder: str | Path) -> PreparedInfo:
-        """Raises UserError for a folder that is not a prepared one, is damaged, or is of another version."""
-        path = Path(folder) / META_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{folder}: not a prepared folder (no {META_FILE}); make one with `longwave prepare TEXT OUT`"
-            )
-        try:
-            info = TypeAdapter(cls).validate_json(path.read_bytes())
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(part) for part in fault["loc"])
-            raise UserError(
-                f"{path}: corrupted ({where or 'content'}: {fault['msg']}); prepare the data again"
-            ) from error
-        if info.format != FORMAT:
-            raise UserError(f"{path}: format = {info.format}: this version reads {FORMAT}; prepare the data again")
-        if not files.verify(folder, full=False):
-            raise UserError(f"{folder}: has no {files.MANIFEST} to check its shards against; prepare the data again")
-        return info
-
-    def to_json(self) -> bytes:
-        return TypeAdapter(PreparedInfo).dump_json(self, indent=2) + b"\n"
-
-    def split(self, split: Split) -> SplitInfo:
-        return {"train": self.train, "held_out": self.held_out}[split]
-
-    def require_vocab(self, vocab_size: int) -> None:
-        """Raises UserError unless a model with `vocab_size` entries can take every id of this data."""
-        if vocab_size < self.vocab_size:
-            raise UserError(f"vocab_size = {vocab_size}: the data's ids need at least {self.vocab_size}")
-
-    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError unless the data was written with this very tokenizer."""
-        if tokenizer.fingerprint != self.tokenizer:
-            raise UserError(
-                f"tokenizer = {tokenizer.fingerprint[:12]}: the data was written with {self.tokenizer[:12]}; "
-                "prepare it with the model's own tokenizer"
-            )
 
 
 def prepare(
@@ -199,84 +94,12 @@ def prepare(
         return info
 
 
-class SplitTokens:
-    """The tokens of one split, read through memory maps; len() is their number.
-
-    info: the description of the prepared folder. where: the split's folder, named in error messages.
-    edges: the places where answers start and end, alternating and ascending; None where every token is learned.
-    Raises UserError for a folder that is not a prepared one, and for files that are missing or whose size has changed
-    since they were written.
-    """
-
-    def __init__(self, folder: str | Path, split: Split):
-        self.info = info = PreparedInfo.read(folder)
-        self.where = Path(folder) / split
-        numbers = range(len(info.split(split).shards))
-        self.shards = [_map_tokens(_tokens_file(self.where, number), info.dtype) for number in numbers]
-        self._starts = [np.asarray(np.load(_documents_file(self.where, n), mmap_mode="r")) for n in numbers]
-        if [len(shard) for shard in self.shards] != info.split(split).shards:
-            raise UserError(f"{folder}/{META_FILE}: corrupted (the shards of {split} differ); prepare the data again")
-        self._bounds = [0, *accumulate(len(shard) for shard in self.shards)]
-        self.edges = None if info.split(split).learned is None else _map_edges(self.where / LEARNED_FILE)
-
-    def __len__(self) -> int:
-        return self._bounds[-1]
-
-    def read(self, start: int, stop: int) -> NDArray[np.unsignedinteger]:
-        """The tokens from `start` up to `stop`, cut at the end of the split; a view if they lie in one shard."""
-        pieces = [
-            self.shards[number][max(start - base, 0) : stop - base] for number, base in self._touched(start, stop)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.uint16)])
-
-    def starts(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The places from `start` up to `stop` where documents start."""
-        pieces = [_between(self._starts[number], start, stop) for number, _ in self._touched(start, stop)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.int64)])
-
-    def learned(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which of the tokens from `start` up to `stop` are to be predicted."""
-        if self.edges is None:
-            return np.ones(stop - start, np.bool_)
-        # A token lies within an answer if an odd number of edges stand at or before it: one more start than ends.
-        return np.searchsorted(self.edges, np.arange(start, stop), side="right") % 2 == 1
-
-    def documents(self) -> Iterator[NDArray[np.unsignedinteger]]:
-        """The tokens of each whole document, in order."""
-        start = None
-        for starts in self._starts:
-            for stop in starts:
-                if start is not None:
-                    yield self.read(start, int(stop))
-                start = int(stop)
-        if start is not None:
-            yield self.read(start, len(self))
-
-    def _touched(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The numbers of the shards that hold any of the tokens, each with the place in the split where it begins."""
-        number = bisect_right(self._bounds, start) - 1
-        while number < len(self.shards) and self._bounds[number] < stop:
-            yield number, self._bounds[number]
-            number += 1
-
-
-def iter_documents(folder: str | Path, split: Split = "held_out") -> Iterator[NDArray[np.unsignedinteger]]:
-    """The tokens of each whole document of a split, bos and eos included, for evaluation.
-
-    Raises UserError when the split has no documents, and where `SplitTokens` does.
-    """
-    tokens = SplitTokens(folder, split)
-    if len(tokens) == 0:
-        raise UserError(f"{tokens.where}: holds no documents; prepare the data with held_out greater than 0")
-    return tokens.documents()
-
-
 class _Writer:
     """Appends documents to the shards of one split."""
 
     def __init__(self, folder: Path, dtype: DType, by_answer: bool):
         folder.mkdir()
-        self._folder, self._dtype = folder, _on_disk(dtype)
+        self._folder, self._dtype = folder, on_disk(dtype)
         self._file: BinaryIO | None = None
         self._edges = (folder / LEARNED_FILE).open("wb") if by_answer else None
         self._starts: list[int] = []
@@ -318,7 +141,7 @@ class _Writer:
         if self._file is not None and self._shards[-1] < SHARD_TOKENS:
             return self._file
         self._close()
-        self._file = _tokens_file(self._folder, len(self._shards)).open("wb")
+        self._file = (self._folder / tokens_file(len(self._shards))).open("wb")
         self._shards.append(0)
         return self._file
 
@@ -326,7 +149,7 @@ class _Writer:
         if self._file is None:
             return
         self._file.close()
-        np.save(_documents_file(self._folder, len(self._shards) - 1), np.array(self._starts, dtype=np.int64))
+        np.save(self._folder / documents_file(len(self._shards) - 1), np.array(self._starts, dtype=np.int64))
         self._file, self._starts = None, []
 
 
@@ -351,13 +174,14 @@ def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encode
 def _chunks(pairs: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
     """Documents in groups small enough for memory and large enough to keep every core busy."""
     chunk: list[tuple[Document, bool]] = []
-    characters = 0
+    taken = 0
     for pair in pairs:
-        chunk.append(pair)
-        characters += len(pair[0].text)
-        if characters >= _CHUNK_CHARACTERS or len(chunk) == _CHUNK_DOCUMENTS:
+        size = len(pair[0].text.encode())
+        if chunk and (taken + size > _CHUNK_BYTES or len(chunk) == _CHUNK_DOCUMENTS):
             yield chunk
-            chunk, characters = [], 0
+            chunk, taken = [], 0
+        chunk.append(pair)
+        taken += size
     if chunk:
         yield chunk
 
@@ -369,7 +193,7 @@ def _training_texts(pairs: Iterator[tuple[Document, bool]]) -> Iterator[str]:
             return
         if not is_held_out:
             room -= len(document.text)
-            yield document.text
+            yield from (document.text[start : start + _SLICE] for start in range(0, len(document.text), _SLICE))
 
 
 def _reporting(
@@ -380,30 +204,3 @@ def _reporting(
         size += len(pair[0].text.encode())
         progress(stage, size)
         yield pair
-
-
-def _between(starts: NDArray[np.int64], start: int, stop: int) -> NDArray[np.int64]:
-    first, last = np.searchsorted(starts, (start, stop))
-    return starts[first:last]
-
-
-def _tokens_file(folder: Path, number: int) -> Path:
-    return folder / f"tokens-{number:05d}.bin"
-
-
-def _documents_file(folder: Path, number: int) -> Path:
-    return folder / f"documents-{number:05d}.npy"
-
-
-def _on_disk(dtype: DType) -> np.dtype:
-    return np.dtype(dtype).newbyteorder("<")
-
-
-def _map_edges(path: Path) -> NDArray[np.int64]:
-    """The edges of a split, memory-mapped where there are any: an empty file cannot be mapped."""
-    return np.asarray(np.memmap(path, dtype="<i8", mode="r")) if path.stat().st_size else np.empty(0, np.int64)
-
-
-def _map_tokens(path: Path, dtype: DType) -> NDArray[np.unsignedinteger]:
-    """A plain array over the memory map: slicing `np.memmap` itself costs several times more."""
-    return np.asarray(np.memmap(path, dtype=_on_disk(dtype), mode="r"))

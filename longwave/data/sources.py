@@ -189,10 +189,11 @@ def _file(path: Path, name: str, rules: Rules, census: Census) -> Iterator[Docum
 
 def _pieces(document: Document) -> Iterator[Document]:
     """A document, cut at line ends where it is a long text."""
-    if isinstance(document, Conversation) or len(document.text) <= formats.PIECE_CHARACTERS:
+    text = document.text.encode()
+    if isinstance(document, Conversation) or len(text) <= formats.PIECE_BYTES:
         yield document
     else:
-        for number, piece in enumerate(formats.pieces(io.StringIO(document.text, newline=""))):
+        for number, piece in enumerate(formats.pieces(io.BytesIO(text))):
             yield Document(f"{document.name}#{number}" if number else document.name, piece)
 
 

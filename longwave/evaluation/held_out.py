@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from longwave.data.packed import PackedTokens
-from longwave.data.shards import PreparedInfo
+from longwave.data.prepared import PreparedInfo
 from longwave.errors import require, shown
 from longwave.machine import not_finite
 from longwave.model import Decoder

@@ -28,7 +28,7 @@ from longwave.checkpoints.card import write_card
 from longwave.checkpoints.generation import completed, write_generation
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
-from longwave.data.shards import PreparedInfo
+from longwave.data.prepared import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, require
 from longwave.evaluation.held_out import held_out_loss

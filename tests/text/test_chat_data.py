@@ -19,7 +19,8 @@ from longwave.data import shards
 from longwave.data.chat import DEFAULT_TEMPLATE, ChatEncoder, LossOn
 from longwave.data.documents import Conversation
 from longwave.data.packed import NO_TARGET, PackedTokens, WindowSampler
-from longwave.data.shards import PreparedInfo, SplitTokens, iter_documents, prepare
+from longwave.data.prepared import PreparedInfo, SplitTokens, iter_documents
+from longwave.data.shards import prepare
 from longwave.data.sources import documents
 from longwave.data.splitting import split_held_out
 from longwave.data.tokenizer import Tokenizer
@@ -295,3 +296,16 @@ def test_a_window_without_anything_to_learn_is_refused(prepared_once: Path):
     }.items():
         with pytest.raises(UserError, match=f"window = {window}: {says}"):
             PackedTokens(prepared_once, "train", window)
+
+
+def test_conversations_too_large_for_any_machine_are_refused_by_name(tmp_path: Path):
+    long = write(tmp_path / "long.jsonl", {"messages": talk("a", "b" * (2 << 20))})
+    many = write(tmp_path / "many.jsonl", {"messages": talk(*"ab" * 600)})
+    for path, says in (
+        (long, "1: a conversation of 2,097,154 characters"),
+        (many, "1: a conversation of 1,200 messages"),
+    ):
+        with pytest.raises(UserError, match=rf"{path.name}:{says}"):
+            prepare(path, tmp_path / "data", tokenizer=TOKENIZER, held_out=0.0)
+    enclosed = chats.tokenizer(chats.TEMPLATES["enclosed"])
+    assert prepare(many, tmp_path / "data", tokenizer=enclosed, held_out=0.0).documents == 1

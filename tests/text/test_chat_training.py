@@ -20,7 +20,8 @@ import longwave as lw
 from longwave.config import build
 from longwave.data import packed
 from longwave.data.packed import NO_TARGET, PackedTokens
-from longwave.data.shards import PreparedInfo, SplitTokens, prepare
+from longwave.data.prepared import PreparedInfo, SplitTokens
+from longwave.data.shards import prepare
 from longwave.data.sources import Conversation
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from longwave.data import shards
 from longwave.data.documents import Document
 from longwave.data.packed import NO_TARGET, Batch, PackedTokens, WindowSampler
-from longwave.data.shards import PreparedInfo, SplitTokens, iter_documents, prepare
+from longwave.data.prepared import PreparedInfo, SplitTokens, iter_documents
+from longwave.data.shards import prepare
 from longwave.data.sources import standard_library
 from longwave.data.splitting import split_held_out
 from longwave.data.tokenizer import Tokenizer
@@ -201,6 +202,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path):
 def test_without_bos_and_eos_documents_are_bare_and_still_apart(tmp_path: Path):
     TOKENIZER.save(tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer_config.json").write_text("{}")
+    definition = json.loads((tmp_path / "bare" / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(definition))
     prepare(corpus, tmp_path / "data", tokenizer=Tokenizer.load(tmp_path / "bare"), held_out=0.3)
     assert [tokens.tolist() for tokens in iter_documents(tmp_path / "data", "train")] == [
         d[1:-1] for d in encoded(False)
@@ -218,10 +221,10 @@ def test_memory_is_bounded_by_the_chunk_and_by_what_the_tokenizer_sees(tmp_path:
     seen: list[int] = []
     whole = Tokenizer.encode_batch
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [seen.append(len(texts)), whole(self, texts)][1])
-    monkeypatch.setattr(shards, "_CHUNK_CHARACTERS", 30)
+    monkeypatch.setattr(shards, "_CHUNK_BYTES", 30)
     monkeypatch.setattr(shards, "TRAINING_CHARACTERS", len(TEXTS[0]) + 1)
     info = prepare(corpus, tmp_path / "data", vocab_size=270, held_out=0.0)
-    assert seen[:2] == [5, 2]
+    assert seen[:2] == [4, 1]
     assert sum(seen) == len(TEXTS)
     assert info.tokenizer == Tokenizer.train(TEXTS[:2], 270).fingerprint
 
@@ -315,11 +318,11 @@ def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path):
 def test_meta_with_another_content_is_refused(folder: Path):
     total = str(PreparedInfo.read(folder).train.tokens).encode()
     damage(folder, "meta.json", b'"shards": [\n      ' + total, b'"shards": [\n      ' + total[:-1] + b"x")
-    with pytest.raises(UserError, match="corrupted"):
+    with pytest.raises(UserError, match=r"meta\.json.* (corrupted|damaged)|meta\.json: corrupted"):
         PackedTokens(folder, "train", 4)
     wrong = str(int(total) ^ 1).encode()
     damage(folder, "meta.json", total[:-1] + b"x", wrong)
-    with pytest.raises(UserError, match="corrupted"):
+    with pytest.raises(UserError, match=r"meta\.json.* (corrupted|damaged)|meta\.json: corrupted"):
         PackedTokens(folder, "train", 4)
 
 

@@ -25,7 +25,8 @@ from chats import talk
 from longwave.cli import main
 from longwave.data import formats
 from longwave.data.documents import Conversation
-from longwave.data.shards import PreparedInfo, prepare
+from longwave.data.prepared import PreparedInfo
+from longwave.data.shards import prepare
 from longwave.data.sources import Census, documents
 from longwave.errors import UserError
 
@@ -299,9 +300,31 @@ def test_rows_beyond_the_limit_are_refused_before_they_are_read(tmp_path: Path, 
 
 
 def test_a_long_text_of_a_row_is_cut_like_that_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(formats, "PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(formats, "PIECE_BYTES", 50)
     text = "a line of it\n" * 40
     (tmp_path / "a.jsonl").write_bytes(lines([{"text": "short"}, {"text": text}]))
     found = list(documents(tmp_path / "a.jsonl"))
     assert "".join(one.text for one in found[1:]) == text
     assert [one.name for one in found[:4]] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:2#1", "a.jsonl:2#2"]
+
+
+PEAK = """
+import resource, sys
+from longwave.data.shards import prepare
+from longwave.data.tokenizer import Tokenizer
+prepare(sys.argv[1], sys.argv[2], tokenizer=Tokenizer.train(["0123456789"], 270))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_the_memory_of_preparing_is_flat(name: str, tmp_path: Path):
+    """15 MiB of digits without a line end: no text takes more memory per byte, since each of them is a token."""
+    text = "0123456789" * (3 << 19)
+    content = {"txt": text.encode(), "jsonl": lines([{"text": text}]), "json": array([{"text": text}])}
+    content |= {"csv": table([{"text": text}]), "gz": gzip.compress(lines([{"text": text}]))}
+    (tmp_path / name).write_bytes(content[name.split(".")[-1]])
+    run = [sys.executable, "-c", PEAK, str(tmp_path / name), str(tmp_path / "out")]
+    done = subprocess.run(run, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 800  # MiB

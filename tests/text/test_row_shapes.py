@@ -12,7 +12,8 @@ from chats import TEMPLATES, talk
 
 from longwave.data.chat import Chat, ChatEncoder
 from longwave.data.documents import Conversation
-from longwave.data.shards import SplitTokens, prepare
+from longwave.data.prepared import SplitTokens
+from longwave.data.shards import prepare
 from longwave.data.sources import documents
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
