@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longwave import files
 from longwave.errors import UserError
-from longwave.files.manifest import measured
+from longwave.files.manifest import measure_path
 
 
 class Intact:
@@ -39,4 +39,4 @@ class Intact:
 @lru_cache(maxsize=1 << 16)
 def _checksum(path: Path, size: int, time: int) -> str:
     """The checksum of a file, remembered by its size and time."""
-    return next(measured(path.parent, [path.name])).checksum
+    return measure_path(path).checksum
