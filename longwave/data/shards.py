@@ -25,6 +25,7 @@ from longwave.data.prepared import (
     DType,
     PreparedInfo,
     SplitInfo,
+    SplitTokens,
     documents_file,
     on_disk,
     tokens_file,
@@ -33,6 +34,8 @@ from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
+
+__all__ = ["PreparedInfo", "SplitTokens", "prepare"]
 
 DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
