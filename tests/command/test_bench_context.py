@@ -52,7 +52,7 @@ OPTIONS = ContextOptions(contexts=(24, 70, 150), chunk=16, decode_steps=4, devic
 
 def config(layout: str = "2F", vocab_size: int = 300) -> ModelConfig:
     shape, window = AttentionConfig(heads=4, kv_heads=2), WindowConfig(8) if "W" in layout else None
-    return ModelConfig(vocab_size, 32, layout, 64, attention=shape, mlp=MLPConfig(48), window=window)
+    return ModelConfig(vocab_size, 32, layout, context_window=64, attention=shape, mlp=MLPConfig(48), window=window)
 
 
 def decoder(layout: str) -> Decoder:
