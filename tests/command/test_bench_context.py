@@ -537,18 +537,21 @@ def test_an_interrupt_keeps_what_is_finished(recipe: Path):
         time.sleep(0.1)
 
 
-def test_output_that_nobody_reads_any_more_ends_the_run(recipe: Path):
-    """As in `longwave bench context | head`: not mistaken for a model whose process has died."""
-    size = ["--contexts", "64,1M", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
-    command = [sys.executable, "-m", "longwave", "bench", "context", str(recipe), *size]
+def test_progress_that_nobody_reads_any_more_does_not_end_the_run(recipe: Path):
+    """Nor is it mistaken for a model whose process has died."""
+    size = ["--contexts", "64,2048", "--chunk", "64", "--text", str(recipe.parent / "text.txt"), "--against", "none"]
+    command = [sys.executable, "-m", "longwave", "bench", "context", str(recipe), *size, "--json"]
     started = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert started.stderr is not None
-    while "up to 1,048,576" not in started.stderr.readline():
+    while "up to 2,048" not in started.stderr.readline():
         assert started.poll() is None
     started.stderr.close()
-    assert started.wait(timeout=60) != 0
+    started.stderr = None
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 0
+    assert {row["context"] for row in json.loads(output.splitlines()[-1])["rows"]} == {64, 2048}
     patience = time.monotonic() + 20
     while running := in_group(started.pid):
         assert time.monotonic() < patience, f"{running} are left"

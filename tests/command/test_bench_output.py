@@ -383,7 +383,7 @@ def test_the_same_figures_but_for_time(longwave, model: Path):
         (["inference", "MODEL", "--contexts", "24", "--batch", "0"], ["'0'"]),
         (["inference", "MODEL", "--contexts", "24", "--decode-steps", "0"], ["decode_steps = 0"]),
         (["inference", "MODEL", "--threads", "0"], ["threads = 0", "1 to"]),
-        (["inference", "MODEL", "--contexts", "24"], ["layout", "subllm"]),  # transformers has no such model
+        (["inference", "MODEL", "--contexts", "24", "--against", "transformers"], ["layout", "subllm"]),
         (["training", "MODEL", "--retention", "forced"], ["--retention"]),
         (["ops", "--heads", "5", "--kv-heads", "2"], ["kv_heads = 2 does not divide heads = 5"]),
         (["ops", "--head-size", "wide"], ["wide", "--head-size"]),
