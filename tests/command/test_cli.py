@@ -245,7 +245,7 @@ def test_prepare_refuses_a_folder_without_text(refuses, tmp_path: Path, make):
     [
         (["--vocab-size", "100"], ["vocab_size = 100", "258"]),
         (["--held-out", "1.5"], ["held_out = 1.5"]),
-        (["--tokenizer", "nowhere"], ["nowhere", "tokenizer.json"]),
+        (["--tokenizer", "nowhere"], ["there is no folder nowhere"]),
         (["--text-field", "body"], ["no string field 'body'"]),
     ],
 )
