@@ -43,13 +43,14 @@ VERBS: dict[str, tuple[Verb, Callable[..., Any]]] = {
     "plan": (PLAN, lw.plan),
 }
 OF_FUNCTIONS = {"progress"}  # what a command line always does
+OF_VERBS = {"json", "revision"}  # of a process; a part of the model's name, as in `org/name@v1`
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_a_function_has_the_options_of_its_verb(name: str):
     """Their names, defaults and types; what a verb takes by place, the function takes by place, in the same order."""
     verb, function = VERBS[name]
-    options = {field.name: field for field in dataclasses.fields(verb.options) if field.name != "json"}
+    options = {field.name: field for field in dataclasses.fields(verb.options) if field.name not in OF_VERBS}
     taken = {one.name: one for one in inspect.signature(function).parameters.values() if one.name not in OF_FUNCTIONS}
     assert taken.keys() == options.keys()
     assert [one.name for one in taken.values() if one.kind is one.POSITIONAL_OR_KEYWORD] == [
@@ -256,7 +257,7 @@ def test_every_verb_that_is_a_function_is_held_to_it():
 
 def test_generate_has_the_options_of_its_verb():
     options = {field.name: field for field in dataclasses.fields(GENERATE.options)}
-    where = {"model", "prompt", "prompt_file", "device", "dtype", "json"}  # of a process, or arguments of the function
+    where = {"model", "prompt", "prompt_file", "device", "dtype", *OF_VERBS}  # of a process, or other arguments
     assert options.keys() - where == GenerateOptions.__annotations__.keys()
     texts = inspect.signature(generate_text).parameters
     defaults = {**dataclasses.asdict(Sampling()), **{name: one.default for name, one in texts.items()}}

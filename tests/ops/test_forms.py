@@ -151,7 +151,7 @@ def test_a_form_for_the_time_of_a_block_leaves_what_was_asked_for_before():
     before = [dict(part.forms) for part in model.parts]
     with model.using_form(REFERENCE):
         assert {form for part in model.parts for form in part.forms.values()} == {REFERENCE}
-    with pytest.raises(IndexError), model.using_form(REFERENCE):
+    with pytest.raises(UserError), model.using_form(REFERENCE):
         model(torch.tensor([61]), Stream.of([1]))
     assert [part.forms for part in model.parts] == before
     assert "attention torch" in model.describe()[0]

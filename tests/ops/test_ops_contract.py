@@ -64,10 +64,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Example:
-    """A call of an op. run: from the name of a form and the inputs to everything that the op gives."""
+    """A call of an op. run: from the name of a form and the inputs to everything that the op gives.
+
+    fixed: places of the inputs that get no gradient.
+    """
 
     inputs: tuple[Tensor, ...]
     run: Callable[..., tuple[Tensor, ...]]
+    fixed: tuple[int, ...] = ()
 
 
 def _keys(setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
@@ -160,7 +164,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Setting], Example]]] = {
 def results(example: Example, form: str, grad: bool, exact: bool = False) -> list[Tensor]:
     """What an op gives in a form and, with `grad`, the gradients of its inputs; exact: from inputs in fp64."""
     inputs = [one.detach().double() if exact else one.detach() for one in example.inputs]
-    learned = list(inputs) if grad else []
+    learned = [one for place, one in enumerate(inputs) if grad and place not in example.fixed]
     for one in learned:
         one.requires_grad_()
     with torch.set_grad_enabled(grad):

@@ -109,10 +109,10 @@ def test_scaling_comes_back_from_its_plain_values(scaling: dict[str, Any] | None
     ("scaling", "message"),
     [
         ({"kind": "dynamic", "factor": 2.0}, "rotary.scaling"),
-        ({"kind": "linear"}, "rotary.scaling.linear.factor is missing"),
+        ({"kind": "linear"}, "rotary.scaling.factor is missing"),
         ({"kind": "linear", "factor": 0.0}, "rotary.scaling.factor = 0.0: a number above 0"),
         ({"kind": "linear", "factor": math.inf}, "rotary.scaling.factor = inf: a number above 0"),
-        ({"kind": "linear", "factor": 2.0, "fast": 1}, "unknown key rotary.scaling.linear.fast = 1"),
+        ({"kind": "linear", "factor": 2.0, "fast": 1}, "unknown key rotary.scaling.fast = 1"),
         ({**(OURS["llama3"] or {}), "low_freq_factor": 4.0}, "rotary.scaling.high_freq_factor = 4.0: more than low"),
         ({**(OURS["llama3"] or {}), "original_window": 0}, "rotary.scaling.original_window = 0: a number above 0"),
         ({**(OURS["yarn"] or {}), "beta_slow": 40.0}, "rotary.scaling.beta_fast = 32.0: more than beta_slow = 40.0"),

@@ -98,7 +98,7 @@ def test_every_rate_is_usable(schedule: Schedule):
     ],
 )
 def test_errors_name_the_field_and_its_value(schedule: Any, field: str, value: str):
-    with pytest.raises(UserError, match=rf"^{field} = {value}: "):
+    with pytest.raises(UserError, match=rf"^(schedule\.)?{field} = {value}: "):
         schedule()
 
 
