@@ -190,7 +190,7 @@ def test_a_dense_layer_keeps_no_windows():
         ),
         ({"regime": "sometimes"}, "infllm.regime = 'sometimes': input should be 'auto', 'sparse', 'dense'"),
         ({"logit_scaling": 1.0}, "infllm.logit_scaling = 1.0: more than 1, or left out"),
-        ({"kernal_size": 32}, "unknown key infllm.kernal_size = 32; did you mean kernel_size"),
+        ({"kernal_size": 32}, "unknown key infllm.kernal_size = 32; did you mean infllm.kernel_size"),
     ],
 )
 def test_what_cannot_be_is_refused(section: dict[str, Any], message: str):
