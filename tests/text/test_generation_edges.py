@@ -173,6 +173,8 @@ def test_a_continuation_is_decoded_behind_its_prompt(kind: str, ids: list[int], 
     before, whole = tokenizer.decode(prompt), tokenizer.decode(ids)
     if not whole.startswith(before) or before.endswith("\ufffd"):
         return  # a decoder that writes the prompt itself differently once more follows
+    if kind == "llama 2" and "\ufffd" in whole:
+        return  # byte fallback gives up whole characters, too, that stand beside broken ones: `StreamDecoder` does not
     decoder = StreamDecoder(tokenizer, after=prompt)
     said = "".join([*map(decoder.push, new), decoder.finish()])
     assert said.rstrip("\ufffd") == whole[len(before) :].rstrip("\ufffd")
