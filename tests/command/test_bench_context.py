@@ -391,6 +391,7 @@ def test_an_interrupt_is_heard_while_a_process_starts():
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, interrupt)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     job = Job("tiny", config(), np.zeros(1 << 20, np.int32), options, 1, 1e9)
     worker = Worker(job, lambda _: None)
     signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
@@ -400,6 +401,7 @@ def test_an_interrupt_is_heard_while_a_process_starts():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, heard)
         worker.close()
     assert len(sent) == 1
 
