@@ -58,8 +58,6 @@ def _t_below(value: float, freedom: int) -> float:
     for k in range(2 + odd, freedom - 1, 2):
         term *= cosine * cosine * (k - 1) / k
         total += term
-    if odd:
-        inside = 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0))
-    else:
-        inside = math.sin(angle) * total
-    return 0.5 + inside / 2
+    if not odd:
+        return 0.5 + math.sin(angle) * total / 2
+    return 0.5 + (angle + (math.sin(angle) * total if freedom > 1 else 0)) / math.pi

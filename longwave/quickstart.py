@@ -134,7 +134,7 @@ def _train(name: str, recipe: Recipe, output: Path) -> Seconds:
     for line in trainer.notes():
         say(f"{NAMES[name]}: {line}")
     if not (trainer.finished and (folder / "model" / files.MANIFEST).exists()):
-        trainer.watch(TrainingProgress(NAMES[name], recipe.training.steps, trainer.step))
+        trainer.watch(TrainingProgress(NAMES[name], recipe.steps, trainer.step))
         trainer.run()
     return read_seconds(folder)
 
@@ -155,7 +155,7 @@ def _evaluate(model: Decoder, recipe: Recipe, info: PreparedInfo) -> _Evaluation
     threshold = held_out_loss(model, data)
     by_training = None
     if model.resamplers:
-        model.set_step(recipe.training.steps, recipe.training.seed)
+        model.set_step(recipe.steps, recipe.training.seed)
         by_training = held_out_loss(model, data, selection="training")
     return _Evaluation(threshold, by_training, bits_per_byte(threshold, info), _generations(model, recipe))
 
@@ -352,7 +352,7 @@ def _passage(model: Decoder, recipe: Recipe) -> page.Passage:
 
 
 def _notes(recipe: Recipe, results: dict[str, _Evaluation]) -> list[str]:
-    trained = recipe.training.steps * recipe.training.batch_windows * recipe.training.window
+    trained = recipe.steps * recipe.training.batch_windows * recipe.training.window
     kept = ", ".join(f"{share:.0%}" for share in results["subllm"].threshold.retention)
     return [
         f"Both models saw the same {trained:,} tokens in the same order. That is a few minutes of training: enough to "
@@ -383,13 +383,13 @@ def _curve_note(recipe: Recipe) -> str:
 def _run_facts(
     text: str | None, info: PreparedInfo, recipes: dict[str, Recipe], seconds: dict[str, Seconds], session: float
 ) -> list[page.Fact]:
-    run, shape = recipes["llama"].training, recipes["llama"].model
+    run, shape, steps = recipes["llama"].training, recipes["llama"].model, recipes["llama"].steps
     facts = {
         "text": text or "Python standard library, sources and docstrings",
         "documents": f"{info.train.documents:,} for training, {info.held_out.documents:,} held out",
         "tokens": f"{info.train.tokens:,} for training, {info.held_out.tokens:,} held out",
         "vocabulary": f"{info.vocab_size:,}",
-        "training": f"{run.steps:,} steps of {run.batch_windows} windows of {run.window:,} tokens, {run.precision}",
+        "training": f"{steps:,} steps of {run.batch_windows} windows of {run.window:,} tokens, {run.precision}",
         "optimizer": f"{recipes['llama'].optimizer.kind}, {recipes['llama'].schedule.kind}",
         "shape": f"hidden {shape.hidden_size}, {shape.attention.heads} heads, MLP {shape.mlp.size}",
         **{f"time, {NAMES[name]}": spent.words() for name, spent in seconds.items()},

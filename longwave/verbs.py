@@ -107,7 +107,7 @@ def _tell(trainer: Trainer) -> None:
         say(f"{trainer.output}: resuming after step {trainer.step}")
     for line in [*trainer.model.describe(), *trainer.notes()]:
         say(line)
-    trainer.watch(TrainingProgress(trainer.output.name, trainer.recipe.training.steps, trainer.step))
+    trainer.watch(TrainingProgress(trainer.output.name, trainer.recipe.steps, trainer.step))
 
 
 def plan(

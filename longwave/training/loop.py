@@ -12,7 +12,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ from longwave.streams import Stream
 from longwave.training import checkpoints
 from longwave.training.clock import Clock, Seconds, read_seconds
 from longwave.training.divergence import RunEnded, buffers_kept, not_finite, require_finite, weights_of
+from longwave.training.flops import StepFlops
 from longwave.training.metrics import METRICS, MetricsFile, Observer, TensorBoard, read_metrics
 from longwave.training.notes import notes
 from longwave.training.optimizers import StepReport
@@ -134,9 +135,20 @@ class Trainer:
         return self.progress.tokens
 
     @property
+    def flops(self) -> int:
+        """Number of FLOPs that have been spent, at the tokens that every level really kept."""
+        return self.progress.flops
+
+    @property
+    def position(self) -> float:
+        """How far the run is, for schedules: in steps, or in the FLOPs of an expected step where it ends by FLOPs."""
+        return self.step if self.recipe.training.flops is None else self.flops / self.recipe.step_flops
+
+    @property
     def finished(self) -> bool:
-        """Whether all steps have been run."""
-        return self.step >= self.recipe.training.steps
+        """Whether the run is at its end."""
+        budget = self.recipe.training.flops
+        return self.step >= self.recipe.steps if budget is None else self.flops >= budget
 
     def notes(self) -> list[str]:
         """Lines for people about the data, and about settings that do less with them than they seem to."""
@@ -155,49 +167,72 @@ class Trainer:
         Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written; RunEnded once numbers are not finite
         (`training.divergence`) or data are damaged; MachineError if the machine fails, or the folder is moved away.
         """
+        with self._session():
+            self._run_steps(lambda: False)
+            self._write_model()
+        return self.model.eval()
+
+    def run_until(self, stop: Callable[[], bool]) -> None:
+        """Trains on, as `run` does, up to the step before which `stop` says so, or the last; leaves a checkpoint."""
+        with self._session():
+            self._run_steps(stop)
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """The folder is this run's own, and the time that passes is counted."""
         was_finished = self.finished
         with files.locked(self.output) as self._lock:
             self._require_newest()
             self._clock = Clock(self.output, self._logged_seconds())
             try:
-                self._run_steps()
-                self._write_model()
+                yield
             finally:
                 if self._lock.in_place() and not was_finished:
                     self._clock.save()
-        return self.model.eval()
 
-    def _run_steps(self) -> None:
+    def _run_steps(self, stop: Callable[[], bool]) -> None:
         run = self.recipe.training
-        self._observers += self._own_observers()
         self._compile()
         self.model.set_step(self.step, run.seed)
+        own = self._own_observers()
+        self._observers += own
         try:
             with _stop_signals() as stopped, _deterministic(run.deterministic and self.device.type == "cuda"):
-                while not self.finished:
+                while not (self.finished or stop()):
                     self._one_step()
                     if stopped and not self.finished:
                         self._checkpoint()
                         raise Interrupted(self.step)
+            self._require_saved()
         finally:
             for observer in self._observers:
                 observer.close()
+            self._observers = [one for one in self._observers if one not in own]
+
+    def _require_saved(self) -> None:
+        """A checkpoint of the present step, if there is none."""
+        newest = checkpoints.newest(self._checkpoints)
+        if self.step and (newest is None or newest.step != self.step):
+            self._checkpoint()
 
     def _one_step(self) -> None:
         run, started, before = self.recipe.training, time.perf_counter(), self.tokens
-        figures, logged = _LevelFigures(), _due(self.step + 1, run.log_every, run.steps)
+        figures, logged = _LevelFigures(), _due(self.step + 1, run.log_every) or self.step + 1 == run.steps
         with self.model.watching(figures) if logged else nullcontext():
             loss, report, lr = self._update()
         tokens, pace = self.tokens - before, time.perf_counter() - started
-        entry: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": loss, "lr_scale": lr}
+        entry: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "flops": self.flops}
+        entry |= {"loss": loss, "lr_scale": lr}
         entry |= {"grad_norm": report.grad_norm, "clip": report.clip, "tokens_per_second": tokens / pace}
         entry |= {"skipped": True} if report.skipped else {}
         entry |= figures.by_name()
-        if _due(self.step, run.evaluate_every, run.steps):
+        if _due(self.step, run.evaluate_every) or self.finished:
             entry |= self._evaluation()
         self._last = entry
-        self._record(finite(entry | {"seconds": round(self._clock.seconds.total, 3)}), logged)
-        if _due(self.step, run.checkpoint_every, run.steps):
+        passed = self._clock.seconds
+        times = {"seconds": round(passed.total, 3), "training_seconds": round(passed.training, 3)}
+        self._record(finite(entry | times), logged)
+        if _due(self.step, run.checkpoint_every) or self.finished:
             self._checkpoint()
 
     def _record(self, entry: dict[str, Any], logged: bool) -> None:
@@ -208,7 +243,7 @@ class Trainer:
         if logged or None in entry.values():
             self._require_finite(weights_of(self.model))
         run = self.recipe.training
-        if self.progress.in_a_row >= min(run.max_skipped, run.steps):
+        if self.progress.in_a_row >= min(run.max_skipped, self.recipe.steps):
             skipped = f"{counted(self.progress.in_a_row, 'update')} in a row skipped, since gradients are not finite"
             raise self._ended(f"{skipped}: try a lower optimizer.lr")
 
@@ -218,21 +253,24 @@ class Trainer:
         batches = self._batches()
         # The loss is a mean over the targets of the whole step, so that its cut into micro-batches changes nothing.
         targets = sum(batch.predicted for batch in batches)
-        loss = torch.zeros((), device=self.device)
+        loss, flops = torch.zeros((), device=self.device), StepFlops(self.model)
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                part = self.model.loss(*batch.inputs(self.device)) / max(targets, 1)
+            tokens, following, stream = batch.inputs(self.device)
+            flops.began(stream)
+            computing = torch.autocast(self.device.type, torch.bfloat16, enabled=run.precision == "bf16")
+            with computing, self.model.watching(flops):
+                part = self.model.loss(tokens, following, stream) / max(targets, 1)
             part.backward()
             loss += part.detach()
-        scale = self.recipe.schedule.scale(self.step, self.tokens, run.steps)
+        scale = self.recipe.schedule.scale(self.position, self.tokens, self.recipe.steps)
         report = self.optimizer.step(scale)
         self.optimizer.zero_grad()
-        self._advance(sum(batch.tokens.numel() for batch in batches), report.skipped)
+        self._advance(sum(batch.tokens.numel() for batch in batches), flops.total, report.skipped)
         return float(loss), report, scale
 
-    def _advance(self, tokens: int, skipped: bool) -> None:
+    def _advance(self, tokens: int, flops: int, skipped: bool) -> None:
         """On to the next step; what the model would learn from a skipped one without gradients is undone as well."""
-        self.progress = self.progress.after(tokens, skipped)
+        self.progress = self.progress.after(tokens, flops, skipped)
         with buffers_kept(self.model) if skipped else nullcontext():
             self.model.set_step(self.step, self.recipe.training.seed)
 
@@ -379,8 +417,8 @@ def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"optimizer.{name}": state[name] for name in state if not name.startswith("clipping.")}
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return step == last or (every > 0 and step % every == 0)
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @contextmanager

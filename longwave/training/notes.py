@@ -10,27 +10,27 @@ from longwave.units import counted
 
 def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
     """Notes on the recipe for data of so many training windows and held-out windows."""
-    run = recipe.training
-    needed = run.steps * run.batch_windows
+    run, steps = recipe.training, recipe.steps
+    needed = steps * run.batch_windows
     if needed > windows:
         yield (
-            f"training.steps = {run.steps}: the run goes through its {windows:,} training windows "
+            f"training.steps = {steps}: the run goes through its {windows:,} training windows "
             f"{needed / windows:.1f} times; prepare more text, or train fewer steps, to see each once"
         )
     if run.evaluate_windows > held_out:
         yield f"training.evaluate_windows = {run.evaluate_windows}: only {held_out} are held out, which all count"
-    if 0 < run.steps <= recipe.schedule.warmup_steps:
-        end = f"the run of {counted(run.steps, 'step')} ends"
+    if 0 < steps <= recipe.schedule.warmup_steps:
+        end = f"the run of {counted(steps, 'step')} ends"
         yield (
             f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: {end} before the full "
-            f"learning rate is reached; give schedule.warmup_steps below {run.steps}, or more training.steps"
+            f"learning rate is reached; give schedule.warmup_steps below {steps}, or more training.steps"
         )
     for table, values in recipe.model.tables.items():
-        if (steps := getattr(values, "bypass_steps", 0)) > run.steps:
+        if (bypass := getattr(values, "bypass_steps", 0)) > steps:
             yield (
-                f"model.{table}.bypass_steps = {steps}: the run ends after {run.steps / steps:.0%} of them, with the "
-                f"bypass still held back; give {run.steps} or fewer, or more training.steps"
+                f"model.{table}.bypass_steps = {bypass}: the run ends after {steps / bypass:.0%} of them, with the "
+                f"bypass still held back; give {steps} or fewer, or more training.steps"
             )
     for name in ("evaluate_every", "checkpoint_every"):
-        if (every := getattr(run, name)) > run.steps:
-            yield f"training.{name} = {every}: more than {counted(run.steps, 'step')}, so it happens once, at the end"
+        if (every := getattr(run, name)) > steps:
+            yield f"training.{name} = {every}: more than {counted(steps, 'step')}, so it happens once, at the end"

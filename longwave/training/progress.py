@@ -24,18 +24,20 @@ _MOST_NAMED = 3  # files of the data that a message names
 class Progress:
     """How far a run has come.
 
-    step, tokens: updates done, and tokens trained on. skipped: updates that were skipped; in_a_row: those at the end.
+    step, tokens, flops: updates done, tokens trained on, and FLOPs spent, at the tokens that every level really kept.
+    skipped: updates that were skipped; in_a_row: those at the end.
     """
 
     step: int = 0
     tokens: int = 0
+    flops: int = 0
     skipped: int = 0
     in_a_row: int = 0
 
-    def after(self, tokens: int, skipped: bool) -> Progress:
+    def after(self, tokens: int, flops: int, skipped: bool) -> Progress:
         """The progress after another step."""
         in_a_row = self.in_a_row + 1 if skipped else 0
-        return Progress(self.step + 1, self.tokens + tokens, self.skipped + skipped, in_a_row)
+        return Progress(self.step + 1, self.tokens + tokens, self.flops + flops, self.skipped + skipped, in_a_row)
 
 
 def write_progress(progress: Progress, recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
@@ -59,9 +61,10 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
     if fingerprint != tokenizer.fingerprint:
         raise UserError(f"{path}: trained with another tokenizer than {_data(recipe)} has; give another output")
     _require_data(kept.get("data"), recipe, path)
-    run = recipe.training  # older checkpoints hold no token count; all their training windows were full
+    run = recipe.training  # older checkpoints hold no count of tokens or FLOPs; all their training windows were full
     tokens = int(kept.get("tokens", step * run.batch_windows * run.window))
-    return Progress(step, tokens, **skipped)
+    flops = int(kept["flops"] if "flops" in kept else step * recipe.step_flops)
+    return Progress(step, tokens, flops, **skipped)
 
 
 def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, free: frozenset[str]) -> None:

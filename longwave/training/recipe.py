@@ -6,9 +6,11 @@ Precedence: defaults < recipe file < `key.path=value` on the command line. An un
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +40,10 @@ class DataConfig(Strict):
 class TrainingConfig(Strict):
     """Settings of a run.
 
-    steps: number of optimizer steps. window: tokens of a training window. batch_windows: training windows of one step,
-        processed `micro_windows` at a time (all at once by default).
+    window: tokens of a training window. batch_windows: training windows of one step, processed `micro_windows` at a
+        time (all at once by default).
+    steps: number of optimizer steps. flops: in place of it, the run ends once so many FLOPs are spent, counted at the
+        tokens that every level really keeps, and schedules go by the share of them that is spent.
     start_from: a model folder whose weights to start from, and whose shape `[model]` then need not repeat; random
         weights by default.
     precision: `bf16` computes in bf16 with weights in fp32. device: `auto`, or a device of torch.
@@ -54,9 +58,10 @@ class TrainingConfig(Strict):
     max_skipped: so many updates in a row that are skipped, since a gradient is not finite, end the run.
     """
 
-    steps: int
     window: int
     batch_windows: int
+    steps: int | None = None
+    flops: float | None = None
     start_from: str | None = None
     micro_windows: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -74,8 +79,13 @@ class TrainingConfig(Strict):
     max_skipped: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "window", "batch_windows", "log_every", "keep", "max_skipped"):
-            require(getattr(self, name) > 0, f"training.{name} = {getattr(self, name)}: 1 or more")
+        require(
+            self.steps is not None or self.flops is not None, "training.steps is missing; give it, or training.flops"
+        )
+        require(self.steps is None or self.flops is None, "training.flops: in place of training.steps; leave one out")
+        for name in ("steps", "flops", "window", "batch_windows", "log_every", "keep", "max_skipped"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"training.{name} = {value}: 1 or more")
         for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
         micro = self.micro_windows
@@ -97,7 +107,20 @@ class Recipe(Strict):
         fits = self.training.window <= self.model.context_window
         window = f"training.window = {self.training.window}"
         require(fits, f"{window}: at most model.context_window = {self.model.context_window}")
-        self.schedule.scale(0, 0, self.training.steps)  # refuses a warm-up that does not fit the run
+        self.schedule.scale(0, 0, self.steps)  # refuses a warm-up that does not fit the run
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; where it ends by its FLOPs, those that are expected at the nominal retention."""
+        run = self.training
+        return run.steps if run.steps is not None else math.ceil((run.flops or 0) / self.step_flops)
+
+    @cached_property
+    def step_flops(self) -> int:
+        """Training FLOPs of one step at the nominal retention, with whole windows as documents."""
+        with torch.device("meta"):
+            model = Decoder(self.model)
+        return self.training.batch_windows * model.training_flops(self.training.window)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, from which `build` makes an equal one."""

@@ -2,6 +2,7 @@
 
 Each is a frozen config with a method `scale(step, tokens, total_steps)`: the factor of the optimizer's base learning
 rate at update `step` (from 0), before which the run has trained on `tokens` tokens, in a run of `total_steps` updates.
+A run that ends by its FLOPs gives the FLOPs spent as `step`, in units of an expected step's.
 
 The warm-up of Cosine, WSD and Constant is `(step + 1) / (warmup_steps + 1)`: no update is wasted on a rate of 0, and
 update `warmup_steps` is the first at the full rate.
@@ -22,7 +23,7 @@ from longwave.units import counted
 class Schedule(Protocol):
     """The interface of a schedule."""
 
-    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+    def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate for update `step`."""
         ...
 
@@ -50,7 +51,7 @@ class Eden:
         _check_warmup(self.warmup_steps)
         require(0 <= self.warmup_start <= 1, f"warmup_start = {self.warmup_start}: a number in [0, 1]")
 
-    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+    def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate; `total_steps` plays no part."""
         by_tokens = 1.0 if self.lr_tokens is None else _inverse_root(tokens / self.lr_tokens)
         warmed = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
@@ -72,7 +73,7 @@ class Cosine:
         _check_warmup(self.warmup_steps)
         require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
-    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+    def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate; raises UserError if the warm-up does not fit the run."""
         _check_fit(self.warmup_steps, total_steps, total_steps)
         if step < self.warmup_steps:
@@ -102,7 +103,7 @@ class WSD:
         require(0 < self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction}: a fraction in (0, 1]")
         require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
 
-    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+    def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
         decay_steps = max(1, round(self.decay_fraction * total_steps))
         stable_until = total_steps - decay_steps
@@ -125,7 +126,7 @@ class Constant:
     def __post_init__(self) -> None:
         _check_warmup(self.warmup_steps)
 
-    def scale(self, step: int, tokens: int, total_steps: int) -> float:
+    def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate; `tokens` and `total_steps` play no part."""
         return _warmup(step, self.warmup_steps)
 
@@ -137,7 +138,7 @@ def _inverse_root(ratio: float) -> float:
     return (ratio * ratio + 1) ** -0.25
 
 
-def _warmup(step: int, warmup_steps: int) -> float:
+def _warmup(step: float, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 

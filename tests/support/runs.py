@@ -134,7 +134,11 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     """Every logged entry, without its pace and the time that had passed."""
     entries = read_metrics(folder / "metrics.jsonl")
     return [
-        {name: value for name, value in entry.items() if name not in ("tokens_per_second", "seconds")}
+        {
+            name: value
+            for name, value in entry.items()
+            if name not in ("tokens_per_second", "seconds", "training_seconds")
+        }
         for entry in entries
     ]
 
