@@ -11,7 +11,6 @@ import time
 import zlib
 from collections.abc import Sequence
 from datetime import datetime
-from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,10 @@ from longwave.machine import dtype_of
 from longwave.model import Decoder
 from longwave.progress import TrainingProgress, say
 from longwave.recipes import recipe_path
-from longwave.reports import report as page
+from longwave.reports import content as page
+from longwave.reports.curves import final_gap
+from longwave.reports.report import write_report
+from longwave.reports.words import headline
 from longwave.training.clock import Seconds, read_seconds
 from longwave.training.loop import Trainer
 from longwave.training.metrics import read_metrics, write_metrics
@@ -77,12 +79,12 @@ def _quickstart(text: str | None, output: Path, overrides: Sequence[str], measur
     speed = _measured(models, recipes["llama"], output, measure_again)
     facts = _run_facts(text, info, recipes, seconds, time.monotonic() - started)
     data = _report(models, recipes, results, speed, output, facts, _command(text, output, overrides))
-    page.write_report(data, output / "report.html")
+    write_report(data, output / "report.html")
     _merge_metrics(output)
     figures = _figures(data)
     (output / "results.json").write_text(to_json(figures, indent=2) + "\n")
-    for line in page.headline(data):
-        print(f"{line.label}: {line.value}. {line.sentence}")
+    for line in headline(data):
+        print(f"{line.title}: {line.value}. {line.sentence}")
     if speed.disturbed:
         print(f"{speed.note} {_again(output)}")
     print(f"{output / 'report.html'}: open it in a browser ({time.monotonic() - started:.0f} s in all)")
@@ -293,9 +295,8 @@ def _report(
         created=_now(),
         machine=[page.Fact(label, value) for label, value in machine.facts().items()],
         run=facts,
-        models=[_model_run(name, models[name], metrics[name], results[name]) for name in NAMES],
+        models=[_model_run(name, models[name], recipes[name], metrics[name], results[name]) for name in NAMES],
         baseline="llama",
-        retention=_retention(models["subllm"], metrics["subllm"], results["subllm"]),
         speed=speed,
         passage=_passage(models["subllm"], recipes["subllm"]),
         notes=_notes(recipes["subllm"], results),
@@ -305,26 +306,42 @@ def _report(
     )
 
 
-def _model_run(name: str, model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> page.ModelRun:
-    evaluated = [entry for entry in metrics if "held_out_loss" in entry]
-    mode = "threshold" if model.resamplers else ""
+def _model_run(
+    name: str, model: Decoder, recipe: Recipe, metrics: list[dict[str, Any]], result: _Evaluation
+) -> page.ModelRun:
+    causal = model.config.subllm is not None and model.config.subllm.selection == "causal"
     return page.ModelRun(
         key=name,
         name=NAMES[name],
         parameters=sum(weight.numel() for weight in model.parameters()),
         layout=model.config.layout,
-        train=[page.LossPoint(entry["step"], entry["loss"]) for entry in metrics],
-        held_out=[page.LossPoint(entry["step"], entry["held_out_loss"], mode) for entry in evaluated],
-        final_loss=result.threshold.loss,
-        bits_per_byte=result.bits_per_byte,
-        perplexity=exp(result.threshold.loss),
+        runs=[_seed_run(model, recipe, metrics, result)],
+        levels=_levels(model, metrics, result),
+        selection="threshold" if causal else "top-k",
+        selected_loss=result.training and result.training.loss,
         generations=result.generations,
     )
 
 
-def _retention(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> page.Retention:
+def _seed_run(model: Decoder, recipe: Recipe, metrics: list[dict[str, Any]], result: _Evaluation) -> page.SeedRun:
+    """The run with its curves; FLOPs are those of the layout's nominal retention."""
+    window = recipe.training.window
+    flops = model.training_flops(window) / window
+
+    def curve(field: str) -> list[page.LossPoint]:
+        return [
+            page.LossPoint(one["step"], one["tokens"], one["tokens"] * flops, one.get("seconds", 0.0), one[field])
+            for one in metrics
+            if field in one
+        ]
+
+    final = result.threshold.loss
+    return page.SeedRun(recipe.training.seed, curve("loss"), curve("held_out_loss"), final, result.bits_per_byte)
+
+
+def _levels(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> list[page.RetentionLevel]:
     watched = [entry for entry in metrics if "positive" in entry]
-    levels = [
+    return [
         page.RetentionLevel(
             name=f"level {level + 1}",
             target=float(resampler.retention),
@@ -337,10 +354,6 @@ def _retention(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluatio
         )
         for level, resampler in enumerate(model.resamplers)
     ]
-    assert result.training is not None
-    causal = model.config.subllm is not None and model.config.subllm.selection == "causal"
-    selection = "threshold" if causal else "top-k"
-    return page.Retention(levels, result.training.loss, result.threshold.loss, selection)
 
 
 def _passage(model: Decoder, recipe: Recipe) -> page.Passage:
@@ -413,11 +426,12 @@ def _figures(data: page.Report) -> dict[str, Any]:
     """The figures of the comparison as plain values."""
     speed = data.speed
     llama, subllm = data.models
+    gap = final_gap(subllm, llama, comparable=True)
     return {
-        "held_out_loss": {model.name: model.final_loss for model in data.models},
-        "relative_gap": page.relative_gap(subllm, llama),
-        "retention": [level.final for level in data.retention.levels],
-        "training_selection_loss": data.retention.top_k_loss,
+        "held_out_loss": {model.name: model.runs[0].final_loss for model in data.models},
+        "relative_gap": gap and gap.mean,
+        "retention": [level.final for level in subllm.levels],
+        "training_selection_loss": subllm.selected_loss,
         "speed": [_speed_figures(row) for row in speed.rows],
         "machine_was_busy": speed.disturbed,
     }

@@ -73,13 +73,13 @@ function logTicks(low, high, wanted) {
   return inside.length > wanted * 2 ? inside.filter(tick => /^1(e|0*$)|^0?\.0*1$/.test(String(tick))) : inside;
 }
 
-// Places values of [low, high] between two pixels, and says where the ticks go.
-function axis([low, high], log, from, to, wanted) {
+// Places values of [low, high] between two pixels, and says where the ticks go: those given, or round ones.
+function axis([low, high], log, from, to, wanted, given) {
   if (low === high) [low, high] = log ? [low / 2, high * 2] : [low - 0.5, high + 0.5];
   const bend = log ? Math.log : value => value;
   const scale = (to - from) / (bend(high) - bend(low));
   const place = value => from + (bend(value) - bend(low)) * scale;
-  return { place, low, high, ticks: (log ? logTicks : niceTicks)(low, high, wanted) };
+  return { place, low, high, ticks: given?.filter(tick => tick >= low && tick <= high) ?? (log ? logTicks : niceTicks)(low, high, wanted) };
 }
 
 function withRoom([low, high], log) {
@@ -90,16 +90,21 @@ function withRoom([low, high], log) {
 // A reduce, not a spread of arguments: thousands of those are too many for some engines.
 const ends = values => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
-// A chart: {title, note, unit, series, tick, format, lines, domain, switches, flat, pick} ---------------------------------------
-// A series is {name, color, points: [[step, value or null], ...] in step order, faint, dash, marked}.
-// pick(step): what a click, or Enter, does at a step. A switch is one of: log x, log y, late (the second half of the steps alone).
+// A chart: {title, note, views or one view, tick, format, lines, domain, switches, flat, log, pick} ------------------------------
+// A view is {unit, series, at(x): x in words, xTick(x), ticks: of the x axis}; a chart shows one of its views at a time.
+// A series is {name, color, points: [[x, value or null, low, high], ...] in the order of x, faint, dash, marked, large, unnamed}: low
+// and high, if there, are drawn as a band. pick(x): what a click, or Enter, does there. log: true for both axes, "x" for one.
+// A switch is one of: logX, logY, late (the second half of the x axis alone).
 
 class Chart {
   constructor(host, spec) {
     this.host = host;
-    this.spec = { ...spec, series: spec.series.filter(({ points }) => points.length) };
+    this.spec = spec;
+    this.views = (spec.views ?? [spec]).map(view => ({ at: x => `${view.unit} ${count(x)}`, xTick: count, ...view,
+      series: view.series.map((series, id) => ({ ...series, id })).filter(({ points }) => points.length) }));
+    this.view = this.views[0];
     this.hidden = new Set();
-    this.on = { logX: false, logY: false, late: false };
+    this.on = { logX: Boolean(spec.log), logY: spec.log === true, late: false };
     this.canvas = element("div", { class: "canvas" });
     host.append(this.head(), this.canvas, this.legend());
     this.canvas.addEventListener("pointermove", event => this.hover(event));
@@ -111,18 +116,24 @@ class Chart {
     this.draw();
   }
 
+  show(view) {
+    this.view = this.views[view];
+    this.draw();
+  }
+
   head() {
     const { title, note, switches = [] } = this.spec;
-    const buttons = switches.map(([name, label]) => this.toggle(label, false, pressed => { this.on[name] = pressed; }));
+    const buttons = switches.map(([name, label]) => this.toggle(label, this.on[name], pressed => { this.on[name] = pressed; }));
     return element("figcaption", {},
       element("span", { class: "titles" }, element("strong", {}, title), note ? element("span", { class: "quiet" }, note) : null),
       element("span", { class: "switches" }, ...buttons));
   }
 
   legend() {
-    if (this.spec.series.length < 2) return "";
-    return element("div", { class: "legend" }, ...this.spec.series.map(series =>
-      this.toggle(element("span", {}, swatch(series), series.name), true, pressed => this.hidden[pressed ? "delete" : "add"](series))));
+    const all = new Map(this.views.flatMap(view => view.series).filter(series => !series.unnamed).map(series => [series.id, series]));
+    if (all.size < 2) return "";
+    return element("div", { class: "legend" }, ...[...all.values()].map(series =>
+      this.toggle(element("span", {}, swatch(series), series.name), true, pressed => this.hidden[pressed ? "delete" : "add"](series.id))));
   }
 
   toggle(content, pressed, change) {
@@ -140,11 +151,11 @@ class Chart {
     return y !== null && (!this.on.logY || y > 0);
   }
 
-  // The series to draw, without the steps that the switches leave out.
+  // The series to draw, without what the switches leave out.
   visible() {
-    const last = ends(this.spec.series.flatMap(series => series.points.map(([x]) => x)))[1];
+    const last = ends(this.view.series.flatMap(series => series.points.map(([x]) => x)))[1];
     const first = this.on.late ? last / 2 : this.on.logX ? Number.MIN_VALUE : -Infinity;
-    return this.spec.series.filter(series => !this.hidden.has(series))
+    return this.view.series.filter(series => !this.hidden.has(series.id))
       .map(series => ({ ...series, points: series.points.filter(([x]) => x >= first) }));
   }
 
@@ -159,14 +170,15 @@ class Chart {
     if (!points.length) return void svg.append(shape("text", { x: this.width / 2, y: this.height / 2, class: "empty" }, "No data to draw"));
     this.scale(points);
     const back = this.shown.filter(series => series.faint), front = this.shown.filter(series => !series.faint);
-    svg.append(...this.grid(), ...this.rules(), ...back.map(series => this.line(series)), ...front.map(series => this.line(series)));
+    svg.append(...this.grid(), ...this.rules(), ...this.shown.map(series => this.band(series)), ...[...back, ...front].map(series => this.line(series)));
     this.cross = shape("g", { class: "cross", "pointer-events": "none" });
     svg.append(this.cross);
   }
 
   scale(points) {
-    const values = this.spec.domain ?? withRoom(ends([...points.map(([, y]) => y), ...(this.spec.shows ?? [])]), this.on.logY);
-    this.x = axis(ends(this.stops), this.on.logX, 52, this.width - 18, this.width < 480 ? 4 : 8);
+    const bands = points.flatMap(([, , ...band]) => band).filter(y => y !== null && y !== undefined && (!this.on.logY || y > 0));
+    const values = this.spec.domain ?? withRoom(ends([...points.map(([, y]) => y), ...bands, ...(this.spec.shows ?? [])]), this.on.logY);
+    this.x = axis(ends(this.stops), this.on.logX, 52, this.width - 18, this.width < 480 ? 4 : 8, this.view.ticks);
     this.y = axis(values, this.on.logY, this.height - 40, 12, 5);
   }
 
@@ -177,12 +189,12 @@ class Chart {
       shape("line", { x1: 52, x2: width - 18, y1: y.place(tick), y2: y.place(tick), class: "grid" }),
       shape("text", { x: 44, y: y.place(tick) + 4, "text-anchor": "end" }, this.spec.tick(tick, digits)),
     ]);
-    const columns = x.ticks.filter(Number.isInteger).flatMap(tick => [
+    const columns = x.ticks.filter(tick => this.view.fractions || Number.isInteger(tick)).flatMap(tick => [
       shape("line", { x1: x.place(tick), x2: x.place(tick), y1: bottom, y2: bottom + 4, class: "axis" }),
-      shape("text", { x: x.place(tick), y: bottom + 18, "text-anchor": "middle" }, count(tick)),
+      shape("text", { x: x.place(tick), y: bottom + 18, "text-anchor": "middle" }, this.view.xTick(tick)),
     ]);
     return [...rows, ...columns, shape("line", { x1: 52, x2: width - 18, y1: bottom, y2: bottom, class: "axis" }),
-      shape("text", { x: (width + 34) / 2, y: height - 5, "text-anchor": "middle", class: "unit" }, this.spec.unit)];
+      shape("text", { x: (width + 34) / 2, y: height - 5, "text-anchor": "middle", class: "unit" }, this.view.unit)];
   }
 
   rules() {
@@ -194,19 +206,36 @@ class Chart {
     });
   }
 
-  line(series) {
+  // The points in runs without a gap.
+  runs(points, fits) {
     const runs = [[]];
-    for (const point of series.points) {
-      if (this.usable(point)) runs.at(-1).push([this.x.place(point[0]).toFixed(1), this.y.place(point[1]).toFixed(1)]);
-      else if (runs.at(-1).length) runs.push([]);
-    }
+    for (const point of points) if (fits(point)) runs.at(-1).push(point); else if (runs.at(-1).length) runs.push([]);
+    return runs;
+  }
+
+  spot(x, y) {
+    return [this.x.place(x).toFixed(1), this.y.place(y).toFixed(1)];
+  }
+
+  band(series) {
+    const held = y => Math.min(Math.max(y, this.y.low), this.y.high), known = y => y !== null && y !== undefined && (!this.on.logY || y > 0);
+    const runs = this.runs(series.points, point => known(point[2]) && known(point[3])).filter(run => run.length > 1);
+    const sides = run => [...run.map(([x, , low]) => this.spot(x, held(low))), ...run.map(([x, , , high]) => this.spot(x, held(high))).reverse()];
+    const group = shape("g", { class: "band" });
+    group.style.color = series.color;
+    group.append(...runs.map(run => shape("path", { d: `M${sides(run).map(place => place.join(" ")).join("L")}Z` })));
+    return group;
+  }
+
+  line(series) {
+    const runs = this.runs(series.points, point => this.usable(point)).map(run => run.map(([x, y]) => this.spot(x, y)));
     const crowded = series.points.length > this.width / 2;
     const group = shape("g", { class: `series${series.faint ? " faint" : ""}${crowded ? " crowded" : ""}` });
     group.style.color = series.color;
     const path = runs.filter(run => run.length > 1).map(run => `M${run.map(place => place.join(" ")).join("L")}`).join("");
     if (path) group.append(shape("path", { d: path, "stroke-dasharray": series.dash }));
     const dots = runs.flatMap(run => run.length === 1 || (series.marked && series.points.length <= 60) ? run : []);
-    group.append(...dots.map(([cx, cy]) => shape("circle", { cx, cy, r: 2.6 })));
+    group.append(...dots.map(([cx, cy]) => shape("circle", { cx, cy, r: series.large ? 5.5 : 2.6 })));
     return group;
   }
 
@@ -241,13 +270,15 @@ class Chart {
       return dot;
     });
     this.cross.replaceChildren(shape("line", { x1: x, x2: x, y1: 12, y2: this.height - 40 }), ...dots);
-    tip.show(clientX, clientY, element("b", {}, `${this.spec.unit} ${count(step)}`), element("table", {}, ...found.map(entry => this.reading(entry, step))));
+    const rows = found.filter(({ series }) => !series.unnamed).map(entry => this.reading(entry, step));
+    tip.show(clientX, clientY, element("b", {}, this.view.at(step)), element("table", {}, ...rows));
   }
 
   reading({ series, point }, step) {
     const value = !point ? "—" : point[1] === null ? "not finite" : this.spec.format(point[1]);
-    const late = point && point[0] !== step ? ` at ${count(point[0])}` : "";
-    return element("tr", {}, element("th", {}, swatch(series), series.name), element("td", {}, value, element("small", {}, late)));
+    const band = point && typeof point[2] === "number" ? ` ${this.spec.format(point[2])} to ${this.spec.format(point[3])}` : "";
+    const late = point && point[0] !== step ? ` at ${this.view.xTick(point[0])}` : "";
+    return element("tr", {}, element("th", {}, swatch(series), series.name), element("td", {}, value, element("small", {}, band, late)));
   }
 
   leave() {

@@ -7,7 +7,13 @@ const find = id => document.getElementById(id);
 const percent = (share, digits = 1) => share === null || share === undefined ? "—" : `${(share * 100).toFixed(digits)}%`;
 const fixed = (value, digits) => value === null ? "not finite" : value.toFixed(digits);
 const signed = digits => share => `${share < 0 ? "−" : share > 0 ? "+" : ""}${percent(Math.abs(share), digits)}`;
-const modelColor = index => `var(--model-${index % 5})`;
+const modelColor = index => `var(--model-${index % 8})`;
+// 3 significant digits with a prefix of 1000: 2.46M, 30T.
+const compact = value => {
+  const power = value > 0 ? Math.min(Math.max(Math.floor(Math.log10(+value.toPrecision(3)) / 3), 0), 6) : 0;
+  return `${+(value / 1000 ** power).toPrecision(3)}${["", "k", "M", "G", "T", "P", "E"][power]}`;
+};
+const duration = seconds => seconds < 60 ? `${+seconds.toPrecision(3)} s` : seconds < 7200 ? `${+(seconds / 60).toPrecision(3)} min` : `${+(seconds / 3600).toPrecision(3)} h`;
 
 function drawHeader() {
   document.title = report.title;
@@ -17,8 +23,19 @@ function drawHeader() {
 }
 
 function drawHeadline() {
-  find("headline").append(...headline.map(({ label, value, sentence, verdict }) =>
-    element("article", { class: verdict }, element("h2", {}, label), element("p", { class: "value" }, value), element("p", {}, sentence))));
+  const cards = Map.groupBy(headline, ({ label, about }) => about ? label : Symbol());
+  find("headline").append(...[...cards.values()].map(card => card[0].about ? sharedCard(card) : soleCard(card[0])));
+}
+
+function soleCard({ label, value, sentence, verdict }) {
+  return element("article", { class: verdict }, element("h2", {}, label), element("p", { class: "value" }, value), element("p", {}, sentence));
+}
+
+// One figure for each model; the sentences are told on hover and in print.
+function sharedCard(card) {
+  return element("article", {}, element("h2", {}, card[0].label), element("dl", {}, ...card.map(({ about, value, sentence, verdict }) =>
+    element("div", { class: verdict, tabindex: 0, "data-tip": sentence }, element("dt", {}, about), element("dd", { class: "value" }, value),
+      element("small", { class: "print-only" }, sentence)))));
 }
 
 function drawNotes() {
@@ -51,8 +68,8 @@ function drawCommand() {
 function drawSections(sections) {
   for (const [id, draw] of Object.entries(sections)) {
     const section = find(id);
-    if (draw()) find("contents").append(element("a", { href: `#${id}` }, section.dataset.name));
-    else section.hidden = true;
+    section.hidden = !draw();
+    if (!section.hidden && section.dataset.name) find("contents").append(element("a", { href: `#${id}` }, section.dataset.name));
   }
 }
 

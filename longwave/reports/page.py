@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
+Verdict = Literal["better", "worse", "same", "unknown"]
+
 
 class Fact(NamedTuple):
     """A line of the description of the machine or the run."""
@@ -27,12 +29,21 @@ class Fact(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """A figure at the head of a page, with a sentence that says what it means."""
+    """A figure at the head of a page, with a sentence that says what it means.
+
+    about: the model that it is about, where there are several; figures of one label share a card then.
+    """
 
     label: str
     value: str
     sentence: str
-    verdict: Literal["better", "worse", "same", "unknown"] = "unknown"
+    verdict: Verdict = "unknown"
+    about: str = ""
+
+    @property
+    def title(self) -> str:
+        """The label, with the model that it is about."""
+        return f"{self.label}, {self.about}" if self.about else self.label
 
 
 class PassageToken(NamedTuple):

@@ -1,60 +1,164 @@
 // The sections of the comparison of trained models.
 
-const { gaps, columns, cells } = data;
-const isBaseline = model => model.key === report.baseline, baseline = report.models.find(isBaseline);
+const { models, axes, columns, cells } = data;
+const isBaseline = model => model.key === report.baseline, baseline = models.find(isBaseline);
+const measure = report.loss_comparable ? { name: "loss", field: "loss" } : { name: "bits per byte", field: "bits" };
+const known = value => value !== null && value !== undefined;
+const nameOf = (model, index, ...more) => element("div", {}, element("span", {}, swatch({ color: modelColor(index) }), model.name), ...more);
+
+// What the intervals allow to be said ------------------------------------------------------------------------------------------
+
+function drawStatements() {
+  find("statements").append(...report.statements.map(({ text, verdict }) => element("p", { class: verdict }, text)));
+  return report.statements.length;
+}
 
 // Quality ----------------------------------------------------------------------------------------------------------------------
 
-function lossSeries() {
-  return report.models.flatMap((model, index) => {
-    const color = modelColor(index), pairs = points => points.map(([step, loss]) => [step, loss]);
-    const modes = [...new Set(model.held_out.map(([, , mode]) => mode))];
-    const heldOut = modes.map((mode, order) => ({
-      name: `${model.name} held-out${mode ? ` (${mode})` : ""}`, color, marked: true, dash: order ? "2 4" : null,
-      points: pairs(model.held_out.filter(point => point[2] === mode)),
-    }));
-    return [{ name: `${model.name} training`, color, faint: true, points: pairs(model.train) }, ...heldOut];
+const column = { tokens: 0, flops: 1, seconds: 2 };
+const units = [[7200, 3600, "hours"], [300, 60, "minutes"], [0, 1, "seconds"]];
+
+// An axis of what was spent: {key, label, unit, size: what one of it is in the data, at, xTick}.
+function spending({ key }) {
+  const last = models.reduce((most, model) => Math.max(most, model[key] ?? 0), 0);
+  if (key === "tokens") return { key, label: "tokens", unit: "tokens of training", size: 1, at: x => `${compact(x)} tokens`, xTick: compact };
+  if (key === "flops") return { key, label: "FLOPs", unit: "FLOPs of training", size: 1, at: x => `${compact(x)} FLOPs`, xTick: compact };
+  const [, size, unit] = units.find(([from]) => last >= from);
+  return { key, label: "time", unit: `${unit} of training`, size, fractions: true, at: x => duration(x * size), xTick: x => String(+x.toPrecision(3)) };
+}
+
+const along = ({ key, size }) => point => [point[column[key]] / size, ...point.slice(3)];
+
+function lossSeries(axis) {
+  return models.flatMap((model, index) => {
+    const color = modelColor(index);
+    return [{ name: `${model.name} training`, color, faint: true, points: model.train.map(along(axis)) },
+      { name: `${model.name} held-out`, color, marked: true, points: model.held_out.map(along(axis)) }];
   });
 }
 
-// Each model against the baseline, at the steps where both were tried on held-out text.
-function gapSeries() {
-  const known = new Map(baseline.held_out.map(([step, loss]) => [step, loss]));
-  return report.models.flatMap((model, index) => {
-    if (isBaseline(model)) return [];
-    const points = model.held_out.filter(([step, loss, mode]) => mode !== "top-k" && loss !== null && known.get(step));
-    return [{ name: model.name, color: modelColor(index), marked: true, points: points.map(([step, loss]) => [step, loss / known.get(step) - 1]) }];
-  });
+function gapSeries({ key, size }) {
+  return models.flatMap((model, index) => isBaseline(model) ? [] :
+    [{ name: model.name, color: modelColor(index), marked: true, points: model.gaps[key].map(([x, ...rest]) => [x / size, ...rest]) }]);
 }
+
+const seedsMost = models.reduce((most, { seeds }) => Math.max(most, seeds.length), 0);
 
 function drawQuality() {
-  new Chart(find("loss-chart"), {
-    title: "Loss", unit: "step", series: lossSeries(), tick: (value, digits) => value.toFixed(digits), format: value => value.toFixed(4),
-    switches: [["late", "second half"], ["logX", "log steps"], ["logY", "log loss"]],
-  });
-  drawGap();
-  find("curve-words").textContent = report.curve_note;
-  const head = ["Model", "Parameters", "Held-out loss", "Bits per byte", "Perplexity", "Gap in loss", "Layout"];
-  fillTable(find("models"), head, report.models.map((model, index) => [
-    element("span", {}, swatch({ color: modelColor(index) }), model.name), count(model.parameters), fixed(model.final_loss, 4),
-    fixed(model.bits_per_byte, 4), fixed(model.perplexity, 2), gapWords(model, gaps[index]), element("code", {}, model.layout),
-  ]));
-  return report.models.length;
+  const views = axes.map(spending), charts = [];
+  const band = seedsMost > 1 ? "mean over seeds; the band holds the true mean with 95%" : "";
+  charts.push(new Chart(find("loss-chart"), {
+    title: report.loss_comparable ? "Loss" : "Bits per byte", note: band, log: "x", views: seriesOf(views, lossSeries), tick: (value, digits) => value.toFixed(digits),
+    format: value => value.toFixed(4), switches: [["late", "second half"], ["logX", "log x"], ["logY", "log y"]],
+  }));
+  charts.push(...drawGap(views));
+  drawAxes(views, charts);
+  const bits = "The models read text through different tokenizers, so their losses per token do not compare: all figures are in bits per byte, and curves are converted at the tokens per byte of all held-out text.";
+  find("curve-words").append(...[report.loss_comparable ? "" : bits, report.curve_note].filter(Boolean).map(words => element("p", { class: "quiet" }, words)));
+  drawModels();
+  return models.length;
 }
 
-function drawGap() {
-  const series = gapSeries(), host = find("gap-chart");
-  host.hidden = !series.some(({ points }) => points.length);
-  if (host.hidden) return;
-  new Chart(host, {
-    title: `Gap to ${baseline.name}`, note: "how much higher the held-out loss is, as a share of it", unit: "step", flat: true, series,
-    tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: baseline.name }], switches: [["late", "second half"], ["logX", "log steps"]],
-  });
+const seriesOf = (views, series) => views.map(axis => ({ ...axis, series: series(axis) }));
+
+// The buttons that choose what has been spent as the x axis of both charts.
+function drawAxes(views, charts) {
+  const words = find("axis-words"), buttons = views.map(({ label }) => element("button", { type: "button" }, label));
+  const choose = chosen => {
+    buttons.forEach((button, index) => button.setAttribute("aria-pressed", index === chosen));
+    charts.forEach(chart => chart.show(chosen));
+    const { together } = axes[chosen], { label } = views[chosen];
+    words.textContent = together || models.length < 2 ? "" : `Not all runs end at equal ${label}. A run nearer to the end of its schedule has a lower loss for that alone, so compare where runs end together.`;
+  };
+  buttons.forEach((button, index) => button.addEventListener("click", () => choose(index)));
+  find("axes").append(...buttons);
+  find("axis-choice").hidden = views.length < 2;
+  if (views.length) choose(0);
 }
 
-function gapWords(model, gap) {
+function drawGap(views) {
+  const host = find("gap-chart"), all = seriesOf(views, gapSeries);
+  host.hidden = !all.some(({ series }) => series.some(({ points }) => points.length));
+  if (host.hidden) return [];
+  return [new Chart(host, {
+    title: `Gap to ${baseline.name}`, note: `how much higher the held-out ${measure.name} is where both have spent as much`, flat: true, views: all,
+    tick: share => `${share < 0 ? "−" : ""}${+Math.abs(share * 100).toPrecision(3)}%`, format: signed(2), shows: [0], lines: [{ value: 0, name: baseline.name }], switches: [["late", "second half"], ["logX", "log x"]],
+  })];
+}
+
+// The table of models: {name, cell(model, index), has(model)}; a column that no model has a value for is left out.
+const modelColumns = [
+  ["Held-out loss", model => interval(model, "loss", known(model.perplexity) ? `perplexity ${model.perplexity.toFixed(2)}` : ""), () => report.loss_comparable],
+  ["Bits per byte", model => interval(model, "bits", "")],
+  [`Gap in ${measure.name}`, model => gapCell(model), () => models.length > 1],
+  ["Kept", model => model.levels.map(level => percent(level.final)).join(" · ") || "all", () => models.some(({ levels }) => levels.length)],
+  ["Parameters", model => count(model.parameters)],
+  ["Tokens", model => spent(model.tokens, compact)],
+  ["FLOPs", model => spent(model.flops, compact)],
+  ["Training", model => spent(model.seconds, duration)],
+];
+
+const spent = (value, words) => value > 0 ? words(value) : null;
+
+function drawModels() {
+  const shown = modelColumns.filter(([, cell, has]) => has ? has() : models.some(model => cell(model) !== null));
+  fillTable(find("models"), ["Model", ...shown.map(([name]) => name)], models.map((model, index) => [
+    nameOf(model, index, ...modelFacts(model)), ...shown.map(([, cell]) => cell(model) ?? "—")]));
+}
+
+function modelFacts({ setting, seeds, layout }) {
+  const lines = [setting, seedsMost > 1 ? `${seeds.length === 1 ? "seed" : "seeds"} ${seeds.map(({ seed }) => seed).join(", ")}` : ""].filter(Boolean);
+  return [...lines.map(line => element("small", {}, line)), element("code", {}, layout)];
+}
+
+// A mean with half its interval; its tip tells the value of each seed.
+function interval(model, field, more) {
+  const found = model[field];
+  if (!found) return "diverged";
+  const seeds = model.seeds.map(one => `seed ${one.seed}: ${fixed(one[field], 4)}`).join(", ");
+  const words = element("span", seedsMost > 1 ? { class: "median", tabindex: 0, "data-tip": seeds } : { class: "median" }, found.mean.toFixed(4));
+  if (known(found.low)) words.append(element("small", {}, ` ± ${((found.high - found.low) / 2).toFixed(4)}`));
+  return element("div", {}, words, more ? element("small", { class: "line" }, more) : null);
+}
+
+function gapCell(model) {
   if (isBaseline(model)) return "yardstick";
-  return gap === null ? "—" : signed(2)(gap);
+  if (!model.gap) return "—";
+  const { mean, low, high } = model.gap;
+  return element("div", {}, signed(2)(mean), known(low) ? element("small", { class: "line" }, `${signed(2)(low)} to ${signed(2)(high)}`) : null);
+}
+
+// Grids ------------------------------------------------------------------------------------------------------------------------
+
+const colorOf = key => modelColor(models.findIndex(model => model.key === key));
+const nameBy = key => models.find(model => model.key === key).name;
+const exactly = value => String(+value.toPrecision(4)).replace("e-", "e−");
+
+function drawGrids() {
+  const keys = [...new Set(report.grids.map(({ key }) => key))];
+  keys.forEach(key => drawGrid(key, report.grids.filter(grid => grid.key === key)));
+  return keys.length;
+}
+
+function drawGrid(key, grids) {
+  const host = element("figure", { class: "chart" }), values = [...new Set(grids.flatMap(grid => grid.values))];
+  find("grid-charts").append(element("div", {}, host, element("ul", {}, ...grids.map(grid => element("li", {}, gridSentence(grid))))));
+  new Chart(host, {
+    title: key, note: "held-out loss; the large point is the best", flat: true, unit: key, at: value => `${key} = ${exactly(value)}`, xTick: exactly, ticks: values, fractions: true,
+    log: values.every(value => value > 0) && "x", series: grids.flatMap(gridSeries), tick: (value, digits) => value.toFixed(digits), format: value => value.toFixed(4),
+  });
+}
+
+function gridSeries({ model, values, losses, best }) {
+  const points = values.map((value, index) => [value, losses[index]]).sort((one, other) => one[0] - other[0]);
+  return [{ name: nameBy(model), color: colorOf(model), marked: true, points },
+    { name: "best", unnamed: true, color: colorOf(model), large: true, points: points.filter(([value]) => value === best) }];
+}
+
+function gridSentence({ model, values, losses, best, at_edge: atEdge }) {
+  const diverged = values.filter((_, index) => losses[index] === null).map(exactly);
+  const end = atEdge ? `, which is at the edge of what was tried: a better one may lie beyond` : "";
+  return `${nameBy(model)}: best at ${exactly(best)}${end}.${diverged.length ? ` Training diverged at ${diverged.join(", ")}.` : ""}`;
 }
 
 // Retention --------------------------------------------------------------------------------------------------------------------
@@ -68,15 +172,24 @@ const shares = [
 const shareColor = index => `var(--share-${index})`;
 
 function drawRetention() {
-  const { levels } = report.retention;
   find("retention-words").append(...shares.map(([, name, words], index) =>
     element("div", {}, element("dt", {}, swatch({ color: shareColor(index) }), name), element("dd", {}, words))));
-  for (const level of levels) drawLevel(level);
-  const [selection, curve] = selectionWords[report.retention.selection];
-  find("selection-words").textContent = selection;
-  find("training-curve-words").textContent = curve;
-  find("retention-gap").textContent = gapSentence();
-  return levels.length;
+  const selecting = models.filter(model => model.levels.length);
+  models.forEach((model, index) => model.levels.length && drawLevels(model, index, selecting.length > 1));
+  const several = new Set(selecting.map(model => model.selection)).size > 1;
+  for (const selection of new Set(selecting.map(model => model.selection))) {
+    const names = selecting.filter(model => model.selection === selection).map(model => model.name).join(", ");
+    find("selection-words").append(`${several ? `${names}: ` : ""}${selectionWords[selection][0]} `);
+    find("training-curve-words").append(selectionWords[selection][1]);
+  }
+  return selecting.length;
+}
+
+function drawLevels(model, index, several) {
+  const charts = element("div", { class: "pair" }), words = gapSentence(model);
+  if (several) find("retention-charts").append(element("h3", {}, nameOf(model, index)));
+  find("retention-charts").append(charts, words ? element("p", { class: "retention-gap" }, words) : "");
+  for (const level of model.levels) drawLevel(level, charts);
 }
 
 const selectionWords = {
@@ -90,9 +203,9 @@ const selectionWords = {
   ],
 };
 
-function drawLevel(level) {
+function drawLevel(level, charts) {
   const host = element("figure", { class: "chart" });
-  find("retention-charts").append(host);
+  charts.append(host);
   const final = level.final === null ? "not measured" : percent(level.final);
   new Chart(host, {
     title: level.name, note: `target ${percent(level.target)}; the curve is of training windows; all held-out text at the end ${final}`, unit: "step", domain: [0, 1],
@@ -101,8 +214,7 @@ function drawLevel(level) {
   });
 }
 
-function gapSentence() {
-  const { top_k_loss: trained, threshold_loss: used } = report.retention;
+function gapSentence({ selected_loss: trained, seeds: [{ loss: used }] }) {
   if (trained === null || used === null) return "";
   const gap = used - trained, size = Math.abs(gap);
   const verdict = size < 5e-5 ? "the same to four digits" : `${size.toFixed(4)} (${percent(size / trained, 2)}) ${gap > 0 ? "worse" : "better"} as used than as trained`;
@@ -142,7 +254,7 @@ function boundBar({ bound, kind, basis, share }) {
 function drawPassage() {
   const { tokens, code, source } = report.passage;
   find("passage-text").classList.toggle("code", code);
-  const levels = tokens.reduce((most, [, kept, scores]) => Math.max(most, 1 + (kept.at(-1) ?? -1), scores?.length ?? 0), report.retention.levels.length);
+  const levels = tokens.reduce((most, [, kept, scores]) => Math.max(most, 1 + (kept.at(-1) ?? -1), scores?.length ?? 0), 0);
   new Passage(find("passage-text"), tokens, levels).groups(find("passage-legend"));
   find("passage-source").textContent = source;
   return tokens.length;
@@ -151,9 +263,9 @@ function drawPassage() {
 // Samples ---------------------------------------------------------------------------------------------------------------
 
 function drawSamples() {
-  const prompts = [...new Set(report.models.flatMap(model => model.generations.map(([prompt]) => prompt)))];
+  const prompts = [...new Set(models.flatMap(model => model.generations.map(([prompt]) => prompt)))];
   find("samples-list").append(...prompts.map(prompt => element("article", { class: "pair" },
-    ...report.models.flatMap((model, index) => samplesOf(model, index, prompt)))));
+    ...models.flatMap((model, index) => samplesOf(model, index, prompt)))));
   return prompts.length;
 }
 
@@ -162,5 +274,5 @@ function samplesOf(model, index, prompt) {
     element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, element("span", { class: "quiet" }, prompt), continuation)));
 }
 
-drawPage({ notes: drawNotes, quality: drawQuality, retention: drawRetention, speed: drawSpeed, passage: drawPassage, samples: drawSamples,
+drawPage({ statements: drawStatements, notes: drawNotes, quality: drawQuality, grids: drawGrids, retention: drawRetention, speed: drawSpeed, passage: drawPassage, samples: drawSamples,
   facts: drawFacts, reproduce: drawCommand });

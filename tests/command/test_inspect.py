@@ -15,7 +15,7 @@ from contract import CASES, decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from op_inputs import of_stream
-from test_report import HOSTILE, Page, drawn_file, is_ready
+from reports import HOSTILE, Page, drawn_file, is_ready
 
 import longwave as lw
 from longwave.blocks import BLOCKS

@@ -1,301 +1,63 @@
-"""The report page: it holds exactly its data, no text can break out of it, and a browser draws all of it offline."""
+"""The report's page and words: it holds its data, no text can break out of it, and it claims no more than they say."""
 
 # ruff: noqa: RUF001 (the page writes ×, so the tests read it)
 
 import dataclasses
 import json
 import math
-import random
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
 import pytest
+from reports import (
+    COLUMNS,
+    HALF_AN_EMOJI,
+    HOSTILE,
+    bare_report,
+    ended,
+    fake_report,
+    hostile_report,
+    speed_row,
+    three_models,
+    twelve_runs,
+    written,
+)
 
-from longwave.reports.report import (
+from longwave.reports.content import (
     Bound,
-    Fact,
     Figure,
-    Generation,
+    Grid,
     LossPoint,
     Missing,
     ModelRun,
-    Passage,
-    PassageToken,
     Report,
-    Retention,
     RetentionLevel,
     Speed,
     SpeedRow,
-    headline,
-    relative_gap,
-    write_report,
 )
+from longwave.reports.curves import final_gap
+from longwave.reports.report import write_report
+from longwave.reports.words import headline
 
-HALF_AN_EMOJI = "\ud83e"  # what a token that ends inside a character can decode to
-HOSTILE = (
-    "</script><img src=x onerror=alert(1)><!-- {{data}} {{script}} & \u2028\u2029 \t\x00 日本語 🦙 'quoted\" \\u003c"
-)
-
-PROSE = (
-    "The sea was not rough that evening, but never still. Captain Harrow stood at the rail, his pipe unlit,\n"
-    "counting the gulls that wheeled above the wake, and thought of the letter folded in his breast pocket.\n\n"
-    '"You will not find it," the harbour-master had said. "Nobody has, not in forty years."\n\n'
-)
+MAKERS = [fake_report, hostile_report, bare_report, three_models, twelve_runs]
 
 
-def fake_report(steps: int = 400, tokens: int = 600, seed: int = 0) -> Report:
-    """A report of the shape and noise that a real quickstart gives."""
-    draw = random.Random(seed)
-    return Report(
-        title="Llama and SUBLLM on The Riddle of the Sands",
-        created="2026-03-14 09:26:53 +01:00",
-        machine=[
-            Fact("CPU", "AMD EPYC 9454, 2 cores"),
-            Fact("Threads", "2"),
-            Fact("Python", "3.11.9"),
-            Fact("PyTorch", "2.11.0+cpu"),
-            Fact("longwave", "0.1.0"),
-        ],
-        run=[
-            Fact("Text", "riddle-of-the-sands.txt, 612 kB"),
-            Fact("Documents", "28"),
-            Fact("Tokens", "158,204 to train on, 8,326 held out"),
-            Fact("Vocabulary", "4,096 byte-level BPE"),
-            Fact("Window", "512 tokens, 8 per step"),
-            Fact("Steps", f"{steps:,}"),
-            Fact("Optimizer", "ScaledAdam, Eden schedule, base rate 0.03"),
-            Fact("Duration", "Llama 4 min 12 s, SUBLLM 3 min 31 s"),
-        ],
-        models=[
-            _fake_model("llama", "Llama", 4_721_920, "6F", 4.02, steps, draw),
-            _fake_model("subllm", "SUBLLM", 4_722_944, "F subllm(0.64: F subllm(0.64: 2F) F) F", 4.11, steps, draw),
-        ],
-        baseline="llama",
-        retention=Retention(
-            [_fake_level("level 1", 0.64, steps, draw), _fake_level("level 2", 0.64, steps, draw)], 4.1079, 4.1123
-        ),
-        speed=_fake_speed(),
-        passage=Passage("riddle-of-the-sands.txt, held-out tokens 1,024 to 1,624", _fake_tokens(tokens, draw)),
-        notes=[
-            "The SUBLLM ends 2.2% behind the Llama; at this budget several percent are to be expected.",
-            "Prefill is faster, decoding is not: at 4.7 million parameters a step is ruled by overhead, not by bytes.",
-            "Inference keeps 61% and 59% of the tokens entering each level, close to the 64% it was trained for.",
-        ],
-        command="longwave quickstart riddle-of-the-sands.txt --steps 400 --seed 0 --out runs/quickstart",
-        subtitle="A Llama and a SUBLLM of one shape, trained on the same tokens.",
-    )
-
-
-def _fake_model(
-    key: str, name: str, parameters: int, layout: str, final: float, steps: int, draw: random.Random
-) -> ModelRun:
-    def loss(step: int) -> float:
-        return final + (8.4 - final) * math.exp(-step / (0.09 * steps)) + 0.5 * math.exp(-step / (0.4 * steps))
-
-    def lag(step: int) -> float:
-        return (name == "SUBLLM") * 0.3 * math.exp(-(((step / steps - 0.15) / 0.12) ** 2))
-
-    modes = ("threshold", "top-k") if name == "SUBLLM" else ("",)
-    every = max(1, steps // 16)
-    return ModelRun(
-        key,
-        name,
-        parameters,
-        layout,
-        train=[LossPoint(step, loss(step) + draw.gauss(-0.05, 0.07)) for step in range(1, steps + 1)],
-        held_out=[
-            LossPoint(step, loss(step) + lag(step) + 0.01 * (mode == "top-k"), mode)
-            for mode in modes
-            for step in range(0, steps + 1, every)
-        ],
-        final_loss=final,
-        bits_per_byte=final / math.log(2) / 3.71,
-        perplexity=math.exp(final),
-        generations=[
-            Generation(
-                "The yacht lay",
-                " in the channel, and the wind had gone round to the west.\n“We are too late,” said Davies.",
-            ),
-            Generation("I had read of", " the sands, and of the men who had been upon them in the night of the"),
-        ],
-    )
-
-
-def _fake_level(name: str, target: float, steps: int, draw: random.Random) -> RetentionLevel:
-    marks = range(1, steps + 1)
-
-    def settle(start: float, end: float, noise: float) -> list[float]:
-        return [
-            min(1.0, max(0.0, end + (start - end) * math.exp(-s / (0.12 * steps)) + draw.gauss(0, noise)))
-            for s in marks
-        ]
-
-    return RetentionLevel(
-        name,
-        target,
-        list(marks),
-        settle(1.0, target - 0.02, 0.012),
-        settle(0.99, 0.47, 0.015),
-        settle(0, 0.05, 0.006),
-        settle(0.35, 0.03, 0.006),
-        target - 0.03,
-    )
-
-
-COLUMNS = {"transformers": "transformers Llama", "llama": "longwave Llama", "subllm": "SUBLLM"}
-
-
-def speed_row(kind: Any, label: str, tokens: int, *figures: Figure | Missing) -> SpeedRow:
-    """A row of the columns above."""
-    return SpeedRow(kind, label, tokens, dict(zip(COLUMNS, figures, strict=True)))
-
-
-def _fake_speed() -> Speed:
-    flops, carried = (
-        "FLOPs of both models at 61% and 59% of the tokens kept",
-        "bytes of weights and state read per token",
-    )
-    none = Missing("transformers allocates its state as it goes, so there is no figure to read")
-    rows = [
-        speed_row(
-            "prefill",
-            "Prefill, 512 tokens",
-            512,
-            Figure(19.8, 19.1, 22.4),
-            Figure(17.2, 16.8, 18.9),
-            Figure(14.9, 14.5, 16.0, Bound(1.27, flops)),
-        ),
-        speed_row(
-            "prefill",
-            "Prefill, 2,048 tokens",
-            2048,
-            Figure(118, 115, 127),
-            Figure(104, 102, 109),
-            Figure(81.3, 80.2, 84.8, Bound(1.36, flops)),
-        ),
-        speed_row(
-            "decode",
-            "Decoding, per token, at 2,048 tokens",
-            2048,
-            Figure(5.31, 5.12, 6.20),
-            Figure(2.87, 2.80, 3.02, Bound(1.9, "bytes over the bandwidth measured here", "floor")),
-            Figure(3.11, 3.05, 3.30, Bound(1.31, carried)),
-        ),
-        speed_row(
-            "training",
-            "Training step, 8 × 512 tokens",
-            4096,
-            Missing("not timed: quickstart trains with longwave only"),
-            Figure(604, 588, 671),
-            Figure(502, 490, 566, Bound(1.25, flops)),
-        ),
-        speed_row(
-            "memory",
-            "State at 2,048 tokens",
-            2048,
-            none,
-            Figure(12_582_912, 12_582_912, 12_582_912),
-            Figure(8_912_896, 8_912_896, 8_912_896, Bound(1.41, "keys and values of the kept tokens only")),
-        ),
-    ]
-    return Speed(COLUMNS, rows)
-
-
-def _fake_tokens(count: int, draw: random.Random) -> list[PassageToken]:
-    pieces = re.findall(r"\n+| ?\w{1,5}| ?[^\w\n]", PROSE)
-    tokens = []
-    for index in range(count):
-        first, second = draw.gauss(0.3, 0.8), draw.gauss(0.25, 0.7)
-        kept = [] if first <= 0 else [0] if second <= 0 else [0, 1]
-        tokens.append(PassageToken(pieces[index % len(pieces)], kept, (first, second if kept else None)))
-    return tokens
-
-
-def hostile_report() -> Report:
-    """The fake report with hostile text in every place that takes text."""
-    data = fake_report(steps=5, tokens=3)
-    return dataclasses.replace(
-        data,
-        title=HOSTILE,
-        created=HOSTILE,
-        subtitle=HOSTILE,
-        machine=[Fact(HOSTILE, HOSTILE)],
-        run=[Fact(HOSTILE, HOSTILE)],
-        models=[
-            dataclasses.replace(model, name=HOSTILE, layout=HOSTILE, generations=[Generation(HOSTILE, HOSTILE)])
-            for model in data.models
-        ],
-        speed=Speed(
-            dict.fromkeys(COLUMNS, HOSTILE),
-            [speed_row("prefill", HOSTILE, 512, Missing(HOSTILE), *list(data.speed.rows[0].figures.values())[1:])],
-        ),
-        passage=Passage(HOSTILE, [PassageToken(HOSTILE, [0], None), PassageToken("\n\n", [], (-0.5,))], code=True),
-        notes=[HOSTILE],
-        command=HOSTILE,
-    )
-
-
-def bare_report() -> Report:
-    """The least a report can hold: one point per curve, no levels, no passage, nothing measured."""
-    model = ModelRun("llama", "Llama", 10, "F", [LossPoint(0, 5.0)], [LossPoint(0, 5.1)], 5.1, 2.0, 164.0)
-    missing = Missing("no time was left")
-    return Report(
-        title="Bare",
-        created="2026-01-01T00:00:00Z",
-        machine=[],
-        run=[],
-        models=[model, dataclasses.replace(model, key="subllm", name="SUBLLM", train=[], held_out=[])],
-        baseline="llama",
-        retention=Retention(),
-        speed=Speed(COLUMNS, [speed_row("prefill", "Prefill, 8 tokens", 8, missing, missing, missing)]),
-        passage=Passage(),
-        notes=[],
-        command="",
-    )
-
-
-class Page(HTMLParser):
-    """The page as a parser sees it: its tags, its attributes, and the text of its data block."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.data, self.title, self._inside = "", "", ""
-        self.text = path.read_text("utf-8")
-        self.feed(self.text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self._inside = "data" if ("id", "data") in attrs else tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside in ("data", "title"):
-            setattr(self, self._inside, getattr(self, self._inside) + data)
-
-    @property
-    def report(self) -> dict:
-        return json.loads(self.data)["report"]
-
-
-def written(data: Report, folder: Path) -> Page:
-    write_report(data, folder / "report.html")
-    return Page(folder / "report.html")
-
-
-@pytest.mark.parametrize("make", [fake_report, hostile_report, bare_report])
-def test_the_page_holds_exactly_its_data(make, tmp_path):
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_page_holds_its_data(make, tmp_path):
     data = make()
-    assert written(data, tmp_path).report == json.loads(json.dumps(dataclasses.asdict(data)))
+    page = written(data, tmp_path)
+    expected = json.loads(json.dumps(dataclasses.asdict(data))) | {"passage": page.report["passage"]}
+    del expected["models"]
+    assert page.report == expected
+    texts = [(text, kept) for text, kept, *_ in page.report["passage"]["tokens"]]
+    assert texts == [(token.text, list(token.kept)) for token in data.passage.tokens]
+    for model, held in zip(data.models, page.content["models"], strict=True):
+        assert (held["key"], held["name"], held["layout"]) == (model.key, model.name, model.layout)
+        assert [seed["loss"] for seed in held["seeds"]] == pytest.approx(
+            [run.final_loss for run in model.runs], rel=1e-5
+        )
+        steps = len({point.step for point in model.runs[0].held_out})
+        assert len(held["held_out"]) == steps, "every evaluated point is kept"
+        assert len(held["train"]) <= 300
 
 
 def test_half_a_character_survives(tmp_path):
@@ -309,9 +71,10 @@ def test_hostile_text_adds_no_element_and_ends_no_script(tmp_path):
     assert hostile.title.startswith("</script><img src=x onerror=alert(1)>")
     assert "<img" not in hostile.text
     assert hostile.text.count("</script>") == 2
+    assert hostile.content["models"][0]["name"] == HOSTILE
 
 
-@pytest.mark.parametrize("make", [fake_report, hostile_report, bare_report])
+@pytest.mark.parametrize("make", MAKERS)
 def test_nothing_is_fetched_from_anywhere(make, tmp_path):
     page = written(make(), tmp_path)
     addresses = set(re.findall(r"https?://[^\s\"'`)]+", page.text))
@@ -323,17 +86,20 @@ def test_nothing_is_fetched_from_anywhere(make, tmp_path):
 
 def test_numbers_that_json_cannot_hold_become_null(tmp_path):
     data = bare_report()
-    diverged = dataclasses.replace(data.models[1], train=[LossPoint(1, math.nan)], final_loss=math.inf)
+    run = dataclasses.replace(data.models[1].runs[0], train=[LossPoint(1, 9, 9, 9, math.nan)], final_loss=math.inf)
+    diverged = dataclasses.replace(data.models[1], runs=[run])
     page = written(dataclasses.replace(data, models=[data.models[0], diverged]), tmp_path)
-    assert page.report["models"][1]["train"] == [[1, None, ""]]
-    assert page.report["models"][1]["final_loss"] is None
+    model = page.content["models"][1]
+    assert model["train"] == [[9, 9, 9, None]]
+    assert (model["loss"], model["gap"], model["perplexity"], model["seeds"][0]["loss"]) == (None,) * 4
     assert "NaN" not in page.data
     assert "Infinity" not in page.data
 
 
-def test_a_large_report_stays_far_below_two_megabytes(tmp_path):
-    write_report(fake_report(steps=2000, tokens=2000), tmp_path / "report.html")
-    assert (tmp_path / "report.html").stat().st_size < 1_200_000
+@pytest.mark.parametrize("make", [lambda: fake_report(steps=2000, tokens=2000), lambda: twelve_runs(20_000)])
+def test_a_large_report_stays_far_below_two_megabytes(make, tmp_path):
+    write_report(make(), tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 600_000
 
 
 def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch):
@@ -350,9 +116,31 @@ def test_a_failed_write_leaves_the_old_page_and_no_litter(tmp_path, monkeypatch)
     assert path.read_text() == "old"
 
 
+# Data that contradict themselves
+
+
 def test_series_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="level 1: live has 1 values; steps has 2"):
         RetentionLevel("level 1", 0.64, [1, 2], [1.0, 1.0], [0.5], [0.0, 0.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="one loss for each value"):
+        Grid("llama", "optimizer.lr", [1e-3, 2e-3], [4.0], 1e-3)
+    with pytest.raises(ValueError, match="best"):
+        Grid("llama", "optimizer.lr", [1e-3, 2e-3], [4.0, 3.9], 3e-3)
+
+
+def test_models_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="baseline = 'sala': no such model; the models are llama, subllm"):
+        dataclasses.replace(bare_report(), baseline="sala")
+    with pytest.raises(ValueError, match="grids = 'sala': no such model"):
+        dataclasses.replace(bare_report(), grids=[Grid("sala", "optimizer.lr", [1.0], [4.0], 1.0)])
+    with pytest.raises(ValueError, match="Per token: figures of llama; columns: transformers, llama, subllm"):
+        Speed(COLUMNS, [SpeedRow("decode", "Per token", 8, {"llama": Missing("no")})])
+
+
+@pytest.mark.parametrize("runs", [[], [*ended(4.0), *ended(4.1)]])
+def test_a_model_has_one_run_of_a_seed(runs):
+    with pytest.raises(ValueError, match="one run or more, each of another seed"):
+        ModelRun("llama", "Llama", 10, "F", runs)
 
 
 # The wording of the headline
@@ -417,63 +205,62 @@ def test_figures_that_were_timed_in_turn_are_compared_round_by_round(llama, subl
     assert "117%" not in found.sentence
 
 
-def test_the_page_says_how_busy_the_machine_was_and_why_figures_differ(tmp_path):
-    data = bare_report()
-    speed = dataclasses.replace(data.speed, note="This machine was busy.", disturbed=True)
-    page = drawn(dataclasses.replace(data, speed=speed, curve_note="Of the first 4 of 9 windows."), tmp_path)
-    assert '<p id="speed-words" class="alarm">This machine was busy.</p>' in page
-    assert "Of the first 4 of 9 windows." in page
+def report_of(llama: list[float], subllm: list[float]) -> Report:
+    """The bare report with runs that ended at these losses."""
+    models = [
+        dataclasses.replace(model, runs=ended(*losses))
+        for model, losses in zip(bare_report().models, (llama, subllm), strict=True)
+    ]
+    return dataclasses.replace(bare_report(), models=models)
 
 
 @pytest.mark.parametrize(
-    ("loss", "value", "verdict"),
-    [(5.1, "level", "same"), (4.59, "10.0% lower", "better"), (math.inf, "—", "unknown")],
+    ("llama", "subllm", "value", "verdict", "says"),
+    [
+        ([5.1], [5.1], "level", "same", "One run each"),
+        ([5.1], [4.59], "10.0% lower", "better", "One run each"),
+        ([5.1], [math.inf], "—", "unknown", "diverged"),
+        ([5.1, 5.0], [5.1, math.nan], "—", "unknown", "diverged"),
+        # the seeds differ by far more than the models, which the pairs tell apart all the same
+        ([5.0, 6.0, 4.0], [4.95, 5.952, 3.958], "0.9% lower", "better", "lies between -1.3% and -0.6% (95%)."),
+        ([5.0, 5.1, 5.2], [5.1, 5.0, 5.3], "0.7% higher", "same", "(95%): not told apart."),
+    ],
 )
-def test_the_loss_gap_in_words(loss, value, verdict):
-    data = bare_report()
-    models = [data.models[0], dataclasses.replace(data.models[1], final_loss=loss)]
-    found = headline(dataclasses.replace(data, models=models))[0]
+def test_the_loss_gap_in_words(llama, subllm, value, verdict, says):
+    found = headline(report_of(llama, subllm))[0]
     assert (found.value, found.verdict) == (value, verdict)
+    assert says in found.sentence
 
 
 def test_the_gap_is_relative_to_the_baseline():
     llama, subllm = fake_report().models
-    assert relative_gap(subllm, llama) == pytest.approx(4.11 / 4.02 - 1)
-    assert relative_gap(llama, llama) == 0
+    gaps = [final_gap(subllm, llama, comparable=True), final_gap(llama, llama, comparable=True)]
+    assert [gap and gap.mean for gap in gaps] == [pytest.approx(4.11 / 4.02 - 1), 0]
+
+
+def test_models_of_different_tokenizers_are_compared_in_bits_per_byte():
+    data = report_of([4.0], [4.4])
+    longer = dataclasses.replace(data.models[1].runs[0], bits_per_byte=1.4)  # more loss a token, more bytes a token
+    models = [data.models[0], dataclasses.replace(data.models[1], runs=[longer])]
+    found = headline(dataclasses.replace(data, models=models, loss_comparable=False))[0]
+    assert (found.label, found.value) == ("Bits per byte", "12.5% lower")
+    assert "SUBLLM ends at 1.400" in found.sentence
 
 
 # Any number of models
 
 
-def three_models() -> Report:
-    """The bare report with a third model between the two, and the last one as the baseline."""
-    data = bare_report()
-    llama, subllm = data.models
-    third = dataclasses.replace(llama, key="sala", name="SALA", final_loss=4.59)
-    figures = {"subllm": Figure(10, 10, 10), "sala": Figure(5, 5, 5), "llama": Missing("it crashed")}
-    return dataclasses.replace(
-        data,
-        models=[llama, third, subllm],
-        baseline="subllm",
-        speed=Speed({key: key.upper() for key in figures}, [SpeedRow("decode", "Per token", 8, figures)]),
-    )
-
-
 def test_every_model_is_compared_with_the_baseline():
-    found = {one.label: one.value for one in headline(three_models())}
+    found = {one.title: one.value for one in headline(three_models())}
     assert found == {
         "Held-out loss, Llama": "level",
         "Held-out loss, SALA": "10.0% lower",
-        "Reading a prompt, Llama": "—",
-        "Reading a prompt, SALA": "—",
         "Writing a token, Llama": "—",
         "Writing a token, SALA": "×2.00 faster",
-        "Memory of the context, Llama": "—",
-        "Memory of the context, SALA": "—",
-    }
-    writing = {one.label: one.sentence for one in headline(three_models()) if "Writing" in one.label}
-    assert "it crashed" in writing["Writing a token, Llama"]
-    assert "SALA 5.00 ms, SUBLLM 10.0 ms" in writing["Writing a token, SALA"]
+    }, "and no figure of a quantity that was measured of nobody"
+    writing = {one.about: one.sentence for one in headline(three_models()) if "Writing" in one.label}
+    assert "it crashed" in writing["Llama"]
+    assert "SALA 5.00 ms, SUBLLM 10.0 ms" in writing["SALA"]
 
 
 def test_a_lone_model_is_compared_with_nothing():
@@ -483,112 +270,8 @@ def test_a_lone_model_is_compared_with_nothing():
 
 
 def test_the_page_holds_the_cells_of_every_column(tmp_path):
-    page = json.loads(written(three_models(), tmp_path).data)
+    page = written(three_models(), tmp_path).content
     assert page["columns"] == ["SUBLLM", "SALA", "LLAMA"]
     ((baseline, sala, llama),) = page["cells"]
     assert (baseline["ratio"], sala["ratio"], llama) == (None, 2, {"missing": "it crashed"})
-    assert page["gaps"] == [0, pytest.approx(-0.1), None]
-
-
-def test_models_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="baseline = 'sala': no such model; the models are llama, subllm"):
-        dataclasses.replace(bare_report(), baseline="sala")
-    with pytest.raises(ValueError, match="Per token: figures of llama; columns: transformers, llama, subllm"):
-        Speed(COLUMNS, [SpeedRow("decode", "Per token", 8, {"llama": Missing("no")})])
-
-
-# The page in a browser
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def drawn(data: Report, folder: Path, then: str = "") -> str:
-    """A report's elements after its script has run, and after it a script of the test's own if there is one."""
-    write_report(data, folder / "report.html")
-    return drawn_file(folder / "report.html", then)
-
-
-def drawn_file(path: Path, then: str = "") -> str:
-    """The same for a page that has been written."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: the page was not drawn in a browser")
-    if then:  # the page's policy forbids any script but its own
-        page = re.sub(r"<meta http-equiv[^>]*>", "", path.read_text("utf-8"))
-        path.write_text(page.replace("</body>", f"<script>{then}</script></body>"), "utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --window-size=1280,2000 --virtual-time-budget=2000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
-
-
-def is_ready(page: str) -> bool:
-    root = page[page.index("<html") : page.index("<head")]
-    return 'data-ready="true"' in root and "data-error" not in root
-
-
-def test_a_browser_draws_the_charts_and_the_passage(tmp_path):
-    page = drawn(fake_report(steps=200, tokens=300), tmp_path)
-    assert is_ready(page)
-    assert page.count("<svg") == 4
-    assert page.count('<g class="series') == 5 + 1 + 4 + 4
-    assert page.count("data-index=") == 300
-    assert "×1.08 slower" in page
-    assert 'data-tip="transformers allocates its state' in page
-
-
-def test_a_browser_shows_hostile_text_as_text(tmp_path):
-    page = drawn(hostile_report(), tmp_path)
-    assert is_ready(page)
-    assert "<img" not in page
-    assert "&lt;/script&gt;&lt;img src=x onerror=alert(1)&gt;" in page
-
-
-def test_a_browser_draws_three_models_and_their_gaps_to_the_baseline(tmp_path):
-    page = drawn(three_models(), tmp_path)
-    assert is_ready(page)
-    assert "Gap to SUBLLM" in page
-    assert 'data-column="LLAMA"' in page
-
-
-def test_a_browser_draws_a_report_with_hardly_anything_in_it(tmp_path):
-    page = drawn(bare_report(), tmp_path)
-    assert is_ready(page)
-    for section in ("notes", "retention", "passage", "samples", "facts", "reproduce"):
-        assert re.search(rf'<section id="{section}"[^>]*hidden', page), section
-    assert page.count('class="missing"') == 3
-
-
-def test_hovering_reads_out_every_series_at_that_step(tmp_path):
-    data = fake_report(steps=200, tokens=30)
-    hover = """
-      const canvas = document.querySelector("#loss-chart .canvas"), box = canvas.getBoundingClientRect();
-      canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right, clientY: box.top + 50 }));
-    """
-    page = drawn(data, tmp_path, hover)
-    tip = re.sub(r"<[^>]*>", " ", page[page.index('<div id="tip"') : page.index('<script type="application/json"')])
-    llama, subllm = data.models
-    assert "step 200" in tip
-    for name, point in (("Llama training", llama.train[-1]), ("SUBLLM training", subllm.train[-1])):
-        assert re.search(rf"{name} +{point.loss:.4f}", tip), tip
-    last = llama.held_out[-1]
-    assert re.search(rf"Llama held-out +{last.loss:.4f} +at {last.step} ", tip), tip
-
-
-def test_every_button_and_every_token_answers_without_an_error(tmp_path):
-    poke = """
-      for (const button of document.querySelectorAll("button")) button.click();
-      for (const host of document.querySelectorAll("[data-index], [data-tip]"))
-        host.dispatchEvent(new PointerEvent("pointerover", { clientX: 9, clientY: 9, bubbles: true }));
-      document.documentElement.dataset.poked = document.querySelectorAll(".muted").length;
-    """
-    data = fake_report(steps=20, tokens=50)
-    page = drawn(data, tmp_path, poke)
-    assert is_ready(page)
-    shown = sum(len(token.kept) == 2 for token in data.passage.tokens)
-    assert f'data-poked="{50 - shown}"' in page
-
-
-def test_an_error_in_the_page_is_told(tmp_path):
-    page = drawn(bare_report(), tmp_path, "throw new Error('a planted fault')")
-    assert not is_ready(page)
-    assert "could not be drawn: Uncaught Error: a planted fault" in page
+    assert [one["gap"] and one["gap"]["mean"] for one in page["models"]] == [0, pytest.approx(-0.1), None]
