@@ -172,6 +172,22 @@ def accept_saved_names(module: nn.Module, state_dict: dict[str, Any], prefix: st
             state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}{saved}")
 
 
+def under_class_names(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model under their names in its class, given under those, a folder's, or another class's.
+
+    UserError unless they are the model's, but for a classifier, which may be missing.
+    """
+    names = {saved: name for name, saved in saved_names(model).items()}
+    for own, saved in flat_names(cast(Any, model.base_model).decoder).items():
+        names |= dict.fromkeys((f"decoder.{own}", f"model.decoder.{own}"), names[saved])
+    found = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    expected = {
+        name: tensor.shape for name, tensor in model.state_dict().items() if name in found or name not in _CLASSIFIER
+    }
+    check(expected, found, "from_pretrained: state_dict")
+    return found
+
+
 def check_options(caller: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Raises UserError for the first option that asks for anything.
 

@@ -75,6 +75,9 @@ class LongwavePreTrainedModel(PreTrainedModel):
             raise RuntimeError("You are using `from_pretrained` with a meta device context manager; use from_config")
         source = pretrained_model_name_or_path
         if source is None:
+            if config is not None and state_dict is not None:
+                with torch.device("meta"):
+                    state_dict = folder.under_class_names(cast(Any, cls)(config), state_dict)
             options = {"state_dict": state_dict, "output_loading_info": output_loading_info, **kwargs}
             return super().from_pretrained(None, config=config, **options)
         if state_dict is not None:

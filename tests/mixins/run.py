@@ -1,4 +1,4 @@
-"""Runs the test mixins of `transformers` on longwave's classes: `make test-mixins`, some ten minutes on two cores.
+"""Runs the test mixins of `transformers` on longwave's classes: `make test-mixins`, two minutes on one core.
 
 The mixins lie in the source distribution of transformers, which pip fetches once into `.cache/` (11 MB). Those of
 generation are not in it: `GENERATION=path/to/tests/generation/test_utils.py`, from transformers' repository at the tag

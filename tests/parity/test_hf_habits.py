@@ -11,6 +11,7 @@ from accelerate import load_checkpoint_and_dispatch
 from hf_models import LAYOUTS, ROWS, alone, decoder, greedy, in_class, near, padded, wrapped
 from hf_runs import trainer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -160,9 +161,24 @@ def test_a_report_of_loading_and_a_state_dict_without_a_folder(layout: str, tmp_
     save(decoder(layout), tmp_path)
     ours, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
-    again = LongwaveForCausalLM.from_pretrained(None, config=ours.config, state_dict=ours.state_dict())
-    with torch.no_grad():
-        near(again(ROWS[:1]).logits[0], alone(decoder(layout), ROWS[0]))
+    body = LongwaveModel(ours.config, ours.decoder).state_dict()
+    for tensors in (ours.state_dict(), body, load_file(tmp_path / "model.safetensors")):  # under three kinds of names
+        again = LongwaveForCausalLM.from_pretrained(None, config=ours.config, state_dict=tensors)
+        with torch.no_grad():
+            near(again(ROWS[:1]).logits[0], alone(decoder(layout), ROWS[0]))
+
+
+@pytest.mark.parametrize("changes", [{"model.decoder.norm.weight": None}, {"odd": torch.ones(2)}], ids=["less", "more"])
+@pytest.mark.parametrize("of", [LongwaveForCausalLM, LongwaveForSequenceClassification])
+def test_a_state_dict_of_another_model_is_refused(of: Any, changes: dict[str, Any], tmp_path: Path):
+    ours = in_class(decoder("window"), tmp_path / "m")
+    tensors = {name: tensor for name, tensor in (ours.state_dict() | changes).items() if tensor is not None}
+    with pytest.raises(UserError, match=f"^from_pretrained: state_dict: .*{next(iter(changes)).split('.')[-1]}"):
+        of.from_pretrained(None, config=ours.config, state_dict=tensors)
+    classifier = LongwaveForSequenceClassification.from_pretrained(
+        None, config=ours.config, state_dict=ours.state_dict()
+    )
+    assert torch.equal(classifier.decoder.embed.weight, ours.decoder.embed.weight)
 
 
 @every_layout
