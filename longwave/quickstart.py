@@ -82,7 +82,7 @@ def _quickstart(text: str | None, output: Path, overrides: Sequence[str], measur
     write_report(data, output / "report.html")
     _merge_metrics(output)
     figures = _figures(data)
-    (output / "results.json").write_text(to_json(figures, indent=2) + "\n")
+    files.write_file(output / "results.json", f"{to_json(figures, indent=2)}\n".encode())
     for line in headline(data):
         print(f"{line.title}: {line.value}. {line.sentence}")
     if speed.disturbed:
@@ -107,7 +107,7 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
     vocabulary = _recipe("llama", folder, overrides).model.vocab_size
     say(f"preparing {source}: tokenizer of {vocabulary:,} entries, packed tokens")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(f"{source}\n{_checksum(documents_of)}\n", encoding="utf8")
+    files.write_file(note, f"{source}\n{_checksum(documents_of)}\n".encode())
     return prepare(documents_of, folder, vocab_size=vocabulary)
 
 

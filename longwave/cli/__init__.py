@@ -10,6 +10,7 @@ from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan,
 from longwave.cli.console import standard_streams
 from longwave.cli.output import json_line
 from longwave.cli.parser import Parser, add_verbs
+from longwave.data.patience import ending_the_process
 from longwave.errors import MachineError, UserError, one_line
 from longwave.version import __version__
 
@@ -36,7 +37,7 @@ _FIRST = """first steps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; 0, or 2 for the user's mistake, 1 for the machine's fault, 130 when interrupted."""
-    with standard_streams():
+    with standard_streams(), ending_the_process():
         return _run(arguments)
 
 

@@ -19,7 +19,8 @@ import tokenizers
 from tokenizers import AddedToken, Encoding, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from longwave import files
-from longwave.data import tokenizer_folder
+from longwave.data import patience, tokenizer_folder
+from longwave.data.bounds import require_bounded
 from longwave.data.hiding import hidden, size_of, unk_of
 from longwave.data.tokenizer_folder import LARGEST_VOCABULARY
 from longwave.errors import UserError, require, shown
@@ -60,20 +61,22 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]):
         """Wraps a `tokenizers` object and the content of its `tokenizer_config.json`, which names bos and eos.
 
-        UserError for a token that the config names and the vocabulary lacks, and for a special token that ordinary text
-        is made of.
+        UserError for a token that the config names and the vocabulary lacks, for a special token that ordinary text is
+        made of, and for a definition that would make much of a short text (`bounds.py`).
         """
         backend.no_truncation()
         backend.no_padding()
         self._definition = backend.to_str(pretty=True)
+        definition = json.loads(self._definition)
+        require_bounded(definition)
         self._config = config
         self._special = _special_tokens(backend, self.named_tokens, self.extra_tokens)
         self.special_ids = frozenset(self._special.values())
         self.bos_id, self.eos_id, self.pad_id = (
             self._special.get(self.named_tokens.get(name, "")) for name in ("bos_token", "eos_token", "pad_token")
         )
-        self.opening, self.closing = _around(backend)
-        definition = json.loads(self._definition)
+        with patience.watching(0):
+            self.opening, self.closing = _around(backend)
         self.vocab_size = size_of(definition)
         self.cleans = _cleans_blanks(config, definition["model"]["type"])
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(hidden(definition, self._special)))
@@ -142,7 +145,8 @@ class Tokenizer:
         """
         encode = self._backend.encode_batch if places else self._backend.encode_batch_fast
         try:
-            encodings = encode(list(texts), add_special_tokens=False)
+            with patience.watching(sum(map(len, texts))):
+                encodings = encode(list(texts), add_special_tokens=False)
         except TypeError as error:
             raise UserError(
                 "text: not valid Unicode (a lone surrogate); give text that can be written as UTF-8"

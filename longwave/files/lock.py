@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import socket
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from longwave.errors import MachineError, UserError
 from longwave.files.faults import faults
 
 LOCK = ".lock"
+_NO_FILES = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
@@ -27,7 +29,7 @@ class Lock:
     def in_place(self) -> bool:
         """Whether the folder at this path is still the one that was locked."""
         try:
-            return os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self._descriptor))
+            return os.path.samestat(os.lstat(self.folder / LOCK), os.fstat(self._descriptor))
         except OSError:
             return False
 
@@ -95,7 +97,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
 
 def _acquired(path: Path) -> Lock:
     while True:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _opened(path / LOCK)
         try:
             _take(descriptor, path)
         except BaseException:
@@ -107,6 +109,23 @@ def _acquired(path: Path) -> Lock:
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return lock
         os.close(descriptor)  # who held it has just removed the file: begin again with a new one
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of the file of a lock, which is made if need be; UserError for a link, a pipe or a folder.
+
+    What a link leads to would be emptied: a folder that somebody else made could name any file of the user's.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in _NO_FILES:
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise UserError(f"{path}: no regular file, which the lock of a folder is; remove it")
 
 
 def _take(descriptor: int, path: Path) -> None:

@@ -201,9 +201,8 @@ class OpenFolder:
         return descriptor
 
     def _check(self, name: str) -> None:
-        """UserError for what is missing, no regular file, or a link to where none may lead."""
+        """UserError for what is missing, no regular file, or leads by a link to where none may lead."""
         try:
-            entry = os.lstat(name, dir_fd=self._folder)
             kind = stat.S_IFMT(os.stat(name, dir_fd=self._folder).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             there = name in self.names
@@ -214,15 +213,15 @@ class OpenFolder:
             raise UserError(f"{self / name} is a link that leads to itself") from None
         if kind != stat.S_IFREG:
             raise UserError(f"{self / name} is {_KINDS.get(kind, 'no file')}; only regular files are read")
-        if stat.S_ISLNK(entry.st_mode) and not self._may_lead(name):
+        if not self._may_lead(name):
             raise UserError(f"{self / name} is a link out of this folder; put a copy of the file there")
 
     def _may_lead(self, name: str) -> bool:
-        """Whether a link leads to where it may."""
-        target = Path(os.path.realpath(self / name))
+        """Whether a name leads to where it may, by links of files or of the folders above them."""
+        target, parts = Path(os.path.realpath(self / name)), Path(name).parts
         within = target.is_relative_to(self._real)
         cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-        return within or cached or target.name == Path(name).name or name.endswith(WEIGHTS)
+        return within or cached or target.parts[-len(parts) :] == parts or name.endswith(WEIGHTS)
 
 
 def _names(folder: int) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,49 @@ def test_a_tokenizer_with_any_change(attacker: Attacker, llama: Path, numbers: S
         return attacker.run(*command(draw, folder))
 
     attack("tokenizers", numbers, attempt)
+
+
+PATTERNS = ("(a+)+$", "a*a*b", "(a|a)*b", "(?=a)", "(?=(a*))", "(.*)\\1x", "", "a", r"\s*", "(", "(a{1,99}){1,99}b")
+UNICODE = ("NFKD", "NFC", "Lowercase", "StripAccents", "Nmt")
+
+
+@series(200, cut=5)
+def test_a_tokenizer_that_works_like_a_program(attacker: Attacker, llama: Path, numbers: Sequence[int]):
+    """Replacements one after the other, patterns that backtrack, long words; over texts that they are made for."""
+
+    def attempt(draw: random.Random, number: int) -> Outcome:
+        folder = fresh(llama, attacker.work / "folder")
+        content = json.loads((folder / "tokenizer.json").read_text())
+        content[draw.choice(["normalizer", "normalizer", "decoder"])] = steps(draw, a_replacement)
+        content["pre_tokenizer"] = steps(draw, a_split) if draw.random() < 0.6 else None
+        content["model"]["continuing_subword_prefix"] = draw.choice([None, "", "#" * 99_999])
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        (attacker.work / "prompt.txt").write_text(
+            draw.choice(["a", "a", " ", "1", "\ufdfa"]) * draw.choice([9, 999, 99_999])
+        )
+        return attacker.run("generate", folder, "--prompt-file", "prompt.txt", "--max-new-tokens", "9")
+
+    attack("programs", numbers, attempt)
+
+
+def steps(draw: random.Random, one: Callable[[random.Random], dict[str, Any]]) -> dict[str, Any]:
+    """A sequence of steps, which may be one step again and again."""
+    made = [one(draw) for _ in range(draw.randint(1, 3))] * draw.choice([1, 1, 5, 40, 9999])
+    return {"type": "Sequence", "normalizers": made, "pretokenizers": made, "decoders": made}
+
+
+def a_replacement(draw: random.Random) -> dict[str, Any]:
+    if draw.random() < 0.3:
+        return {"type": draw.choice(UNICODE)}
+    pattern = {draw.choice(["String", "Regex"]): draw.choice(PATTERNS)}
+    return {"type": "Replace", "pattern": pattern, "content": "a" * draw.choice([0, 1, 2, 9, 9999])}
+
+
+def a_split(draw: random.Random) -> dict[str, Any]:
+    if draw.random() < 0.3:
+        return {"type": "Digits", "individual_digits": True}
+    pattern = {draw.choice(["String", "Regex", "Regex"]): draw.choice(PATTERNS)}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": draw.random() < 0.3}
 
 
 def fresh(whole: Path, folder: Path) -> Path:

@@ -204,6 +204,19 @@ def test_a_text_is_not_taken_from_somewhere_else(tmp_path: Path, name: str):
         load(tmp_path / "m")
 
 
+def test_a_text_below_a_folder_that_is_a_link_is_not_taken_from_somewhere_else(tmp_path: Path):
+    save(small("2F"), tmp_path / "m")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/notes.jinja").write_text("a secret")
+    (tmp_path / "m/chat_templates").symlink_to(tmp_path / "home")
+    with files.OpenFolder(tmp_path / "m") as folder:
+        with pytest.raises(UserError, match=r"chat_templates/notes.jinja is a link out of this folder"):
+            folder.read("chat_templates/notes.jinja")
+        (tmp_path / "m/chat_templates").unlink()
+        (tmp_path / "home").rename(tmp_path / "m/chat_templates")
+        assert folder.read("chat_templates/notes.jinja") == b"a secret"
+
+
 def test_weights_may_be_linked_from_anywhere(tmp_path: Path):
     save(small("2F"), tmp_path / "m")
     linked(tmp_path / "m", "model.safetensors", tmp_path / "annex/SHA256-1234")

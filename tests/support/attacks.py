@@ -89,12 +89,14 @@ class Attacker:
         stdout: str | None = "",
         stderr: str | None = "",
         encoding: str = "utf-8",
+        killed_after: float | None = None,
         **environment: str,
     ) -> Outcome:
-        """Runs one command line.
+        """Runs one command line, or a program of Python whose file is the first word.
 
         stdin: its content, or the path of a file or FIFO. stdout, stderr: where they go, in place of a file that is
         read back: a path, `broken` for a pipe without a reader. None for a stream that is closed.
+        killed_after: seconds after which it is killed, if it still runs; it has no other bounds then.
         """
         files = {name: self.home / name for name in ("stdin", "stdout", "stderr")}
         for name in ("stdout", "stderr"):
@@ -107,6 +109,7 @@ class Attacker:
             "folder": str(self.work),
             "environment": environment,
             "encoding": encoding,
+            "killed_after": killed_after,
             "stdin": stdin,
             "stdout": str(files["stdout"]) if stdout == "" else stdout,
             "stderr": str(files["stderr"]) if stderr == "" else stderr,

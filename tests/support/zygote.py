@@ -3,7 +3,9 @@
     python zygote.py    # one JSON request a line on stdin, one JSON answer a line on stdout
 
 Each try has its own standard streams, folder and environment, and is bounded: 5 s of processor time, a minute of the
-clock, and so many GiB of address space more than the zygote has. `attacks.py` is the other side. POSIX only.
+clock, and so many GiB of address space more than the zygote has; or it is killed after so many seconds (`kill -9`). A
+program of Python (`NAME.py`) stands in place of a command line where its file is the first word. `attacks.py` is the
+other side. POSIX only.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import io
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
+import time
 import traceback
 from typing import Any, NoReturn
 
@@ -31,9 +35,20 @@ def attempt(request: dict[str, Any]) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         _child(request)
+    if request["killed_after"] is not None:
+        _kill_after(pid, request["killed_after"])
     _, status, used = os.wait4(pid, 0)
     seconds = used.ru_utime + used.ru_stime
     return {"code": os.waitstatus_to_exitcode(status), "seconds": seconds, "grown": used.ru_maxrss * 1024 - before}
+
+
+def _kill_after(pid: int, seconds: float) -> None:
+    """Kills a process once so many seconds have passed, unless it has ended before."""
+    deadline = time.monotonic() + seconds
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            return os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
 
 
 def resident_bytes() -> int:
@@ -44,7 +59,8 @@ def resident_bytes() -> int:
 def _child(request: dict[str, Any]) -> NoReturn:
     code = 70
     try:
-        _bound()
+        if request["killed_after"] is None:
+            _bound()
         _streams(request)
         os.environ.update(request["environment"])
         os.chdir(request["folder"])
@@ -91,11 +107,17 @@ def _broken_pipe() -> int:
     return writer
 
 
+def _program(words: list[str]) -> int:
+    sys.argv, sys.path[:0] = words, [os.path.dirname(words[0])]
+    runpy.run_path(words[0], run_name="__main__")
+    return 0
+
+
 def _called(words: list[str]) -> int:
     from longwave.cli import main
 
     try:
-        return main(words)
+        return _program(words) if words[0].endswith(".py") else main(words)
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 0 if exit.code is None else 1
     except BaseException:

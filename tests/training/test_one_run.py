@@ -71,6 +71,24 @@ def test_a_lock_excludes_processes_and_other_parts_of_this_one_and_leaves_nothin
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "folder"])
+def test_a_lock_is_a_file_and_empties_no_other(tmp_path: Path, kind: str):
+    """As a run folder of somebody else could have it: what a link leads to stays as it is."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    {
+        "link": lambda: lock.symlink_to(tmp_path / "mine"),
+        "link to nothing": lambda: lock.symlink_to(tmp_path / "nothing"),
+        "pipe": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+    }[kind]()
+    with pytest.raises(UserError, match=r"run/\.lock: no regular file.*; remove it"):
+        files.locked(tmp_path / "run").__enter__()
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_lock_dies_with_its_process(tmp_path: Path):
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)

@@ -1,0 +1,154 @@
+"""Tokenizers that would make much of a short text are refused, or ended; those that people publish are not."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from model_folders import small
+from tokenizers import models, normalizers
+
+from longwave.checkpoints import save
+from longwave.data.bounds import require_bounded
+from longwave.data.tokenizer import Tokenizer
+from longwave.errors import UserError
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ▁\n"
+
+
+def definition(**parts: Any) -> dict[str, Any]:
+    """A `tokenizer.json` that knows single letters, with other parts."""
+    vocabulary = {"<unk>": 0, **{letter: id for id, letter in enumerate(LETTERS, 1)}}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    return {**json.loads(made.to_str()), **parts}
+
+
+def replacing(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def normalizing(*steps: dict[str, Any]) -> dict[str, Any]:
+    return definition(normalizer={"type": "Sequence", "normalizers": list(steps)})
+
+
+def charsmap(word: bytes) -> dict[str, Any]:
+    """SentencePiece's table with an empty tree and one word."""
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\0\0\0\0" + word + b"\0").decode()}
+
+
+def word_piece(letters: int, prefix: str = "##") -> dict[str, Any]:
+    model = {"type": "WordPiece", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    return definition(model={**model, "continuing_subword_prefix": prefix, "max_input_chars_per_word": letters})
+
+
+def unigram(letters: int) -> dict[str, Any]:
+    vocabulary = [["<unk>", 0.0], ["a", -1.0], ["a" * letters, -2.0]]
+    return definition(model={"type": "Unigram", "unk_id": 0, "vocab": vocabulary, "byte_fallback": False})
+
+
+DOUBLED = replacing("aa", String="a")
+HOSTILE = {
+    "doubled thirty times": (normalizing(*[DOUBLED] * 30), "normalizer: may make a text 1,073,741,824 times as long"),
+    "one for ten thousand": (normalizing(replacing("b" * 10_000, String="a")), "normalizer: .* 10,000 times"),
+    "by a pattern of nothing": (normalizing(replacing("b" * 999, Regex="(?=.)")), "normalizer: .* 1,000 times"),
+    "by a text of nothing": (normalizing(replacing("b" * 999, String="")), "normalizer: .* 1,000 times"),
+    "a megabyte in front": (normalizing({"type": "Prepend", "prepend": "x" * (1 << 20)}), "normalizer: .* 1,048,577"),
+    "a table of characters": (normalizing(charsmap(b"x" * 5000)), "normalizer: .* 5,000 times"),
+    "a sequence within another": (normalizing(normalizing(*[DOUBLED] * 9)["normalizer"]), "normalizer: .* 512 times"),
+    "when it is decoded": (
+        definition(decoder={"type": "Sequence", "decoders": [DOUBLED] * 30}),
+        "decoder: may make a text 1,073,741,824 times as long",
+    ),
+    "a thousand steps": (normalizing(*[{"type": "Lowercase"}] * 1000), "normalizer: has 1,000 steps; at most 64"),
+    "a thousand splits": (
+        definition(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits", "individual_digits": True}] * 1000,
+            }
+        ),
+        "pre_tokenizer: has 1,000 steps",
+    ),
+    "words of any length": (word_piece(10**9), "model.max_input_chars_per_word = 1000000000: at most 256"),
+    "a long mark of a word's rest": (word_piece(100, "#" * 9999), "model.continuing_subword_prefix: 9,999 characters"),
+    "a piece of a megabyte": (unigram(1 << 20), "model.vocab: a piece of 1,048,576 letters; at most 1,024"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_definition_that_makes_much_of_little_is_refused(name: str):
+    hostile, says = HOSTILE[name]
+    with pytest.raises(UserError, match=says):
+        Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(hostile)), {})
+
+
+PUBLISHED = {
+    "Llama 2": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "Gemma": normalizers.Replace(" ", "▁"),
+    "CLIP": normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    ),
+    "BERT": normalizers.BertNormalizer(),
+    "ALBERT": normalizers.Sequence(
+        [
+            normalizers.Replace("``", '"'),
+            normalizers.Replace("''", '"'),
+            normalizers.NFKD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_normalizers_that_people_publish_are_taken(name: str):
+    backend = tokenizers.Tokenizer.from_str(json.dumps(definition()))
+    backend.normalizer = PUBLISHED[name]
+    assert Tokenizer(backend, {}).encode("a  b")
+
+
+def test_the_table_of_t5_is_taken():
+    """nmt_nfkc: its longest word is that of U+FDFA, of 33 bytes."""
+    word = "صلى الله عليه وسلم".encode()
+    assert len(word) == 33
+    require_bounded(normalizing(charsmap(word), replacing("▁", Regex=" {2,}")))
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backtracking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer takes the square of a text's length."""
+    split = {"type": "Split", "pattern": {"Regex": "a*a*b"}, "behavior": "Isolated", "invert": False}
+    made = definition(pre_tokenizer=split)
+    model = small("2F", vocab_size=64)
+    model.tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(made)), {})
+    folder = tmp_path_factory.mktemp("backtracking") / "model"
+    save(model, folder)
+    return folder
+
+
+def test_a_command_whose_pattern_takes_too_long_is_ended_in_one_line(backtracking: Path, tmp_path: Path):
+    (tmp_path / "text").write_text("a" * 20_000)
+    command = [sys.executable, "-m", "longwave", "generate", str(backtracking), "--prompt-file", str(tmp_path / "text")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "longwave: text: this tokenizer takes more than 3 s for 20,000 characters; use another one\n"
+
+
+def test_a_program_of_somebody_else_is_not_ended(backtracking: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("longwave.data.patience.SECONDS", -10.0)
+    monkeypatch.setattr("longwave.data.patience._OFTEN", 0.0)
+    assert Tokenizer.load(backtracking).encode("a" * 2000)
