@@ -16,11 +16,11 @@ from typing import Any
 
 from longwave.errors import require
 
-GROWTH = 256  # times; T5's reaches 132: a table with a word of 33 bytes for one character, and a replacement
+GROWTH = 150  # times; T5's reaches 132: a table with a word of 33 bytes for one character, and a replacement
 STEPS = 64  # of normalizer, pre-tokenizer and decoder each; published ones have up to ten
 AFFIX = 64  # characters of what marks the beginning or the end of a word
 WORD = 256  # letters of a word that WordPiece looks up in time of their cube; 100 everywhere
-PIECE = 1024  # letters of Unigram's longest piece, each of which is looked up at every letter of a text
+PIECE = 256  # letters of Unigram's longest piece, each of which is looked up at every letter of a text; 16 as a rule
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _INNER = ("normalizers", "pretokenizers", "decoders")
 
@@ -84,6 +84,3 @@ def _require_bounded_words(model: dict[str, Any]) -> None:
         require(affix <= AFFIX, f"model.{name}: {affix:,} characters; at most {AFFIX} are followed")
     word = model.get("max_input_chars_per_word") or 0
     require(word <= WORD, f"model.max_input_chars_per_word = {word}: at most {WORD} letters are looked up")
-    if model["type"] == "Unigram":
-        longest = max((len(piece) for piece, _ in model["vocab"]), default=0)
-        require(longest <= PIECE, f"model.vocab: a piece of {longest:,} letters; at most {PIECE:,} are looked up")

@@ -1,8 +1,8 @@
-"""An end for a text that a tokenizer's pattern does not come to an end with.
+"""The faults of the `tokenizers` library that Python does not see: an encoding without an end, and a panic.
 
-A pattern (regular expression) of a tokenizer can take time that grows with the square of a text, or without end, and
-nothing within Python stops it. A command of `longwave` is ended then, in one line; a program that uses longwave as a
-library is not, since it is not ours to end.
+A pattern (regular expression) of a tokenizer can take the square of a text's length, and nothing within Python stops
+it. A command of `longwave` is ended then, in one line; a program that uses longwave as a library is not, since it is
+not ours to end. A panic (as of a pattern that tries ten million ways) is no Exception to Python, and becomes one here.
 """
 
 from __future__ import annotations
@@ -34,16 +34,26 @@ def ending_the_process() -> Iterator[None]:
 
 @contextmanager
 def watching(characters: int) -> Iterator[None]:
-    """Watches the encoding of a text of so many characters, if this process may be ended."""
-    if not _ends:
-        yield
-        return
+    """Watches the encoding of a text of so many characters, if this process may be ended; RuntimeError for a panic."""
     done = threading.Event()
-    threading.Thread(target=_watch, args=(characters, done), daemon=True).start()
+    if _ends:
+        threading.Thread(target=_watch, args=(characters, done), daemon=True).start()
     try:
-        yield
+        with without_panic():
+            yield
     finally:
         done.set()
+
+
+@contextmanager
+def without_panic() -> Iterator[None]:
+    """A panic of the library as a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(str(error)) from None
 
 
 def _watch(characters: int, done: threading.Event) -> None:

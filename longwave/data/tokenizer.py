@@ -159,8 +159,15 @@ class Tokenizer:
         return encodings
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out; bytes that are not valid UTF-8 become U+FFFD."""
-        text = self._backend.decode(list(ids), skip_special_tokens=True)
+        """The text of the ids, special tokens left out; bytes that are not valid UTF-8 become U+FFFD.
+
+        Raises UserError for ids that are none, and where the tokenizer's decoder fails.
+        """
+        try:
+            with patience.without_panic():
+                text = self._backend.decode(list(ids), skip_special_tokens=True)
+        except Exception as error:  # the library raises bare Exceptions
+            raise UserError(f"ids: this tokenizer cannot decode them ({brief(error)})") from error
         return _without_blanks(text) if self.cleans else text
 
     def twin(self) -> tokenizers.Tokenizer:
@@ -345,7 +352,8 @@ def _around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text."""
     for text in _probes(backend):
         try:
-            encoding = backend.encode(text)
+            with patience.without_panic():
+                encoding = backend.encode(text)
         except Exception:  # a text that the vocabulary lacks words for; the library raises bare Exceptions
             continue
         own = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]

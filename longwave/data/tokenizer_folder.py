@@ -20,6 +20,8 @@ from typing import Any
 
 import tokenizers
 
+from longwave.data.bounds import PIECE
+from longwave.data.patience import without_panic
 from longwave.errors import UserError, require, shown
 from longwave.files import OpenFolder
 from longwave.files.jsonfile import brief, object_in
@@ -80,7 +82,7 @@ def read(folder: OpenFolder) -> tuple[tokenizers.Tokenizer, Config]:
         return _by_transformers(folder, config)
     content = _read(folder, VOCABULARY_FILE)
     definition = object_in(content, path)
-    _check_ids(definition, path)
+    _check_vocabulary(definition, path)
     backend = _backend(content, path)
     return (backend, config) if _is_own(folder, definition, config) else _by_transformers(folder, config)
 
@@ -109,7 +111,8 @@ def _model_type(folder: OpenFolder) -> Any:
 
 def _backend(content: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_buffer(content)
+        with without_panic():
+            return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a readable tokenizer ({brief(error)})") from error
 
@@ -149,7 +152,8 @@ def _by_transformers(folder: OpenFolder, config: Config) -> tuple[tokenizers.Tok
     with _quiet(), TemporaryDirectory() as copy:
         _copy(folder, Path(copy))
         try:
-            theirs = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
+            with without_panic():
+                theirs = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever one of some hundred classes raises
             said = brief(error).replace(copy, str(folder.path))
             raise UserError(f"{where}: transformers makes no tokenizer of this folder ({said})") from error
@@ -223,10 +227,17 @@ def _require_utf8(content: bytes, path: Path) -> None:
         raise UserError(f"{path}: not UTF-8 text") from None
 
 
-def _check_ids(definition: dict[str, Any], path: Path) -> None:
-    """UserError for an id far beyond all others: the library fills the gap, with gigabytes if it is wide."""
+def _check_vocabulary(definition: dict[str, Any], path: Path) -> None:
+    """UserError for what the library does not bear.
+
+    It fills the gap before an id far beyond all others, with gigabytes if it is wide, and goes down a call for each
+    letter of Unigram's pieces, which ends the process at some ten thousand.
+    """
     model = definition.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    pieces = (one[0] for one in vocabulary if isinstance(one, list) and one) if isinstance(vocabulary, list) else ()
+    longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
+    require(longest <= PIECE, f"{path}: a piece of {longest:,} letters; at most {PIECE:,} are looked up")
     ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
     wrong = next((id for id in ids if not (type(id) is int and 0 <= id < LARGEST_VOCABULARY)), None)
     require(wrong is None, f"{path}: id {shown(wrong)}: ids are numbers from 0 to {LARGEST_VOCABULARY - 1:,}")
