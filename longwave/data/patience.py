@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
-SECONDS, SECONDS_EACH = 3.0, 20e-6  # of the processor: for any text, and for each character; published ones take 1e-6
+from longwave.errors import UserError
+
+SECONDS, SECONDS_EACH = 2.0, 10e-6  # of the processor: for any text, and for each character; published ones take 1e-6
 EXIT_CODE = 2
 _OFTEN = 0.2  # seconds between two looks
 _ends = False
@@ -34,7 +36,7 @@ def ending_the_process() -> Iterator[None]:
 
 @contextmanager
 def watching(characters: int) -> Iterator[None]:
-    """Watches the encoding of a text of so many characters, if this process may be ended; RuntimeError for a panic."""
+    """Watches the encoding of a text of so many characters, if this process may be ended; UserError for a panic."""
     done = threading.Event()
     if _ends:
         threading.Thread(target=_watch, args=(characters, done), daemon=True).start()
@@ -46,14 +48,15 @@ def watching(characters: int) -> Iterator[None]:
 
 
 @contextmanager
-def without_panic() -> Iterator[None]:
-    """A panic of the library as a RuntimeError."""
+def without_panic(where: str = "") -> Iterator[None]:
+    """A panic of the library as a UserError. where: what its message begins with."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise RuntimeError(str(error)) from None
+        said = " ".join(str(error).split())
+        raise UserError(f"{where}the tokenizers library fails on this tokenizer ({said})") from None
 
 
 def _watch(characters: int, done: threading.Event) -> None:

@@ -23,7 +23,7 @@ from longwave.data import patience, tokenizer_folder
 from longwave.data.bounds import require_bounded
 from longwave.data.hiding import hidden, size_of, unk_of
 from longwave.data.tokenizer_folder import LARGEST_VOCABULARY
-from longwave.errors import UserError, require, shown
+from longwave.errors import UserError, require, shown, within
 from longwave.files import OpenFolder
 from longwave.files.jsonfile import brief, plain
 
@@ -108,11 +108,10 @@ class Tokenizer:
         """
         if not isinstance(folder, OpenFolder):
             return files.read_whole(folder, cls.load)
-        backend, config = tokenizer_folder.read(folder)
-        try:
-            return cls(backend, config)
-        except UserError as error:
-            raise UserError(f"{folder.path}: {error}") from None
+        with patience.without_panic(f"{folder / tokenizer_folder.VOCABULARY_FILE}: "):
+            backend, config = tokenizer_folder.read(folder)
+            with within(folder.path):
+                return cls(backend, config)
 
     @classmethod
     def find(cls, folder: str | Path | OpenFolder) -> Tokenizer | None:

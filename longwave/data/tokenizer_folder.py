@@ -21,7 +21,6 @@ from typing import Any
 import tokenizers
 
 from longwave.data.bounds import PIECE
-from longwave.data.patience import without_panic
 from longwave.errors import UserError, require, shown
 from longwave.files import OpenFolder
 from longwave.files.jsonfile import brief, object_in
@@ -111,8 +110,7 @@ def _model_type(folder: OpenFolder) -> Any:
 
 def _backend(content: bytes, path: Path) -> tokenizers.Tokenizer:
     try:
-        with without_panic():
-            return tokenizers.Tokenizer.from_buffer(content)
+        return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a readable tokenizer ({brief(error)})") from error
 
@@ -152,8 +150,7 @@ def _by_transformers(folder: OpenFolder, config: Config) -> tuple[tokenizers.Tok
     with _quiet(), TemporaryDirectory() as copy:
         _copy(folder, Path(copy))
         try:
-            with without_panic():
-                theirs = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
+            theirs = AutoTokenizer.from_pretrained(copy, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever one of some hundred classes raises
             said = brief(error).replace(copy, str(folder.path))
             raise UserError(f"{where}: transformers makes no tokenizer of this folder ({said})") from error

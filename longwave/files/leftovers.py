@@ -103,7 +103,7 @@ def put_back(target: Path) -> bool:
     """`recover`, with the faults of the machine left to the caller."""
     if target.exists():
         return False
-    displaced = [hidden for hidden in _siblings(target.parent, target.name) if _is_displaced(hidden)]
+    displaced = _displaced(target)
     if not displaced:
         return False
     last = max(displaced, key=lambda hidden: hidden.path.stat().st_ctime_ns)
@@ -112,9 +112,15 @@ def put_back(target: Path) -> bool:
     return _rename_back(last)
 
 
-def _is_displaced(hidden: Hidden) -> bool:
-    """Whether this is a whole folder: deletion takes the manifest first."""
-    return hidden.kind == "old" and (hidden.path / MANIFEST).is_file()
+def is_displaced(target: Path) -> bool:
+    """Whether an overwrite, which may go on, has hidden the folder that stood at `target`."""
+    return bool(_displaced(target))
+
+
+def _displaced(target: Path) -> list[Hidden]:
+    """The whole folders that stood at `target`: deletion takes the manifest first."""
+    old = [hidden for hidden in _siblings(target.parent, target.name) if hidden.kind == "old"]
+    return [hidden for hidden in old if (hidden.path / MANIFEST).is_file()]
 
 
 def _rename_back(displaced: Hidden) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from longwave.errors import UserError
 from longwave.files.faults import reading
 from longwave.files.jsonfile import object_in
-from longwave.files.leftovers import being_written, put_back
+from longwave.files.leftovers import being_written, is_displaced, put_back
 
 T = TypeVar("T")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -180,6 +180,8 @@ class OpenFolder:
         try:
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
+            if self.path.is_dir() or is_displaced(self._real):  # it was gone between a writer's two renames
+                return False
             raise UserError(f"there is no folder {self.path}") from None
         self.names = _names(self._folder)
         for name in sorted(self.names):

@@ -75,6 +75,24 @@ def test_every_read_during_5000_overwrites_is_one_model(tmp_path: Path, way: str
     assert sum(counts.values()) > 1000
 
 
+def test_a_folder_that_is_gone_for_a_moment_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Hidden by the first of a writer's two renames, after a reader has seen that it is there."""
+    save(small("2F"), tmp_path / "m")
+    opened, hidden = os.open, tmp_path / f".m.old-{os.getpid()}-0123456789ab"
+
+    def renamed_first(path: Any, *arguments: Any, **more: Any) -> int:
+        if Path(path) == tmp_path / "m" and not hidden.exists() and (tmp_path / "m").exists():
+            (tmp_path / "m").rename(hidden)
+            monkeypatch.setattr(os, "open", opened)
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", renamed_first)
+    with files.OpenFolder(tmp_path / "m") as folder:
+        assert "config.json" in folder
+    with pytest.raises(UserError, match=r"there is no folder .*never"):
+        files.OpenFolder(tmp_path / "never")
+
+
 def test_a_folder_that_changes_while_it_is_read_is_read_again(tmp_path: Path):
     """By somebody who writes into the files themselves, as `transformers` does; and refused if that never ends."""
     (tmp_path / "a.json").write_text('{"version": 1}')

@@ -239,6 +239,7 @@ COMPILERS = {
         "printf '\\377\\376 is no flag' >&2",
         "exit 1",
     ],
+    "cc failed: xxxx": ["/usr/bin/head -c 1000000 /dev/zero | /usr/bin/tr '\\0' x >&2", "exit 1"],
     "cc did not end within 1 seconds": ["while :; do :; done"],
     "No such file or directory": ["exit 0"],  # it says that all is well, and has written nothing
     "cannot be loaded": ['for one; do last="$target"; target="$one"; done', 'echo no library > "$last"'],
@@ -251,6 +252,7 @@ def test_a_compiler_that_cannot_is_the_reason(tmp_path: Path, first_use, reason:
     assert found is not None
     assert reason in found
     assert "\n" not in found
+    assert len(found) < 1000
     kept = [path.name for path in tmp_path.glob("cache/longwave/*")]
     assert len(kept) == (reason == "cannot be loaded"), "a failed build leaves nothing behind"
 

@@ -25,6 +25,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from longwave.errors import cut
 from longwave.ops.compiled import cache
 from longwave.ops.compiled.cache import Unavailable
 
@@ -76,7 +77,7 @@ def _build(compiler: str, sources: list[Path]) -> bytes:
         done = _run([compiler, *_FLAGS, *map(str, sources), "-o", str(built), "-lm"], _LONGEST_BUILD)
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise Unavailable(f"{compiler} failed: {lines[-1]}")
+            raise Unavailable(f"{compiler} failed: {cut(lines[-1])}")
         return built.read_bytes()
 
 
