@@ -21,6 +21,7 @@ STEPS = 64  # of normalizer, pre-tokenizer and decoder each; published ones have
 AFFIX = 64  # characters of what marks the beginning or the end of a word
 WORD = 256  # letters of a word that WordPiece looks up in time of their cube; 100 everywhere
 PIECE = 256  # letters of Unigram's longest piece, each of which is looked up at every letter of a text; 16 as a rule
+_WITH_LENGTH = 2  # the kind of a field in a protocol buffer
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _INNER = ("normalizers", "pretokenizers", "decoders")
 
@@ -84,3 +85,30 @@ def _require_bounded_words(model: dict[str, Any]) -> None:
         require(affix <= AFFIX, f"model.{name}: {affix:,} characters; at most {AFFIX} are followed")
     word = model.get("max_input_chars_per_word") or 0
     require(word <= WORD, f"model.max_input_chars_per_word = {word}: at most {WORD} letters are looked up")
+
+
+def longest_piece(content: bytes) -> int:
+    """The bytes of the longest piece in a file of SentencePiece (`tokenizer.model`), and a few more.
+
+    Such a file is a protocol buffer: pieces are its first field, and each has its length in front.
+    """
+    longest = at = 0
+    while at < len(content):
+        tag, at = _number(content, at)
+        size, at = _number(content, at)
+        if tag & 7 != _WITH_LENGTH:  # no field of SentencePiece's
+            break
+        longest = max(longest, size if tag >> 3 == 1 else 0)
+        at += size
+    return longest
+
+
+def _number(content: bytes, at: int) -> tuple[int, int]:
+    """A number of a protocol buffer, seven bits a byte, and the place behind it."""
+    number = shift = 0
+    for place in range(at, min(at + 10, len(content))):
+        number |= (content[place] & 0x7F) << shift
+        shift += 7
+        if content[place] < 0x80:
+            return number, place + 1
+    return number, len(content)

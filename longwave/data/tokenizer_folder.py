@@ -20,7 +20,7 @@ from typing import Any
 
 import tokenizers
 
-from longwave.data.bounds import PIECE
+from longwave.data.bounds import PIECE, longest_piece
 from longwave.errors import UserError, require, shown
 from longwave.files import OpenFolder
 from longwave.files.jsonfile import brief, object_in
@@ -206,7 +206,9 @@ def _check_others(folder: OpenFolder) -> None:
     for name in OTHER_FILES[:2]:
         _read_json(folder, name)
     for name in folder.names & {*VOCABULARIES}:
-        _read(folder, name)
+        content = _read(folder, name)
+        if name.endswith(".model"):
+            _check_piece(longest_piece(content) // 4, folder / name)  # a letter has up to four bytes
     for name in (name for name in _parts(folder) if name.endswith(".jinja")):
         _require_utf8(_read(folder, name), folder / name)
 
@@ -224,6 +226,10 @@ def _require_utf8(content: bytes, path: Path) -> None:
         raise UserError(f"{path}: not UTF-8 text") from None
 
 
+def _check_piece(letters: int, path: Path) -> None:
+    require(letters <= PIECE, f"{path}: a piece of {letters:,} letters; at most {PIECE:,} are looked up")
+
+
 def _check_vocabulary(definition: dict[str, Any], path: Path) -> None:
     """UserError for what the library does not bear.
 
@@ -233,8 +239,7 @@ def _check_vocabulary(definition: dict[str, Any], path: Path) -> None:
     model = definition.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     pieces = (one[0] for one in vocabulary if isinstance(one, list) and one) if isinstance(vocabulary, list) else ()
-    longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
-    require(longest <= PIECE, f"{path}: a piece of {longest:,} letters; at most {PIECE:,} are looked up")
+    _check_piece(max((len(piece) for piece in pieces if isinstance(piece, str)), default=0), path)
     ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
     wrong = next((id for id in ids if not (type(id) is int and 0 <= id < LARGEST_VOCABULARY)), None)
     require(wrong is None, f"{path}: id {shown(wrong)}: ids are numbers from 0 to {LARGEST_VOCABULARY - 1:,}")

@@ -16,7 +16,7 @@ from model_folders import small
 from tokenizers import models, normalizers
 
 from longwave.checkpoints import save
-from longwave.data.bounds import require_bounded
+from longwave.data.bounds import longest_piece, require_bounded
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
@@ -92,6 +92,30 @@ def test_a_piece_of_a_megabyte_is_refused_before_it_ends_the_process(tmp_path: P
     (tmp_path / "tokenizer.json").write_text(json.dumps(unigram(1 << 20)))
     with pytest.raises(UserError, match=r"tokenizer\.json: a piece of 1,048,576 letters; at most 256 are looked up"):
         Tokenizer.load(tmp_path)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer, with its length in front."""
+    size, shown = len(content), b""
+    while size > 0x7F:
+        shown, size = shown + bytes([size & 0x7F | 0x80]), size >> 7
+    return bytes([number << 3 | 2]) + shown + bytes([size]) + content
+
+
+@pytest.mark.parametrize("letters", [20, 1 << 20])
+def test_a_piece_of_sentencepiece_is_measured_too(tmp_path: Path, letters: int):
+    pieces = [b"<unk>", b"a" * letters, b"b"]
+    content = b"".join(field(1, field(1, piece)) for piece in pieces) + field(2, b"\x18\x01")
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    assert letters < longest_piece(content) < letters + 10
+    if letters > 20:
+        with pytest.raises(UserError, match=r"tokenizer\.model: a piece of 262,145 letters; at most 256"):
+            Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 30, b"\x0a", b"\x0a\xff\xff\xff\xff\x7f", b"\x08\x01"])
+def test_a_file_that_is_no_protocol_buffer_is_measured(content: bytes):
+    assert longest_piece(content) >= 0
 
 
 PUBLISHED = {
