@@ -47,7 +47,7 @@ class Row:
 
     def once(self) -> Outcome:
         """Runs the command, and kills it at a random moment of the time that it takes."""
-        outcome = self.attacker.run(*self.words, killed_after=self.draw.uniform(0, self.seconds), LONGWAVE_TRIAL="1")
+        outcome = self.attacker.run(*self.words, killed_after=self.draw.uniform(0, self.seconds))
         assert outcome.code in (0, KILLED), str(outcome)
         if outcome.code == KILLED:
             self.kills += 1
@@ -67,7 +67,7 @@ class Row:
             if ended:
                 fresh(self.attacker)
         assert self.kills == kills
-        outcome = self.attacker.run(*self.words, killed_after=FOREVER, LONGWAVE_TRIAL="1")
+        outcome = self.attacker.run(*self.words, killed_after=FOREVER)
         assert outcome.code == 0, str(outcome)
         is_right()
         assert not list(self.attacker.work.rglob(".*.partial-*")), "a leftover that nobody sweeps"
@@ -83,7 +83,7 @@ def a_row(attacker: Attacker, seed: int, *words: object) -> tuple[Row, Path]:
     """A row of kills, and what the command leaves when nobody kills it."""
     fresh(attacker)
     begin = time.monotonic()
-    outcome = attacker.run(*words, killed_after=FOREVER, LONGWAVE_TRIAL="1")
+    outcome = attacker.run(*words, killed_after=FOREVER)
     seconds = time.monotonic() - begin
     assert outcome.code == 0, str(outcome)
     straight = attacker.home / "straight"
