@@ -11,10 +11,14 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Document:
-    """A text and the name it is known by: its path below the source, with a line or piece number where needed."""
+    """A text and the name it is known by: its path below what is prepared, with a line or piece number where needed.
+
+    source: a name that it shares with the documents of one origin, by which losses are told apart; empty if not known.
+    """
 
     name: str
     text: str
+    source: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Batch:
     targets: the next token; `NO_TARGET` where it is not to be learned, another document starts next, or the split ends.
     runs: number of tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
     windows: number of tokens of each window; they add up to T.
-    samples: each window's position in the data order.
+    samples: each window's position in the data order. documents: the number in the split of each run's document.
     """
 
     tokens: Int64[Tensor, " T"]
@@ -49,6 +49,7 @@ class Batch:
     runs: tuple[int, ...]
     windows: tuple[int, ...]
     samples: tuple[int, ...]
+    documents: tuple[int, ...]
 
     def inputs(self, device: torch.device | str) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"], Stream]:
         """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream, with the rows that count."""
@@ -188,6 +189,15 @@ class PackedTokens:
         cut = f"{counted(self._cuts.cut, 'conversation')} longer than a window of {counted(self._window, 'token')}"
         return [f"{self._tokens.where}: {cut}: the end is lost"] if self._cuts.cut else []
 
+    @property
+    def source_names(self) -> list[str]:
+        """The names of sources; none in folders that were written before they were kept."""
+        return self._tokens.info.sources
+
+    def sources(self) -> Int64[Tensor, " documents"]:
+        """The source of each document of the split, as its place in `source_names`."""
+        return torch.from_numpy(self._tokens.sources).long()
+
     def batch(self, positions: Sequence[int], sampler: WindowSampler | None = None) -> Batch:
         """The windows at the given positions of the data order; without a sampler, the windows with these numbers.
 
@@ -198,13 +208,17 @@ class PackedTokens:
         bounds = [self._bounds(number) for number in numbers]
         sizes = [stop - start for start, stop in bounds]
         tokens, targets = np.empty((2, sum(sizes)), np.int64)
-        runs: list[int] = []
+        runs, documents = list[int](), list[int]()
         row = 0  # of the batch, where the next window begins
         for (start, stop), size in zip(bounds, sizes, strict=True):
-            runs += self._fill(tokens[row : row + size], targets[row : row + size], start, stop)
+            pieces = self._fill(tokens[row : row + size], targets[row : row + size], start, stop)
+            first = self._tokens.document_at(start)
+            runs += pieces
+            documents += range(first, first + len(pieces))  # every border but the window's own begins a document
             row += size
         self._require_ids(tokens)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), tuple(runs), tuple(sizes), tuple(positions))
+        laid = torch.from_numpy(tokens), torch.from_numpy(targets)
+        return Batch(*laid, tuple(runs), tuple(sizes), tuple(positions), tuple(documents))
 
     def _require_ids(self, tokens: NDArray[np.int64]) -> None:
         largest, entries = int(tokens.max(initial=0)), self._tokens.info.vocab_size

@@ -5,6 +5,7 @@
     out/{train,held_out}/
         tokens-00000.bin              the split's tokens laid end to end (uint16 or uint32, little-endian)
         documents-00000.npy           where in the split each document that starts in this shard starts (int64)
+        sources.bin                   the number of each document's source, in the order of the split (int32)
         learned.bin                   conversations only: where in the split each answer starts and ends (int64)
 
 Nothing is believed unread: sizes, small files and lists of places are checked when a split is opened, a shard of tokens
@@ -32,7 +33,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError, require
 
 FORMAT = 1
-META_FILE, LEARNED_FILE = "meta.json", "learned.bin"
+META_FILE, LEARNED_FILE, SOURCES_FILE = "meta.json", "learned.bin", "sources.bin"
 Split = Literal["train", "held_out"]
 DType = Literal["uint16", "uint32"]
 _LARGE = (".bin", ".npy")  # endings of the files that are checked when they are read
@@ -70,7 +71,8 @@ class PreparedInfo:
     tokenizer: the fingerprint of the tokenizer that made the ids.
     kind: `chat` where the documents are conversations, which training windows do not cut.
     left_out: number of conversations left out, since they have no answer that is learned.
-    not_read: the files and rows of the source that hold nothing to learn, by the reason.
+    not_read: the files and rows that hold nothing to learn, by the reason.
+    sources: the names of the documents' sources; empty in folders that were written before sources were kept.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -84,6 +86,7 @@ class PreparedInfo:
     kind: Kind = "text"
     left_out: int = 0
     not_read: list[LeftOut] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
     @property
     def documents(self) -> int:
@@ -148,6 +151,7 @@ class SplitTokens:
 
     info: the description of the prepared folder. where: the split's folder, named in error messages.
     edges: the places where answers start and end, alternating and ascending; None where every token is learned.
+    sources: of each document, as its place in `PreparedInfo.sources`; empty where sources were not kept.
     Raises UserError for a folder that is not a prepared one, and for files that are missing, cut or damaged. A shard of
     tokens that is damaged is found when it is first read: a MachineError.
     """
@@ -161,6 +165,7 @@ class SplitTokens:
         self.shards = [self._tokens(number, size) for number, size in enumerate(held.shards)]
         self._starts = [self._starts_in(number) for number in range(len(held.shards))]
         self.edges = None if held.learned is None else self._edges(held.learned)
+        self.sources = self._sources_of()
         self._checked = set[int]()  # numbers of the shards of tokens
 
     def __len__(self) -> int:
@@ -176,6 +181,10 @@ class SplitTokens:
         """The places from `start` up to `stop` where documents start."""
         pieces = [_between(self._starts[number], start, stop) for number, _ in self._touched(start, stop)]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces or [np.empty(0, np.int64)])
+
+    def document_at(self, place: int) -> int:
+        """The number in the split of the document that a place lies in."""
+        return sum(int(np.searchsorted(starts, place, side="right")) for starts in self._starts) - 1
 
     def learned(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the tokens from `start` up to `stop` are to be predicted."""
@@ -236,6 +245,16 @@ class SplitTokens:
         listed = starts.dtype == np.int64 and starts.ndim == 1
         require(listed and _ascends(starts, *self._bounds[number : number + 2]), f"{path}: {_PLACES}; {_AGAIN}")
         return starts
+
+    def _sources_of(self) -> NDArray[np.int32]:
+        """The source of each document; none where sources were not kept."""
+        if not self.info.sources:
+            return np.empty(0, np.int32)
+        path = self._intact.require(f"{self.where.name}/{SOURCES_FILE}")
+        found = np.fromfile(path, "<i4")
+        known = found.min(initial=0) >= 0 and found.max(initial=0) < len(self.info.sources)
+        require(bool(known) and len(found) == sum(map(len, self._starts)), f"{path}: {_PLACES}; {_AGAIN}")
+        return found
 
     def _edges(self, learned: int) -> NDArray[np.int64]:
         """The edges of the answers, memory-mapped where there are any: an empty file cannot be mapped."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from longwave.data.conversations import FORMS, LEARNED, SETTINGS, SYSTEM, TOOLS, conversation_of, given, require_weight
 from longwave.data.documents import Conversation, Document
 from longwave.errors import UserError, require
 
-TEXT = "text"
+TEXT, SOURCE = "text", "source"
 _MEANT = frozenset(
     {name for form in FORMS for name in (*form.fields, *form.optional)}
     | {*LEARNED, SYSTEM, SETTINGS, TOOLS, "functions", "images", "image", "videos", "audios", "audio"}
@@ -40,6 +40,7 @@ class Rules:
     def document(self, row: Any, name: str, where: str) -> Document:
         """The text or conversation of a row.
 
+        A string in its field `source` is the document's source.
         name: of the document. where: the file and line that error messages name. Raises UserError for a row that is
         neither, that holds what would have no effect, or whose strings no UTF-8 can hold.
         """
@@ -50,7 +51,8 @@ class Rules:
             is_chat = isinstance(document, Conversation)
             said = json.dumps(row, ensure_ascii=False, default=str) if is_chat else document.text
             said.encode()  # fails on half a surrogate pair, which JSON can write as an escape and UTF-8 cannot
-        return document
+        source = row.get(SOURCE) if self.text_field != SOURCE else None
+        return replace(document, source=source) if isinstance(source, str) else document
 
     def fits(self, row: Any) -> bool:
         """Whether something is a row in a form that is known."""

@@ -22,6 +22,7 @@ from longwave.data.prepared import (
     FORMAT,
     LEARNED_FILE,
     META_FILE,
+    SOURCES_FILE,
     DType,
     PreparedInfo,
     SplitInfo,
@@ -33,7 +34,7 @@ from longwave.data.prepared import (
 from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import UserError, cut
 
 __all__ = ["PreparedInfo", "SplitTokens", "prepare"]
 
@@ -41,6 +42,7 @@ DEFAULT_VOCABULARY = 8192
 SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpus, cheap to copy for a small one
 TRAINING_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary, and its training holds every word in memory
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
+MOST_SOURCES = 1000  # that are told apart; beyond them a table of losses says nothing
 _SLICE = 1 << 20  # characters: of a text that a tokenizer is trained on, since the library gathers 256 of them
 
 Progress = Callable[[str, int], None]
@@ -105,12 +107,13 @@ class _Writer:
         self._folder, self._dtype = folder, on_disk(dtype)
         self._file: BinaryIO | None = None
         self._edges = (folder / LEARNED_FILE).open("wb") if by_answer else None
+        self._sources = (folder / SOURCES_FILE).open("wb")
         self._starts: list[int] = []
         self._shards: list[int] = []
         self._documents = self._bytes = self._learned = 0
 
-    def add(self, document: Encoded) -> None:
-        """Writes one document, over as many shards as it takes."""
+    def add(self, document: Encoded, source: int) -> None:
+        """Writes one document, over as many shards as it takes, and the number of its source."""
         tokens = np.array(document.ids, dtype=self._dtype)
         self._bytes += document.bytes
         self._documents += 1
@@ -120,6 +123,7 @@ class _Writer:
             file = self._open()
             if starts_here:
                 self._starts.append(sum(self._shards))
+                self._sources.write(source.to_bytes(4, "little"))
             piece, tokens = np.split(tokens, [SHARD_TOKENS - self._shards[-1]])
             file.write(piece.tobytes())
             self._shards[-1] += len(piece)
@@ -127,6 +131,7 @@ class _Writer:
 
     def finish(self) -> SplitInfo:
         self._close()
+        self._sources.close()
         learned = None
         if self._edges is not None:
             self._edges.close()
@@ -156,19 +161,28 @@ class _Writer:
         self._file, self._starts = None, []
 
 
+class _Sources(dict[str, int]):
+    """The numbers of sources by their names, in the order in which they come; those beyond the first share one."""
+
+    def __missing__(self, name: str) -> int:
+        known = "others" if len(self) >= MOST_SOURCES else cut(name.encode(errors="replace").decode())
+        return self.setdefault(known or "not named", len(self))
+
+
 def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any]) -> PreparedInfo:
-    tokenizer, left_out = encoder.tokenizer, 0
+    tokenizer, left_out, sources = encoder.tokenizer, 0, _Sources()
     dtype: DType = "uint16" if tokenizer.vocab_size <= 65535 else "uint32"
     train, held_out = (_Writer(folder / split, dtype, encoder.by_answer) for split in ("train", "held_out"))
     for chunk in _chunks(pairs):
         encoded = encoder.encode([document for document, _ in chunk])
-        for (_, is_held_out), parts in zip(chunk, encoded, strict=True):
+        for (document, is_held_out), parts in zip(chunk, encoded, strict=True):
             left_out += not parts
             for part in parts:
-                (held_out if is_held_out else train).add(part)
+                (held_out if is_held_out else train).add(part, sources[document.source])
     tokenizer.save(folder)
     splits = train.finish(), held_out.finish()
     info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, *splits, encoder.kind, left_out)
+    info = replace(info, sources=list(sources))
     if not info.train.targets:
         raise UserError(f"nothing to learn: {left_out} of the conversations have no answer of the assistant")
     return info

@@ -6,7 +6,7 @@ import io
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longwave import trial
@@ -172,12 +172,13 @@ def _entries(folder: Path, without: frozenset[str]) -> list[os.DirEntry[str]]:
 
 def _file(path: Path, name: str, rules: Rules, census: Census) -> Iterator[Document]:
     """The documents of a file. Raises NotRead, before any, for a file that holds neither text nor rows."""
-    some = False
+    some, source = False, name.split("/")[0]
     for number, piece in enumerate(formats.read(path, rules)):
         if isinstance(piece, str):
-            yield Document(f"{name}#{number}" if number else name, piece)
+            yield Document(f"{name}#{number}" if number else name, piece, source=source)
         else:
             document = rules.document(piece.content, f"{name}{piece.place}", f"{shown_name(path)}{piece.place}")
+            document = replace(document, source=document.source or source)
             if document.text or isinstance(document, Conversation):
                 yield from _pieces(document)
             else:
@@ -194,7 +195,7 @@ def _pieces(document: Document) -> Iterator[Document]:
         yield document
     else:
         for number, piece in enumerate(formats.pieces(io.BytesIO(text))):
-            yield Document(f"{document.name}#{number}" if number else document.name, piece)
+            yield replace(document, name=f"{document.name}#{number}" if number else document.name, text=piece)
 
 
 def shown_name(path: str | os.PathLike[str]) -> str:

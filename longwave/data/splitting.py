@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 
 from longwave.data.documents import Conversation, Document
@@ -88,4 +89,5 @@ def _cut(document: Document, fraction: float) -> list[tuple[Document, bool]]:
         raise UserError(
             f"held_out = {fraction}: {document.name} is too short to be cut in two; give more text, or --held-out 0"
         )
-    return [(Document(document.name, text[:middle]), False), (Document(f"{document.name}#end", text[middle:]), True)]
+    end = replace(document, name=f"{document.name}#end", text=text[middle:])
+    return [(replace(document, text=text[:middle]), False), (end, True)]

@@ -235,7 +235,7 @@ def test_the_same_source_gives_the_same_bytes_and_progress_reaches_the_end(tmp_p
     prepare(corpus, tmp_path / "b", vocab_size=270, held_out=0.3)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
-    assert len(files) == 8
+    assert len(files) == 10
     total = sum(len(text.encode()) for text in TEXTS)
     assert [step for step in seen if step[1] == total] == [("tokenizer", total), ("tokens", total)]
 

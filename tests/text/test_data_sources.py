@@ -53,7 +53,7 @@ def test_a_folder_gives_its_text_in_order_of_names(tmp_path: Path):
 
 def test_a_single_file_goes_by_its_own_name(tmp_path: Path):
     write(tmp_path, {"a.txt": "text"})
-    assert list(documents(str(tmp_path / "a.txt"))) == [Document("a.txt", "text")]
+    assert list(documents(str(tmp_path / "a.txt"))) == [Document("a.txt", "text", source="a.txt")]
 
 
 def test_a_long_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
