@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from longwave.api import load
 from longwave.config import ModelConfig
@@ -13,8 +14,10 @@ from longwave.data.shards import prepare as write_shards
 from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require, within
-from longwave.evaluation.held_out import Evaluation
+from longwave.evaluation.few_shot import SHOTS, few_shot, named_task
+from longwave.evaluation.held_out import Evaluation, Probes
 from longwave.evaluation.held_out import evaluate as judge
+from longwave.evaluation.synthetic import NAME as SYNTHETIC
 from longwave.machine import dtype_of
 from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
@@ -85,20 +88,75 @@ def train(
     return trainer.result()
 
 
+Names = str | Path | Sequence[str] | Sequence[str | Path]
+Model = str | Path | Decoder
+
+
+@overload
 def evaluate(
-    model: str | Path | Decoder, data: str | Path, *, window: int | None = None, device: str = "auto"
-) -> Evaluation:
-    """How well a model predicts the held-out split of prepared data, in the mode in which it runs.
+    model: Model,
+    data: str | Path,
+    *,
+    tasks: Names = (),
+    shots: int | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    window: int | None = None,
+    device: str = "auto",
+) -> Evaluation: ...
+@overload
+def evaluate(
+    model: Model,
+    data: None = None,
+    *,
+    tasks: Names = (),
+    shots: int | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    window: int | None = None,
+    device: str = "auto",
+) -> Probes: ...
+def evaluate(
+    model: Model,
+    data: str | Path | None = None,
+    *,
+    tasks: Names = (),
+    shots: int | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    seed: int | None = None,
+    window: int | None = None,
+    device: str = "auto",
+) -> Probes:
+    """How well a model predicts the held-out split of prepared data, and solves few-shot tasks, as it runs in use.
 
     model: a folder, a hub id, or a model that is loaded, which stays on the device where it is. data: prepared with the
-    model's own tokenizer. window: tokens of a window; the model's context window by default.
+    model's own tokenizer; without it only the tasks are run. tasks: `synthetic`, or files of rows with a `text` and a
+    `label`. shots: examples in the prompt; 4 by default. template: how a row is written, with the names of its fields
+    in braces; `"{text}\\nLabel: {label}"` by default. limit: only the first so many tested rows of a task.
+    seed: of the examples, 0 by default. window: tokens of a held-out window; the context window by default.
     device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
-    Raises UserError for data of another tokenizer, MachineError for a loss that is not finite.
+    Raises UserError for data of another tokenizer, a task that cannot be read, and an option without effect;
+    MachineError for a loss that is not finite.
     """
+    names = [tasks] if isinstance(tasks, str | Path) else list(tasks)
+    options = {"shots": shots, "template": template, "limit": limit, "seed": seed}
+    idle = next((name for name, value in options.items() if value is not None and not names), None)
+    require(idle is None, f"{idle}: has no effect without a task; name one, such as tasks = synthetic")
+    files = [name for name in names if str(name) != SYNTHETIC]
+    require(template is None or bool(files), f"template: has no effect on {SYNTHETIC}, which has its own; leave it out")
+    require(window is None or data is not None, f"window = {window}: has no effect without prepared data")
+    require(data is not None or bool(names), "nothing to evaluate: give prepared data, or a task such as synthetic")
+    probed = [named_task(name, template, seed or 0) for name in names]  # all are read before a model is loaded
     if isinstance(model, Decoder):
         require(device == "auto", f"device = {device}: no effect on a model that is loaded; leave it out")
-        return judge(model, data, window)
-    return judge(load(model, device=device), data, window)
+    loaded = model if isinstance(model, Decoder) else load(model, device=device)
+    judged = None if data is None else judge(loaded, data, window)
+    asked = {"shots": SHOTS if shots is None else shots, "seed": seed or 0, "limit": limit}
+    done = tuple([few_shot(loaded, task, **asked) for task in probed])
+    return Probes(tasks=done) if judged is None else replace(judged, tasks=done)
 
 
 def _tell(trainer: Trainer) -> None:

@@ -1,15 +1,22 @@
-"""`longwave eval`: the loss of a model on held-out text."""
+"""`longwave eval`: the loss of a model on held-out text, and its accuracy on few-shot tasks."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
+from longwave.units import counted
 
 if TYPE_CHECKING:
-    from longwave.evaluation.held_out import Evaluation
+    from longwave.evaluation.breakdown import AtContext, OfSource
+    from longwave.evaluation.few_shot import FewShot
+    from longwave.evaluation.held_out import Evaluation, Probes
+
+_FIGURES = ("loss", "loss_on", "perplexity", "bits_per_byte", "tokens", "retention")
+_MOST_SOURCES = 20  # lines of a table; --json has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +24,78 @@ class Evaluate(OnDevice, OfModel):
     """Options of `longwave eval`."""
 
     model: str = argument("a model folder, or a hub id")
-    data: str = argument("prepared data, written with the model's own tokenizer")
-    window: int | None = option("tokens of a window (the model's context window)")
+    data: str | None = argument("prepared data, written with the model's own tokenizer", default=None)
+    tasks: tuple[str, ...] = option(
+        "a few-shot task: synthetic, or a file of rows with a text and a label (may be repeated)",
+        default=(),
+        metavar="TASK",
+    )
+    shots: int | None = option("examples in the prompt (4)")
+    template: str | None = option("how a row of a file is written, such as '{text} Label: {label}'")
+    limit: int | None = option("only the first so many tested rows of a task")
+    seed: int | None = option("of the examples in the prompt (0)")
+    window: int | None = option("tokens of a held-out window (the model's context window)")
 
 
-def run(options: Evaluate) -> Evaluation:
-    """Evaluates, and prints one figure a line."""
+def run(options: Evaluate) -> Probes:
+    """Evaluates, and prints one figure a line, then tables."""
+    from longwave.evaluation.held_out import Evaluation
     from longwave.verbs import evaluate
 
-    result = evaluate(**options.keywords())
-    for field in fields(result):
-        print(f"{field.name:<16} {_words(getattr(result, field.name))}")
+    keywords = options.keywords()
+    if options.template is not None:  # a shell gives a line end as a backslash and an n
+        keywords["template"] = options.template.replace("\\n", "\n")
+    result = evaluate(**keywords)
+    if isinstance(result, Evaluation):
+        _show_held_out(result)
+    for task in result.tasks:
+        print("\n".join(_of_task(task)))
     return result
+
+
+def _show_held_out(result: Evaluation) -> None:
+    for name in _FIGURES:
+        print(f"{name:<16} {_words(getattr(result, name))}")
+    print("\n".join(_by_context(result.by_context)))
+    if len(result.by_source) > 1:
+        print("\n".join(_by_source(result.by_source)))
+
+
+def _by_context(parts: Sequence[AtContext]) -> list[str]:
+    names = [f"{part.first:,}" if part.first == part.last else f"{part.first:,} to {part.last:,}" for part in parts]
+    rows = [(name, part.tokens, part.loss) for name, part in zip(names, parts, strict=True)]
+    return _table("tokens seen", rows)
+
+
+def _by_source(parts: Sequence[OfSource]) -> list[str]:
+    lines = _table("source", [(part.source, part.tokens, part.loss) for part in parts[:_MOST_SOURCES]])
+    more = len(parts) - _MOST_SOURCES
+    return [*lines, f"and {counted(more, 'more source')} (--json has all)"] if more > 0 else lines
+
+
+def _table(title: str, rows: Sequence[tuple[str, int, float]]) -> list[str]:
+    """Lines of a table of losses, below a blank one."""
+    width = max(len(title), *(len(name) for name, *_ in rows))
+    lines = [f"{name:<{width}} {tokens:>12,} {loss:>8.4g}" for name, tokens, loss in rows]
+    return ["", f"{title:<{width}} {'predictions':>12} {'loss':>8}", *lines]
+
+
+def _of_task(found: FewShot) -> list[str]:
+    """The outcome of a task, below a blank line."""
+    shots = counted(found.shots, "example")
+    if found.shots < found.asked:
+        shots += f" (of {found.asked}: no more fit into the context window)"
+    low, high = found.interval
+    chosen = ", ".join(f"{label} {count:,}" for label, count in found.predicted.items())
+    figures = {
+        "task": f"{found.task}, {shots}, {counted(found.rows, 'row')}, seed {found.seed}",
+        "accuracy": f"{found.accuracy:.1%} ({low:.1%} to {high:.1%})",
+        "calibrated": f"{found.calibrated:.1%}",
+        "per token, byte": f"{found.per_token:.1%}, {found.per_byte:.1%}",
+        "chance": f"{found.chance:.1%}, always the most frequent label {found.majority:.1%}",
+        "chosen": chosen,
+    }
+    return ["", *(f"{name:<16} {words}" for name, words in figures.items())]
 
 
 def _words(value: str | float | tuple[float, ...]) -> str:
@@ -38,4 +105,4 @@ def _words(value: str | float | tuple[float, ...]) -> str:
     return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
-VERB = Verb("eval", "loss of a model on held-out text, in the mode in which it runs", Evaluate, run)
+VERB = Verb("eval", "loss of a model on held-out text, and its accuracy on few-shot tasks", Evaluate, run)
