@@ -34,7 +34,7 @@ test: setup-dev
 test-slow: setup-dev
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
-# 6,000 hostile inputs and 276 kills, those of `make test` among them; under 15 minutes on two cores.
+# 6,000 hostile inputs and 272 kills, those of `make test` among them; under 15 minutes on two cores.
 test-attack: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack
 
