@@ -79,12 +79,14 @@ def is_held(path: Path) -> bool:
 def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
     """Hold the lock of a folder, which is made if need be, and removed again if nothing was put into it.
 
-    UserError where another process, or another part of this one, holds it; MachineError if the machine fails.
+    UserError where another process, or another part of this one, holds it, and where a file in it is a link;
+    MachineError if the machine fails.
     """
     path = Path(folder)
     with faults(f"locking {path}", "nothing was changed"):
         is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
+        _refuse_links(path)
         lock = _acquired(path)
     try:
         yield lock
@@ -93,6 +95,14 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
         if is_new:
             with suppress(OSError):  # it holds something, or is no more
                 path.rmdir()
+
+
+def _refuse_links(folder: Path) -> None:
+    """UserError for a file that is a link: what is written to it would land elsewhere. Folders may lie on other disks."""
+    with os.scandir(folder) as entries:
+        links = sorted(one.name for one in entries if one.is_symlink() and not one.is_dir() and one.name != LOCK)
+    if links:
+        raise UserError(f"{folder / links[0]}: a link, and what is written there would land elsewhere; remove it")
 
 
 def _acquired(path: Path) -> Lock:

@@ -89,6 +89,27 @@ def test_a_lock_is_a_file_and_empties_no_other(tmp_path: Path, kind: str):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "times.json", "report.html"])
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str, there: bool):
+    (tmp_path / "run").mkdir()
+    if there:
+        (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=rf"run/{name}: a link, and what is written there would land elsewhere"):
+        trained(recipe("llama", steps=2), tmp_path / "run")
+    assert (tmp_path / "mine").exists() == there
+    assert not there or (tmp_path / "mine").read_text() == "precious"
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
+    trained(recipe("llama", steps=2), tmp_path / "run")
+    assert list((tmp_path / "elsewhere").glob("step-*"))
+
+
 def test_a_lock_dies_with_its_process(tmp_path: Path):
     with holder(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
