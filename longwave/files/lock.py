@@ -86,7 +86,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
     with faults(f"locking {path}", "nothing was changed"):
         is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        _refuse_links(path)
+        _refuse_others(path)
         lock = _acquired(path)
     try:
         yield lock
@@ -97,12 +97,16 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
                 path.rmdir()
 
 
-def _refuse_links(folder: Path) -> None:
-    """UserError for a file that is a link: what is written to it would land elsewhere. Folders may lie on other disks."""
+def _refuse_others(folder: Path) -> None:
+    """UserError for what is no regular file: a pipe would never end, and a link leads what is written elsewhere.
+
+    Folders may be links, as those that lie on another disk.
+    """
     with os.scandir(folder) as entries:
-        links = sorted(one.name for one in entries if one.is_symlink() and not one.is_dir() and one.name != LOCK)
-    if links:
-        raise UserError(f"{folder / links[0]}: a link, and what is written there would land elsewhere; remove it")
+        odd = sorted(one.name for one in entries if not (one.is_file(follow_symlinks=False) or one.is_dir()))
+    for name in odd:
+        if name != LOCK:
+            raise UserError(f"{folder / name}: a link or no regular file, which a run does not write to; remove it")
 
 
 def _acquired(path: Path) -> Lock:

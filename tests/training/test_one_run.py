@@ -96,17 +96,24 @@ def test_nothing_is_written_through_a_link(tmp_path: Path, name: str, there: boo
     if there:
         (tmp_path / "mine").write_text("precious")
     (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=rf"run/{name}: a link, and what is written there would land elsewhere"):
-        trained(recipe("llama", steps=2), tmp_path / "run")
+    with pytest.raises(UserError, match=rf"run/{name}: a link or no regular file"):
+        trained(recipe("llama", steps=3), tmp_path / "run")
     assert (tmp_path / "mine").exists() == there
     assert not there or (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_pipe_in_the_place_of_a_log_is_refused(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run/metrics.jsonl")
+    with pytest.raises(UserError, match=r"run/metrics\.jsonl: a link or no regular file"):
+        trained(recipe("llama", steps=3), tmp_path / "run")
 
 
 def test_checkpoints_may_lie_on_another_disk(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "elsewhere")
-    trained(recipe("llama", steps=2), tmp_path / "run")
+    trained(recipe("llama", steps=3), tmp_path / "run")
     assert list((tmp_path / "elsewhere").glob("step-*"))
 
 
