@@ -389,7 +389,7 @@ def _curve_note(recipe: Recipe) -> str:
         reasons.append(f"of the first {run.evaluate_windows} of {total} held-out windows")
     if run.precision != "fp32":
         reasons.append(f"computed in {run.precision}")
-    words = "The held-out curves and the gap are {}; the table, the cards and `longwave eval` take all, in fp32."
+    words = "The held-out curves and the gap are {}; the table, the cards and longwave eval take all, in fp32."
     return words.format(" and ".join(reasons)) if reasons else ""
 
 
