@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import time
@@ -45,7 +44,7 @@ from longwave.training.metrics import METRICS, MetricsFile, Observer, TensorBoar
 from longwave.training.notes import notes
 from longwave.training.optimizers import StepReport
 from longwave.training.progress import Progress, read_progress, write_progress
-from longwave.training.recipe import Recipe, TrainingConfig, require_start
+from longwave.training.recipe import Recipe, require_start
 from longwave.units import counted
 
 
@@ -456,9 +455,3 @@ def _deterministic(on: bool) -> Iterator[None]:
     finally:
         torch.set_deterministic_debug_mode(mode)
         memory.fill_uninitialized_memory = filling
-
-
-def with_training(recipe: Recipe, **changes: Any) -> Recipe:
-    """A copy of the recipe with other values in its `training` table."""
-    training: TrainingConfig = dataclasses.replace(recipe.training, **changes)
-    return dataclasses.replace(recipe, training=training)
