@@ -107,13 +107,13 @@ def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> Prepa
     vocabulary = _recipe("llama", folder, overrides).model.vocab_size
     say(f"preparing {source}: tokenizer of {vocabulary:,} entries, packed tokens")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    files.write_file(note, f"{source}\n{_checksum(documents_of)}\n".encode())
+    files.write_file(note, f"{source}\n{_checksum(documents_of)}\n".encode("utf8", "surrogateescape"))
     return prepare(documents_of, folder, vocab_size=vocabulary)
 
 
 def _require_same_text(note: Path, source: str, documents_of: Source) -> None:
     """UserError where the data were prepared from another text, or the text has changed since."""
-    name, _, checksum = note.read_text(encoding="utf8").strip().partition("\n")
+    name, _, checksum = note.read_text(encoding="utf8", errors="surrogateescape").strip().partition("\n")
     require(name == source, f"{note.parent / 'data'}: made of {name}; give another --output")
     is_there = callable(documents_of) or Path(documents_of).exists()
     if checksum and is_there and checksum != _checksum(documents_of):

@@ -28,6 +28,7 @@ from longwave.benchmarks.measure.others import OtherWork
 from longwave.benchmarks.measure.roofline import Peaks
 from longwave.cli import VERBS, command_line, main
 from longwave.cli.generate import _unescaped
+from longwave.errors import UserError
 from longwave.training.loop import Interrupted
 from longwave.version import __version__
 
@@ -642,6 +643,15 @@ def test_quickstart_times_the_models_once_and_again_where_it_is_asked_to(longwav
     assert timed == [1]
     assert again.json["speed"] != first.json["speed"]
     assert longwave(*words).json["speed"] == again.json["speed"]
+
+
+def test_quickstart_takes_a_text_whose_name_is_not_utf8(tmp_path: Path):
+    text = tmp_path / "text-\udcff"
+    shutil.copytree(runs.corpus(), text)
+    first, again = (quick_module._prepared(str(text), tmp_path / "out" / "data", SHORT) for _ in range(2))
+    assert first == again
+    with pytest.raises(UserError, match=r"made of .*; give another --output"):
+        quick_module._prepared(str(runs.corpus()), tmp_path / "out" / "data", SHORT)
 
 
 def test_quickstart_notices_that_its_text_has_changed(longwave, refuses, compared: Path, tmp_path: Path):
