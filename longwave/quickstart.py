@@ -315,7 +315,7 @@ def _model_run(
         name=NAMES[name],
         parameters=sum(weight.numel() for weight in model.parameters()),
         layout=model.config.layout,
-        runs=[_seed_run(model, recipe, metrics, result)],
+        runs=[_seed_run(recipe, metrics, result)],
         levels=_levels(model, metrics, result),
         selection="threshold" if causal else "top-k",
         selected_loss=result.training and result.training.loss,
@@ -323,20 +323,17 @@ def _model_run(
     )
 
 
-def _seed_run(model: Decoder, recipe: Recipe, metrics: list[dict[str, Any]], result: _Evaluation) -> page.SeedRun:
-    """The run with its curves; FLOPs are those of the layout's nominal retention."""
-    window = recipe.training.window
-    flops = model.training_flops(window) / window
+def _seed_run(recipe: Recipe, metrics: list[dict[str, Any]], result: _Evaluation) -> page.SeedRun:
+    curves = (_curve(metrics, field) for field in ("loss", "held_out_loss"))
+    return page.SeedRun(recipe.training.seed, *curves, result.threshold.loss, result.bits_per_byte)
 
-    def curve(field: str) -> list[page.LossPoint]:
-        return [
-            page.LossPoint(one["step"], one["tokens"], one["tokens"] * flops, one.get("seconds", 0.0), one[field])
-            for one in metrics
-            if field in one
-        ]
 
-    final = result.threshold.loss
-    return page.SeedRun(recipe.training.seed, curve("loss"), curve("held_out_loss"), final, result.bits_per_byte)
+def _curve(metrics: list[dict[str, Any]], field: str) -> list[page.LossPoint]:
+    return [
+        page.LossPoint(one["step"], one["tokens"], one.get("flops", 0), one.get("seconds", 0.0), one[field])
+        for one in metrics
+        if field in one
+    ]
 
 
 def _levels(model: Decoder, metrics: list[dict[str, Any]], result: _Evaluation) -> list[page.RetentionLevel]:
