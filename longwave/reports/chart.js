@@ -93,7 +93,8 @@ const ends = values => values.reduce(([low, high], value) => [Math.min(low, valu
 // A chart: {title, note, views or one view, tick, format, lines, domain, switches, flat, log, pick} ------------------------------
 // A view is {unit, series, at(x): x in words, xTick(x), ticks: of the x axis}; a chart shows one of its views at a time.
 // A series is {name, color, points: [[x, value or null, low, high], ...] in the order of x, faint, dash, marked, large, unnamed}: low
-// and high, if there, are drawn as a band. pick(x): what a click, or Enter, does there. log: true for both axes, "x" for one.
+// and high, if there, are drawn as a band. until: the last x that was measured; beyond it the line is dashed, and called computed. pick(x): what a click, or Enter, does there. log: true for both axes, "x" for one. yTicks: of the y
+// axis. plain: without a legend.
 // A switch is one of: logX, logY, late (the second half of the x axis alone).
 
 class Chart {
@@ -131,7 +132,7 @@ class Chart {
 
   legend() {
     const all = new Map(this.views.flatMap(view => view.series).filter(series => !series.unnamed).map(series => [series.id, series]));
-    if (all.size < 2) return "";
+    if (all.size < 2 || this.spec.plain) return "";
     return element("div", { class: "legend" }, ...[...all.values()].map(series =>
       this.toggle(element("span", {}, swatch(series), series.name), true, pressed => this.hidden[pressed ? "delete" : "add"](series.id))));
   }
@@ -179,7 +180,7 @@ class Chart {
     const bands = points.flatMap(([, , ...band]) => band).filter(y => y !== null && y !== undefined && (!this.on.logY || y > 0));
     const values = this.spec.domain ?? withRoom(ends([...points.map(([, y]) => y), ...bands, ...(this.spec.shows ?? [])]), this.on.logY);
     this.x = axis(ends(this.stops), this.on.logX, 52, this.width - 18, this.width < 480 ? 4 : 8, this.view.ticks);
-    this.y = axis(values, this.on.logY, this.height - 40, 12, 5);
+    this.y = axis(values, this.on.logY, this.height - 40, 12, 5, this.spec.yTicks);
   }
 
   grid() {
@@ -228,13 +229,17 @@ class Chart {
   }
 
   line(series) {
-    const runs = this.runs(series.points, point => this.usable(point)).map(run => run.map(([x, y]) => this.spot(x, y)));
+    const { until = Infinity } = series, places = points => this.runs(points, point => this.usable(point)).map(run => run.map(([x, y]) => this.spot(x, y)));
     const crowded = series.points.length > this.width / 2;
     const group = shape("g", { class: `series${series.faint ? " faint" : ""}${crowded ? " crowded" : ""}` });
     group.style.color = series.color;
-    const path = runs.filter(run => run.length > 1).map(run => `M${run.map(place => place.join(" ")).join("L")}`).join("");
-    if (path) group.append(shape("path", { d: path, "stroke-dasharray": series.dash }));
-    const dots = runs.flatMap(run => run.length === 1 || (series.marked && series.points.length <= 60) ? run : []);
+    const trace = (runs, dash) => {
+      const path = runs.filter(run => run.length > 1).map(run => `M${run.map(place => place.join(" ")).join("L")}`).join("");
+      if (path) group.append(shape("path", { d: path, "stroke-dasharray": dash }));
+    };
+    trace(places(series.points.filter(([x]) => x <= until)), series.dash);
+    trace(places(series.points.filter(([x]) => x >= until)), "2 5");
+    const dots = places(series.points.filter(([x]) => x <= until)).flatMap(run => run.length === 1 || (series.marked && series.points.length <= 60) ? run : []);
     group.append(...dots.map(([cx, cy]) => shape("circle", { cx, cy, r: series.large ? 5.5 : 2.6 })));
     return group;
   }
@@ -278,7 +283,8 @@ class Chart {
     const value = !point ? "—" : point[1] === null ? "not finite" : this.spec.format(point[1]);
     const band = point && typeof point[2] === "number" ? ` ${this.spec.format(point[2])} to ${this.spec.format(point[3])}` : "";
     const late = point && point[0] !== step ? ` at ${this.view.xTick(point[0])}` : "";
-    return element("tr", {}, element("th", {}, swatch(series), series.name), element("td", {}, value, element("small", {}, band, late)));
+    const computed = point?.[0] > series.until ? " computed" : "";
+    return element("tr", {}, element("th", {}, swatch(series), series.name), element("td", {}, value, element("small", {}, band, computed, late)));
   }
 
   leave() {

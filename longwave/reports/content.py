@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from longwave.benchmarks.growth import Growth
 from longwave.reports.page import Fact, PassageToken, Verdict
 
 
@@ -225,6 +226,7 @@ class Report:
     statements: Sequence[Statement] = ()
     grids: Sequence[Grid] = ()
     speed: Speed = Speed({}, ())
+    growth: Growth | None = None
     passage: Passage = Passage()
     notes: Sequence[str] = ()
     curve_note: str = ""
@@ -235,7 +237,9 @@ class Report:
 
     def __post_init__(self) -> None:
         keys = [model.key for model in self.models]
-        for field, key in [("baseline", self.baseline), *(("grids", grid.model) for grid in self.grids)]:
+        named = [("baseline", self.baseline), *(("grids", grid.model) for grid in self.grids)]
+        named += [("growth", curve.model) for curve in self.growth.curves] if self.growth else []
+        for field, key in named:
             if key not in keys:
                 raise ValueError(f"{field} = {key!r}: no such model; the models are {', '.join(keys)}")
 

@@ -221,6 +221,43 @@ function gapSentence({ selected_loss: trained, seeds: [{ loss: used }] }) {
   return `Held-out loss at the end: ${used.toFixed(4)} when the threshold chooses the tokens, as inference does, and ${trained.toFixed(4)} under training's own choice; ${verdict}.`;
 }
 
+// Growth with the context ------------------------------------------------------------------------------------------------------
+
+const kilo = tokens => tokens % 2 ** 20 === 0 ? `${tokens / 2 ** 20}M` : tokens % 1024 === 0 ? `${tokens / 1024}k` : count(tokens);
+const bytes = value => {
+  const power = value > 0 ? Math.min(Math.max(Math.floor(Math.log(value) / Math.log(1024)), 0), 5) : 0;
+  return `${+(value / 1024 ** power).toPrecision(3)} ${["B", "KiB", "MiB", "GiB", "TiB", "PiB"][power]}`;
+};
+const moment = seconds => seconds >= 3600 && seconds < 86400 ? `${+(seconds / 3600).toPrecision(3)} h` : seconds >= 86400 ? `${+(seconds / 86400).toPrecision(3)} d` : seconds >= 1 ? duration(seconds) : seconds >= 1e-3 ? `${+(seconds * 1e3).toPrecision(3)} ms` : `${+(seconds * 1e6).toPrecision(3)} µs`;
+const moments = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 10, 60, 600, 3600, 36000, 360000, 3600000];
+const powers = [...Array(13).keys()].map(power => 4 ** (power + 5));
+const growthCharts = [[1, "Time to the first token", moment, moments], [2, "Time per token", moment, moments], [3, "State", bytes, powers]];
+
+function drawGrowth() {
+  const curves = report.growth?.curves.filter(({ measured }) => measured.length) ?? [];
+  if (!curves.length) return 0;
+  const key = curves.map(({ model }) => element("span", {}, swatch({ color: colorOf(model) }), nameBy(model)));
+  find("growth-key").append(...key, element("span", { class: "quiet" }, "points: measured, dashed: computed"));
+  for (const chart of growthCharts) drawGrowthChart(curves, chart);
+  const [main, more] = data.growth_words;
+  find("growth-main").append(...main.map(words => element("p", {}, words)));
+  find("growth-more").append(...more.map(words => element("li", {}, words)));
+  find("growth-busy").textContent = report.growth.disturbed ? `This machine was busy: ${report.growth.note}. Times, and what is computed from them, are not to be trusted.` : "";
+  return curves.length;
+}
+
+function drawGrowthChart(curves, [field, title, format, yTicks]) {
+  const host = element("figure", { class: "chart" });
+  find("growth-charts").append(host);
+  new Chart(host, {
+    title, flat: true, plain: true, log: true, unit: "tokens of context", at: x => `${kilo(x)} tokens`, xTick: kilo, ticks: powers, yTicks, tick: format, format,
+    series: curves.map(({ model, measured, computed }) => ({
+      name: nameBy(model), color: colorOf(model), marked: true, until: measured.at(-1)[0],
+      points: [...measured, ...computed].map(point => [point[0], point[field]]).filter(([, value]) => value !== null),
+    })),
+  });
+}
+
 // Speed ------------------------------------------------------------------------------------------------------------------------
 
 function drawSpeed() {
@@ -274,5 +311,5 @@ function samplesOf(model, index, prompt) {
     element("div", {}, element("h3", {}, swatch({ color: modelColor(index) }), model.name), element("p", { class: "written" }, element("span", { class: "quiet" }, prompt), continuation)));
 }
 
-drawPage({ statements: drawStatements, notes: drawNotes, quality: drawQuality, grids: drawGrids, retention: drawRetention, speed: drawSpeed, passage: drawPassage, samples: drawSamples,
+drawPage({ statements: drawStatements, notes: drawNotes, quality: drawQuality, grids: drawGrids, retention: drawRetention, growth: drawGrowth, speed: drawSpeed, passage: drawPassage, samples: drawSamples,
   facts: drawFacts, reproduce: drawCommand });

@@ -27,6 +27,7 @@ from longwave.reports.curves import (
     spans,
     training_curve,
 )
+from longwave.reports.growth import growth_words
 from longwave.reports.page import Kind
 from longwave.reports.words import cell, headline
 
@@ -47,6 +48,7 @@ def _payload(data: Report) -> dict[str, Any]:
         "headline": [figure._asdict() for figure in headline(data)],
         "models": [_model(model, data) for model in data.models],
         "axes": [{"key": axis, "together": end_together(data.models, axis)} for axis in _axes(data)],
+        "growth_words": growth_words(data),
         "columns": list(columns.values()),
         "cells": [
             [cell(row.figures[key], row.figures.get(data.baseline), row.kind) for key in columns]

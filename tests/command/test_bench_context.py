@@ -20,7 +20,7 @@ import torch
 from test_bench_output import PEAKS, ranges, row
 
 from longwave.benchmarks.context import run, sequence
-from longwave.benchmarks.context.growth import DECODE, PREFILL, growths
+from longwave.benchmarks.context.growth import DECODE, PREFILL, exponents
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.picture import draw_growth
 from longwave.benchmarks.context.run import Run
@@ -270,7 +270,7 @@ def rows_of(subject: str, contexts: tuple[int, ...], exponent: float) -> Iterato
 def test_exponents_are_fitted_over_the_points_there_are():
     rows = [*rows_of("square", (1024, 4096, 16384), 2.0), *rows_of("line", (1024, 2048), 1.0)]
     rows += rows_of("alone", (1024,), 1.0)
-    found = {(one.subject, one.figure): one for one in growths(rows)}
+    found = {(one.subject, one.figure): one for one in exponents(rows)}
     assert found.keys() == {
         (subject, figure)
         for subject in ("square", "line")
@@ -279,14 +279,14 @@ def test_exponents_are_fitted_over_the_points_there_are():
     assert found["square", PREFILL].exponent == pytest.approx(2)
     assert found["square", PREFILL].contexts == (1024, 4096, 16384)
     assert found["line", "time per decoded token"].exponent == pytest.approx(1)
-    bent = growths([*rows_of("bent", (1024, 4096), 0.0), *rows_of("bent", (16384,), 0.0)])
+    bent = exponents([*rows_of("bent", (1024, 4096), 0.0), *rows_of("bent", (16384,), 0.0)])
     assert bent[0].exponent == pytest.approx(0)
 
 
 def test_an_exponent_is_of_least_squares_and_the_last_two_are_told_apart():
     values = {1: 1.0, 10: 1.0, 100: 10.0}
     rows = [row(quantity=PREFILL, context=n, timing=Timing((v,)), peak_memory=None) for n, v in values.items()]
-    (one,) = growths(rows)
+    (one,) = exponents(rows)
     assert (one.exponent, one.last) == (pytest.approx(0.5), pytest.approx(1))
 
 

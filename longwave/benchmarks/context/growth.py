@@ -23,7 +23,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Growth:
+class Exponent:
     """The exponent of figure ~ context ** exponent, over all contexts of a curve; last: over the last two alone."""
 
     subject: str
@@ -51,15 +51,15 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
     return found
 
 
-def growths(rows: Sequence[Row]) -> list[Growth]:
+def exponents(rows: Sequence[Row]) -> list[Exponent]:
     """The exponents of all curves of two contexts or more."""
-    return list(_growths(curves(rows)))
+    return list(_exponents(curves(rows)))
 
 
-def _growths(found: Sequence[Curve]) -> Iterator[Growth]:
+def _exponents(found: Sequence[Curve]) -> Iterator[Exponent]:
     for curve in found:
         if len(curve.contexts) < 2:
             continue
         tokens, values = ([log(one) for one in axis] for axis in (curve.contexts, curve.values))
         exponent, last = (linear_regression(tokens[start:], values[start:]).slope for start in (0, -2))
-        yield Growth(curve.subject, curve.figure, exponent, last, curve.contexts)
+        yield Exponent(curve.subject, curve.figure, exponent, last, curve.contexts)

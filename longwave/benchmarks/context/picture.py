@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longwave.benchmarks.context.growth import Curve, Growth, curves
+from longwave.benchmarks.context.growth import Curve, Exponent, curves
 from longwave.benchmarks.context.run import ContextResults
 from longwave.benchmarks.results.picture import INK, LINE, QUIET, colours_of, drawing, plain_axes
 from longwave.units import short_bytes
@@ -27,7 +27,7 @@ def draw_growth(results: ContextResults, path: str | Path) -> None:
             _dress(axes, figure, results)
 
 
-def _line(axes: Any, curve: Curve, growth: Growth | None, colour: str, stopped: dict[str, str]) -> None:
+def _line(axes: Any, curve: Curve, growth: Exponent | None, colour: str, stopped: dict[str, str]) -> None:
     """Draws a curve, with a cross at its end if its model was stopped."""
     label = curve.subject if growth is None else f"{curve.subject} ({growth.exponent:.2f})"
     axes.plot(curve.contexts, curve.values, color=colour, marker="o", markersize=4, linewidth=1.6, label=label)

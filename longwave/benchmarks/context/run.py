@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from longwave import checkpoints, files, planning
-from longwave.benchmarks.context.growth import DECODE, PREFILL, Growth, growths
+from longwave.benchmarks.context.growth import DECODE, PREFILL, Exponent, exponents
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
 from longwave.benchmarks.context.sequence import Reading, Stopped
 from longwave.benchmarks.context.text import read_text
@@ -48,9 +48,9 @@ class ContextResults(Results):
     stopped: dict[str, str] = field(default_factory=dict)
 
     @property
-    def growth(self) -> list[Growth]:
+    def growth(self) -> list[Exponent]:
         """The exponents of growth of every figure and model."""
-        return growths(self.rows)
+        return exponents(self.rows)
 
     def plain(self) -> dict[str, Any]:
         growth = [asdict(one) for one in self.growth]

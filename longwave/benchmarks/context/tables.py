@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import RenderableType
 from rich.table import Table
 
-from longwave.benchmarks.context.growth import Growth
+from longwave.benchmarks.context.growth import Exponent
 from longwave.benchmarks.context.run import ContextResults
 from longwave.benchmarks.results.table import heading, table, tables
 
@@ -18,10 +18,10 @@ def context_tables(results: ContextResults) -> list[RenderableType]:
     return ["\n".join([heading(results), *results.notes]), *quantities, *growth, *stopped]
 
 
-def growth_table(growths: list[Growth]) -> Table:
+def growth_table(exponents: list[Exponent]) -> Table:
     """The exponents of growth, and the contexts that they were fitted over."""
     lines = [
-        [one.figure, one.subject, f"{one.exponent:.2f}", f"{one.last:.2f}", _over(one.contexts)] for one in growths
+        [one.figure, one.subject, f"{one.exponent:.2f}", f"{one.last:.2f}", _over(one.contexts)] for one in exponents
     ]
     title = "growth: figure ~ context ^ exponent (least squares of the logarithms)"
     return table(title, ["figure", "model", "exponent", "last two", "over"], lines)
