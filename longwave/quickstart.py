@@ -324,8 +324,8 @@ def _model_run(
 
 
 def _seed_run(recipe: Recipe, metrics: list[dict[str, Any]], result: _Evaluation) -> page.SeedRun:
-    curves = (_curve(metrics, field) for field in ("loss", "held_out_loss"))
-    return page.SeedRun(recipe.training.seed, *curves, result.threshold.loss, result.bits_per_byte)
+    train, held_out = (_curve(metrics, field) for field in ("loss", "held_out_loss"))
+    return page.SeedRun(recipe.training.seed, train, held_out, result.threshold.loss, result.bits_per_byte)
 
 
 def _curve(metrics: list[dict[str, Any]], field: str) -> list[page.LossPoint]:

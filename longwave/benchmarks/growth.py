@@ -223,5 +223,5 @@ def _fit(points: Sequence[tuple[float, float, float]]) -> _Fit:
         rates = np.zeros(2)
         rates[used] = np.linalg.lstsq(columns[:, used], np.ones(len(points)), rcond=None)[0]
         if (rates >= 0).all():
-            tries.append(_Fit(float(base), *rates.tolist(), float(abs(columns @ rates - 1).max())))
+            tries.append(_Fit(float(base), float(rates[0]), float(rates[1]), float(abs(columns @ rates - 1).max())))
     return tries[0]
