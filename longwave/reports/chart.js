@@ -154,8 +154,10 @@ class Chart {
 
   // The series to draw, without what the switches leave out.
   visible() {
-    const last = ends(this.view.series.flatMap(series => series.points.map(([x]) => x)))[1];
-    const first = this.on.late ? last / 2 : this.on.logX ? Number.MIN_VALUE : -Infinity;
+    const places = series => series.flatMap(({ points }) => points.map(([x]) => x)), all = places(this.view.series);
+    const [, last] = ends(all), front = places(this.view.series.filter(({ faint }) => !faint)).filter(x => x > 0);
+    // A logarithmic axis would give most of its width to what came before the first point that counts.
+    const first = this.on.late ? last / 2 : this.on.logX ? ends(front.length ? front : all.filter(x => x > 0))[0] : -Infinity;
     return this.view.series.filter(series => !this.hidden.has(series.id))
       .map(series => ({ ...series, points: series.points.filter(([x]) => x >= first) }));
   }
