@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
-    from longwave.verbs import evaluate, plan, prepare, train
+    from longwave.verbs import compare, compare_results, evaluate, plan, prepare, train
 
 _HOMES = {
     "load": "api",
@@ -33,6 +33,8 @@ _HOMES = {
     "generate": "api",
     "stream": "api",
     "Continuation": "inference.text",
+    "compare": "verbs",
+    "compare_results": "verbs",
     "evaluate": "verbs",
     "plan": "verbs",
     "prepare": "verbs",
@@ -52,6 +54,8 @@ __all__ = [
     "Stream",
     "UserError",
     "__version__",
+    "compare",
+    "compare_results",
     "evaluate",
     "generate",
     "load",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from longwave.errors import UserError, require, shown
 
 LAST_PLACE = (1 << 31) - 1  # of a token in a sequence: places are 32-bit integers in states and in lists of blocks
 _DIGITS = 15  # of a size: more than any machine holds
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_THOUSANDS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -32,6 +35,17 @@ def _size(text: str, problem: str) -> int:
         raise UserError(problem)
     require(len(digits) <= _DIGITS, f"{shown(text)}: {len(digits):,} digits; at most {_DIGITS}")
     return int(digits) * unit
+
+
+def parse_amount(text: str) -> float:
+    """An amount such as `2.5M`, `3e13` or `20` (k, M, G, T and P are powers of 1000)."""
+    number, unit = (text[:-1], _THOUSANDS[text[-1].lower()]) if text[-1:].lower() in _THOUSANDS else (text, 1)
+    try:
+        amount = float(number) * unit
+    except ValueError:
+        amount = math.nan
+    require(0 < amount < math.inf, f"{shown(text)} is no amount above 0; write 2.5M, 3e13 or 20")
+    return amount
 
 
 def short(number: float) -> str:

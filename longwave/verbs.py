@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from longwave.api import load
+from longwave.comparison.budgets import Budget, budgets
+from longwave.comparison.compare import Comparing, Expectation, Options, compared, written
+from longwave.comparison.grid import Grid
+from longwave.comparison.runs import Candidate, distinct
+from longwave.comparison.summary import Comparison, summarised
+from longwave.comparison.trained import read_results, results_of_folders, settled
 from longwave.config import ModelConfig
 from longwave.data.shards import PreparedInfo
 from longwave.data.shards import prepare as write_shards
@@ -86,6 +92,66 @@ def train(
         _tell(trainer)
     trainer.run()
     return trainer.result()
+
+
+def compare(
+    recipes: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path = "comparison",
+    tokens: str | float | None = None,
+    flops: str | float | None = None,
+    minutes: str | float | None = None,
+    seeds: Sequence[int] = (0,),
+    grid: str | None = None,
+    jobs: int = 1,
+    progress: bool = False,
+) -> Comparison:
+    """Trains models at equal budgets and says which is better, or goes on with the comparison in the folder.
+
+    recipes: TOML files, or names of recipes that come with the package; the first is the one to compare with.
+    overrides: of every recipe, such as `["data.folder=runs/data"]`. output: folder of the runs and the report.
+    tokens, flops, minutes: the budget, one of them: `2.5e6`, `"2.5M"`, or several, `"1M,2.5M"`. FLOPs are those of
+    training, at the tokens that every level really keeps; minutes are made steps by the speed measured here.
+    seeds: of every model; three or more give intervals worth having. grid: `"optimizer.lr=7.5e-4,1.5e-3,3e-3"`, tried
+    with the first seed. jobs: runs side by side, with their share of the threads. progress: whether stderr tells of it.
+    Raises UserError for recipes, budgets and folders that do not fit.
+    """
+    folders = [one for one in recipes if Path(one).is_dir()]
+    amounts = _budgets(tokens, flops, minutes, optional=len(folders) == len(recipes) > 0)
+    trained = results_of_folders(folders, amounts)
+    models = [Candidate.read(str(one), overrides) for one in recipes if one not in folders]
+    options = Options(tuple(seeds), None if grid is None else Grid.parse(grid), jobs, progress)
+    return compared(distinct(models), amounts, Path(output), options, trained)
+
+
+def expected_of(
+    recipes: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path = "comparison",
+    tokens: str | float | None = None,
+    flops: str | float | None = None,
+    minutes: str | float | None = None,
+    seeds: Sequence[int] = (0,),
+    grid: str | None = None,
+    jobs: int = 1,
+) -> Expectation:
+    """What a comparison with these arguments would take, by the speed that is measured now; nothing is kept."""
+    options = Options(tuple(seeds), None if grid is None else Grid.parse(grid), jobs)
+    models = [Candidate.read(str(one), overrides) for one in recipes if not Path(one).is_dir()]
+    return Comparing(distinct(models), _budgets(tokens, flops, minutes), Path(output), options).expected()
+
+
+def _budgets(*given: str | float | None, optional: bool = False) -> tuple[Budget, ...]:
+    """The budgets in tokens, FLOPs or minutes; none where none need be given."""
+    texts = [None if one is None else str(one) for one in given]
+    return () if optional and not any(texts) else budgets(*texts)
+
+
+def compare_results(results: Sequence[str | Path], *, output: str | Path = "comparison") -> Comparison:
+    """The comparison of finished runs, from their `result.json` or the folders that hold them; nothing is trained."""
+    return written(summarised(*settled(read_results(results))), Path(output))
 
 
 Names = str | Path | Sequence[str] | Sequence[str | Path]

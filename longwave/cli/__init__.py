@@ -6,7 +6,20 @@ import sys
 from collections.abc import Sequence
 
 from longwave import trial
-from longwave.cli import bench, doctor, evaluate, generate, init, inspect, plan, prepare, quickstart, recipes, train
+from longwave.cli import (
+    bench,
+    compare,
+    doctor,
+    evaluate,
+    generate,
+    init,
+    inspect,
+    plan,
+    prepare,
+    quickstart,
+    recipes,
+    train,
+)
 from longwave.cli.console import standard_streams
 from longwave.cli.output import json_line
 from longwave.cli.parser import Parser, add_verbs
@@ -19,6 +32,7 @@ VERBS = (
     doctor.VERB,
     prepare.VERB,
     train.VERB,
+    compare.VERB,
     evaluate.VERB,
     generate.VERB,
     plan.VERB,

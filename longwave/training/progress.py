@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from longwave import files
 from longwave.checkpoints import native
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.training.checkpoints import Checkpoint
+from longwave.training.checkpoints import Checkpoint, step_folder
 from longwave.training.recipe import Recipe, flat
 
 FILE = "trainer.json"
@@ -44,6 +45,19 @@ def write_progress(progress: Progress, recipe: Recipe, tokenizer: Tokenizer, fol
     """Writes the progress into a checkpoint, with all that a run has to agree in to go on from it."""
     identity = {"recipe": recipe.to_dict(), "tokenizer": tokenizer.fingerprint, "data": files.checksums(_data(recipe))}
     (folder / FILE).write_text(json.dumps(asdict(progress) | identity, indent=2) + "\n")
+
+
+def adopt(checkpoint: Checkpoint, recipe: Recipe, parent: Path) -> None:
+    """Makes a checkpoint of another run the first one of a run of this recipe, among the checkpoints in `parent`.
+
+    It is for runs that have come as far by the very same steps: whether they have is for the caller to know.
+    """
+    with files.folder(step_folder(parent, checkpoint.step)) as staging:
+        for path in checkpoint.path.iterdir():
+            if path.name != files.MANIFEST:
+                shutil.copyfile(path, staging / path.name)
+        kept = json.loads((staging / FILE).read_text())
+        (staging / FILE).write_text(json.dumps(kept | {"recipe": recipe.to_dict()}, indent=2) + "\n")
 
 
 def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) -> Progress:

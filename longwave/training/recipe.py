@@ -133,8 +133,13 @@ def read_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     path: of a TOML file, or the name of a recipe that comes with the package. overrides: `key.path=value` words, or
     values by `key.path`.
     """
-    recipe = build(Recipe, trial.recipe(read_values(path, overrides)), str(path))
-    with within(path), torch.device("meta"):
+    return recipe_of(read_values(path, overrides), str(path))
+
+
+def recipe_of(values: dict[str, Any], source: str) -> Recipe:
+    """The recipe of plain values; a UserError names the source, key and value."""
+    recipe = build(Recipe, trial.recipe(values), source)
+    with within(source), torch.device("meta"):
         Decoder(recipe.model)  # checks what only parts that are put together can
     return recipe
 
@@ -239,7 +244,7 @@ def _pairs(overrides: Overrides) -> Iterator[tuple[str, Any]]:
         key, separator, text = word.partition("=")
         if not separator or not key:
             raise UserError(f"{shown(word)}: an override reads key.path=value")
-        yield key, _value(text)
+        yield key, parsed_override(text)
 
 
 def _override(values: dict[str, Any], key: str, value: Any) -> None:
@@ -251,7 +256,7 @@ def _override(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _value(text: str) -> Any:
+def parsed_override(text: str) -> Any:
     """The text as a TOML value; as a string where it is not one, so that strings need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
