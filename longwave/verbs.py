@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal, overload
 
 from longwave.api import load
 from longwave.comparison.budgets import Budget, budgets
-from longwave.comparison.compare import Comparing, Expectation, Options, compared, written
+from longwave.comparison.compare import Comparing, Expectation, Options, compared, write_files
 from longwave.comparison.grid import Grid
 from longwave.comparison.runs import Candidate, distinct
 from longwave.comparison.summary import Comparison, summarised
@@ -122,7 +123,10 @@ def compare(
     trained = results_of_folders(folders, amounts)
     models = [Candidate.read(str(one), overrides) for one in recipes if one not in folders]
     options = Options(tuple(seeds), None if grid is None else Grid.parse(grid), jobs, progress)
-    return compared(distinct(models), amounts, Path(output), options, trained)
+    found = compared(distinct(models), amounts, Path(output), options, trained)
+    given = {"tokens": tokens, "flops": flops, "minutes": minutes, "seeds": ",".join(map(str, seeds)), "grid": grid}
+    write_files(found, Path(output), _compare_command([*map(str, recipes), *overrides], **given, output=output))
+    return found
 
 
 def expected_of(
@@ -151,7 +155,15 @@ def _budgets(*given: str | float | None, optional: bool = False) -> tuple[Budget
 
 def compare_results(results: Sequence[str | Path], *, output: str | Path = "comparison") -> Comparison:
     """The comparison of finished runs, from their `result.json` or the folders that hold them; nothing is trained."""
-    return written(summarised(*settled(read_results(results))), Path(output))
+    found = summarised(*settled(read_results(results)))
+    write_files(found, Path(output), _compare_command([f"--from={path}" for path in results], output=output))
+    return found
+
+
+def _compare_command(words: Sequence[str], **options: object) -> str:
+    """The command line that does the same."""
+    named = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return shlex.join(["longwave", "compare", *words, *named])
 
 
 Names = str | Path | Sequence[str] | Sequence[str | Path]

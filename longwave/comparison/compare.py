@@ -14,6 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from longwave import files
 from longwave.comparison.budgets import Budget
 from longwave.comparison.grid import Choice, Grid, choose
+from longwave.comparison.page import report_of
 from longwave.comparison.processes import run_all
 from longwave.comparison.progress import Watch
 from longwave.comparison.results import COMPARISON, Result, read_result
@@ -23,6 +24,7 @@ from longwave.comparison.worker import finished, measure_pace, train_line
 from longwave.errors import UserError, require
 from longwave.files.jsonfile import to_json
 from longwave.progress import say
+from longwave.reports.report import write_report
 
 _SETUP = "setup.json"
 _AS_WRITTEN = Setting()
@@ -155,9 +157,7 @@ class Comparing:
         try:
             run_all(tasks, names, self.options.jobs, self._setup.threads, watch)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                "stopped; every run has saved where it is, and the same command continues"
-            ) from None
+            raise KeyboardInterrupt("stopped; every run is saved, and the same command continues") from None
         finally:
             watch.close()
         return [read_result(run.folder) for line in lines for run in line.runs]
@@ -197,18 +197,18 @@ def compared(
     options: Options,
     trained: Sequence[Result] = (),
 ) -> Comparison:
-    """Runs a comparison, or goes on with it, sums it up, and writes `comparison.json`.
+    """Runs a comparison, or goes on with it, and sums it up. trained: results of runs that were there before.
 
-    trained: results of runs that were there before. Raises UserError for what cannot be compared, MachineError where
-    the machine fails.
+    Raises UserError for what cannot be compared, MachineError where the machine fails.
     """
     results, choices = Comparing(models, budgets, output, options).run() if models else ([], [])
-    return written(summarised([*trained, *results], choices), output)
+    return summarised([*trained, *results], choices)
 
 
-def written(found: Comparison, output: Path) -> Comparison:
-    """Writes the files of a comparison, and returns it."""
+def write_files(found: Comparison, output: Path, command: str) -> None:
+    """Writes `comparison.json`, and `report.html` where a run came to its end. command: that makes them again."""
     output.mkdir(parents=True, exist_ok=True)
     content = TypeAdapter(Comparison).dump_python(found, mode="json")
     files.write_file(output / COMPARISON, (to_json(content, indent=1) + "\n").encode())
-    return found
+    if any(one.loss is not None for one in found.results):
+        write_report(report_of(found, command), output / "report.html")

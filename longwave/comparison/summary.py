@@ -13,6 +13,7 @@ from longwave.comparison.grid import Choice
 from longwave.comparison.results import Result
 from longwave.errors import require
 from longwave.intervals import Interval, mean_interval, paired
+from longwave.reports.content import Statement
 
 Measure = Literal["loss", "bits_per_byte"]
 _NAMES: dict[Measure, str] = {"loss": "held-out loss", "bits_per_byte": "bits per byte"}
@@ -41,14 +42,6 @@ class Row:
     retention: tuple[float, ...]
     gap: Interval | None
     ended: int = 0
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What may be said of two models at one budget, in a sentence."""
-
-    text: str
-    verdict: Literal["better", "worse", "same", "unknown"]
 
 
 @dataclass(frozen=True)
