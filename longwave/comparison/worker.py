@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +26,7 @@ from longwave.model import Decoder
 from longwave.training import checkpoints
 from longwave.training.clock import TIMES, read_seconds
 from longwave.training.divergence import RunEnded
-from longwave.training.loop import Trainer, with_training
+from longwave.training.loop import Trainer
 from longwave.training.metrics import METRICS, read_metrics, write_metrics
 from longwave.training.progress import adopt
 from longwave.training.recipe import Recipe, flat
@@ -207,8 +208,8 @@ def measure_pace(recipe: Recipe, report: Report) -> float:
     """Seconds of a training step, measured on the first steps of a run that is thrown away."""
     watch = _Stopwatch()
     with TemporaryDirectory(prefix="longwave-pace-") as folder, suppress(_Enough):
-        run = with_training(recipe, evaluate_every=0, checkpoint_every=0)
-        trainer = Trainer(run, folder)
+        run = replace(recipe.training, evaluate_every=0, checkpoint_every=0)
+        trainer = Trainer(replace(recipe, training=run), folder)
         trainer.watch(watch)
         trainer.run()
     timed: Sequence[float] = watch.seconds[_WARM_UP:] or watch.seconds
