@@ -26,6 +26,7 @@ from longwave.model import Decoder
 MEASURED = tuple(1 << power for power in range(10, 17))  # 1k to 64k tokens
 COMPUTED = tuple(1 << power for power in range(10, 21))  # on to 1M
 _CHUNK, _STEPS = 4096, 16  # tokens that are read at a time; tokens that are decoded at each context
+_CHECKED = 256  # tokens whose logits are checked first
 _TRUSTED = 0.2  # the largest relative error of a fit that times are computed with
 
 Ids = Int[Tensor, " N"]
@@ -89,6 +90,8 @@ def measure_growth(
 ) -> Growth:
     """Measures the models, by key, at the contexts `measured`, ascending; `seconds` are shared out evenly.
 
+    The shortest context is measured in any case, so that a busy machine can exceed `seconds`.
+
     ids: a text in each model's tokens, repeated where it is shorter than the longest context. computed: contexts of
     which those beyond the measured ones are computed. MachineError where a model's logits are wrong.
     """
@@ -106,24 +109,26 @@ class _Measured:
     """A model that is measured at one context after the other, until its share of the time is spent."""
 
     def __init__(self, key: str, model: Decoder, ids: Ids, contexts: tuple[int, ...], share: float) -> None:
-        options = ContextOptions(contexts=contexts, chunk=_CHUNK, decode_steps=_STEPS, limit=share)
+        options = ContextOptions(contexts=contexts, chunk=_CHUNK, decode_steps=_STEPS)
         text = torch.from_numpy(np.resize(ids.numpy().astype(np.int32), options.tokens))
         self._key, self._model, self._share = key, model, share
         self._readings: list[Reading] = []
         self._took: list[float] = []
         self._stopped = ""
         started = time.monotonic()
-        first = replace(options, contexts=contexts[:1])
-        Growing(model, text, first).check()
+        Growing(model, text, replace(options, contexts=(min(contexts[0], _CHECKED),), decode_steps=4)).check()
         self._growing = Growing(model, text, options)
         self._spent = time.monotonic() - started
 
     def grow(self, context: int) -> None:
-        """Reads on to the context, unless the model has been stopped or would be beyond its share by then."""
+        """Reads on to the context, unless the model has been stopped or would be beyond its share by then.
+
+        The first context is read whatever has passed, so that a busy machine leaves something to show.
+        """
         if self._stopped:
             return
         needed = self._expected(context)
-        if self._spent + needed > self._share:
+        if self._readings and self._spent + needed > self._share:
             words = f"{context:,} tokens would have taken about {needed:,.0f} s more"
             self._stopped = f"{words}, and of its share of {self._share:,.0f} s {self._left:,.0f} s were left"
             return

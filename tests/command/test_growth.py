@@ -102,6 +102,14 @@ def test_a_model_is_stopped_before_it_would_be_beyond_its_share(monkeypatch):
     assert found["linear"].stopped == ""
 
 
+def test_the_shortest_context_is_measured_however_little_time_there_is(monkeypatch):
+    dense = decoder("2F")
+    Clock(monkeypatch, {dense: 1.0})
+    curve = grown({"dense": dense}, seconds=1e-3)["dense"]
+    assert [point.tokens for point in curve.measured] == [32]
+    assert "0 s were left" in curve.stopped
+
+
 def test_times_beyond_follow_the_formulas_and_decoding_takes_the_quickest_step(monkeypatch):
     dense = decoder("2F")
     Clock(monkeypatch, {dense: 1e-9})
