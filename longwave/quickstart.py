@@ -98,7 +98,7 @@ def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:
 
 def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> PreparedInfo:
     """The prepared data. `source.txt` beside it tells of which text, so that it is not taken up again for another."""
-    source = "the Python standard library" if text is None else str(Path(text).resolve())
+    source = "the Python standard library" if text is None else str(files.resolved(text))
     documents_of = standard_library if text is None else text
     note = folder.parent / "source.txt"
     if (folder / "meta.json").exists():

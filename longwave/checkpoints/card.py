@@ -33,7 +33,8 @@ def write_card(model: Decoder, staging: Path, target: Path, format: str = "longw
     if own.is_file() and not own.is_symlink() and not _is_ours(own):
         shutil.copyfile(own, staging / CARD)
     else:
-        (staging / CARD).write_text(card(model, format), encoding="utf-8")
+        # names of files, which may be no UTF-8, stand in it as escapes
+        (staging / CARD).write_text(card(model, format), encoding="utf-8", errors="backslashreplace")
 
 
 def card(model: Decoder, format: str = "longwave") -> str:

@@ -66,10 +66,10 @@ def is_hub_id(path: str | Path) -> bool:
 
 def fetched_from(folder: Path) -> str | None:
     """The id and commit of a model in huggingface_hub's cache, as `org/name@commit`; None of any other folder."""
-    home = folder.resolve().parent
+    home = files.resolved(folder).parent
     if home.name != "snapshots" or not home.parent.name.startswith(_CACHED):
         return None
-    return f"{home.parent.name.removeprefix(_CACHED).replace('--', '/', 1)}@{folder.resolve().name}"
+    return f"{home.parent.name.removeprefix(_CACHED).replace('--', '/', 1)}@{files.resolved(folder).name}"
 
 
 def _near(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +79,9 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         return _fail("not enough memory; `longwave plan` tells what a model takes at each context", 1)
     except OSError as error:
-        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
+        return _fail(
+            f"{error.filename or 'the system'}: {error.strerror or error}", 2 if error.errno == errno.ELOOP else 1
+        )
 
 
 def command_line() -> Parser:

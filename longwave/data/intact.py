@@ -26,7 +26,8 @@ class Intact:
             raise UserError(f"{path}: is not among the files that were saved; prepare the data again")
         with files.reading(path):
             found = path.stat()
-            files.refuse_damaged(path, _checksum(path.resolve(), found.st_size, found.st_mtime_ns), self._saved[name])
+            checksum = _checksum(files.resolved(path), found.st_size, found.st_mtime_ns)
+            files.refuse_damaged(path, checksum, self._saved[name])
         return path
 
     def require_small(self, *without: str) -> None:

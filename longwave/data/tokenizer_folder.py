@@ -93,7 +93,9 @@ def write(folder: Path, definition: str, config: Config) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / VOCABULARY_FILE).write_text(definition, encoding="utf-8")
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    # half a surrogate pair becomes the escape that JSON has for it
+    (folder / CONFIG_FILE).write_text(content, encoding="utf-8", errors="backslashreplace")
     with OpenFolder(folder) as written:
         model = _model_type(written)
         if model == _OWN_MODEL:

@@ -20,6 +20,7 @@ from longwave.files.lock import Lock, locked
 from longwave.files.manifest import checksums, saved_checksums
 from longwave.files.names import CARD, MANIFEST
 from longwave.files.opened import OpenFolder, read_whole
+from longwave.files.paths import resolved
 from longwave.files.verification import refuse_damaged, refuse_other, verify
 from longwave.files.writing import add_to, folder, write_file
 
@@ -40,6 +41,7 @@ __all__ = [
     "recover",
     "refuse_damaged",
     "refuse_other",
+    "resolved",
     "saved_checksums",
     "sweep",
     "verify",

@@ -16,6 +16,7 @@ from longwave.files import storage
 from longwave.files.faults import faults
 from longwave.files.lock import is_held
 from longwave.files.names import MANIFEST
+from longwave.files.paths import resolved
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|trash)-(?P<pid>\d+)-(?P<token>[0-9a-f]{12})", re.DOTALL)
 _PATIENCE = 2.0  # seconds that a reader waits for a live writer between its two renames
@@ -94,7 +95,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
 
     Only where the file system cannot exchange two folders is there anything to do. Readers call this themselves.
     """
-    target = Path(path).resolve()
+    target = resolved(path)
     with faults(f"recovering {target}", "nothing was changed"):
         return put_back(target)
 
@@ -149,7 +150,7 @@ def sweep(parent: str | os.PathLike[str]) -> None:
 
     "Dead" is judged on this machine: do not sweep a shared folder that another machine may be writing to.
     """
-    where = Path(parent).resolve()
+    where = resolved(parent)
     with faults(f"sweeping {where}", "every whole folder is untouched"):
         sweep_siblings(where)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from longwave.errors import MachineError, UserError
 from longwave.files.faults import faults
+from longwave.files.paths import resolved
 
 LOCK = ".lock"
 _NO_FILES = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
@@ -84,6 +85,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[Lock]:
     """
     path = Path(folder)
     with faults(f"locking {path}", "nothing was changed"):
+        resolved(path)  # refuses links without an end, which `mkdir` takes for a file
         is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         _refuse_others(path)

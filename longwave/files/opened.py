@@ -25,6 +25,7 @@ from longwave.errors import UserError
 from longwave.files.faults import reading
 from longwave.files.jsonfile import object_in
 from longwave.files.leftovers import being_written, is_displaced, put_back
+from longwave.files.paths import resolved
 
 T = TypeVar("T")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -175,7 +176,7 @@ class OpenFolder:
     def _open_all(self) -> bool:
         """Opens the folder and the files of a model in it; False if that was not one moment."""
         self.close()
-        self._real = self.path.resolve()
+        self._real = resolved(self.path)
         put_back(self._real)
         try:
             self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

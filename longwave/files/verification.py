@@ -6,6 +6,7 @@ from pathlib import Path
 from longwave.errors import UserError
 from longwave.files.manifest import ALGORITHM, REMEDY, SavedFile, measure, measured, read_manifest
 from longwave.files.opened import OpenFolder, read_whole
+from longwave.files.paths import resolved
 from longwave.units import counted
 
 
@@ -15,7 +16,7 @@ def verify(path: str | os.PathLike[str], full: bool = True) -> bool:
     `full` compares checksums (reads every byte); otherwise names and sizes only. Raises UserError naming the first file
     that is missing, cut, changed, or a weight file that was not saved; MachineError if a file cannot be read.
     """
-    return read_whole(Path(path).resolve(), lambda folder: refuse_other(folder, full))
+    return read_whole(resolved(path), lambda folder: refuse_other(folder, full))
 
 
 def refuse_other(folder: OpenFolder, full: bool = True, unread: str | None = None) -> bool:

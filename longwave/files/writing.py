@@ -14,6 +14,7 @@ from longwave.files.lock import held
 from longwave.files.manifest import file_names, manifest_text, measure_path, measured, read_manifest
 from longwave.files.names import CARD, MANIFEST
 from longwave.files.opened import OpenFolder
+from longwave.files.paths import resolved
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises UserError if `path` is a folder, MachineError if the machine fails.
     """
-    target = Path(path).resolve()
+    target = resolved(path)
     with hidden_name(target) as staging:
         with faults(f"saving {target}", "nothing was changed"):
             _make_folder(target.parent)
@@ -71,7 +72,7 @@ def _staging(
     path: str | os.PathLike[str], check: Callable[[Path], None], publish: Callable[[Hidden], None]
 ) -> Iterator[Path]:
     """Give a hidden sibling of `path`; on a normal exit it is sealed and published, on any exception removed."""
-    target = Path(path).resolve()
+    target = resolved(path)
     with hidden_name(target) as staging:
         with faults(f"saving {target}", "nothing was changed"):
             _make_folder(target.parent)

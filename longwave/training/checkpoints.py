@@ -23,7 +23,7 @@ def step_folder(parent: str | os.PathLike[str], step: int) -> Path:
 
 def complete(parent: str | os.PathLike[str]) -> list[Checkpoint]:
     """The complete checkpoints in `parent`, newest last: manifest present, sizes right, checksums not compared."""
-    where = Path(parent).resolve()
+    where = files.resolved(parent)
     with files.reading(where):
         matches = (re.fullmatch(r"step-(\d{8,})", name) for name in files.folder_names(where))
         found = sorted(Checkpoint(int(match[1]), where / match[0]) for match in matches if match)

@@ -14,6 +14,7 @@ from longwave import trial
 from longwave.cli.options import OfModel, OnDevice, option
 from longwave.errors import require
 from longwave.files.jsonfile import to_json
+from longwave.files.paths import resolved
 from longwave.units import parse_bytes, parse_sizes
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def check_files(options: Running) -> None:
 
 def _check_file(path: Path) -> None:
     require(not path.is_dir(), f"{path} is a folder; give the name of a file")
-    nearest = next(folder for folder in path.resolve().parents if folder.exists())
+    nearest = next(folder for folder in resolved(path).parents if folder.exists())
     require(nearest.is_dir() and os.access(nearest, os.W_OK), f"{path}: nothing can be written to {nearest}")
 
 
