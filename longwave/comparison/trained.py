@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from longwave import files
 from longwave.comparison.budgets import Budget, Unit
 from longwave.comparison.grid import Choice, choose
 from longwave.comparison.results import COMPARISON, RESULT, Result, read_result
@@ -31,7 +32,7 @@ def results_of_folders(folders: Sequence[str | Path], budgets: Sequence[Budget])
         trainer = _finished(Path(folder))
         run = trainer.recipe
         same = json.dumps({**run.to_dict(), "training": {**run.to_dict()["training"], "seed": None}}, sort_keys=True)
-        named = Path(folder).resolve().name
+        named = files.resolved(folder).name
         name = names.setdefault(same, str(folder) if named in names.values() else named)
         budget = _budget(folder, trainer, budgets)
         budgets = budgets or (budget,)

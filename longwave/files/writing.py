@@ -52,7 +52,7 @@ def add_to(path: str | os.PathLike[str], replaced: str | None = None) -> Iterato
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write one file, which appears whole and safe on the disk or not at all; an older one of that name is replaced.
 
-    Raises UserError if `path` is a folder, MachineError if the machine fails.
+    Raises UserError if `path` is a folder, a device or a pipe, MachineError if the machine fails.
     """
     target = resolved(path)
     with hidden_name(target) as staging:
@@ -60,6 +60,8 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
             _make_folder(target.parent)
             if target.is_dir():
                 raise UserError(f"cannot save to {target}: it is a folder, not a file; give another path")
+            if target.exists() and not target.is_file():  # a rename would put a file in place of /dev/null
+                raise UserError(f"cannot save to {target}: it is a device or a pipe; give the name of a file")
             storage.disk.write(staging.path, data)
             storage.disk.sync(staging.path)
             storage.disk.rename(staging.path, target)

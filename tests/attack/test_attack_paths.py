@@ -51,6 +51,10 @@ def commands(path: str, model: Path, recipe: Path) -> list[tuple[object, ...]]:
         ("bench", "context", model, *SHORT, "--text", path),
         ("bench", "context", model, *SHORT, "--save", path),
         ("bench", "compare", path, recipe),
+        ("compare", path, "--tokens", "1k", "--output", "compared"),
+        ("compare", recipe, "--tokens", "1k", "--output", path),
+        ("compare", recipe, "--tokens", "1k", "--output", "compared", f"data.folder={path}"),
+        ("compare", "--from", path, "--output", "compared"),
     ]
 
 

@@ -534,3 +534,14 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path: Path):
     assert checkpoints.prune(tmp_path, keep=2) == []
     with pytest.raises(UserError, match="keep = 0"):
         checkpoints.prune(tmp_path, keep=0)
+
+
+@pytest.mark.parametrize("by_link", [False, True])
+def test_what_is_no_regular_file_is_not_replaced_by_one(tmp_path: Path, by_link: bool):
+    """A pipe stands for devices too: whoever may write to the folder of /dev/null would lose it to a page."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(UserError, match="a device or a pipe"):
+        files.write_file(tmp_path / ("link" if by_link else "pipe"), b"content")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
