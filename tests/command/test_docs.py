@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -127,6 +128,7 @@ def test_only_few_blocks_are_parsed_alone():
         ("python", "a page that is no Python", "gpu"),
         ("sh", "longwave plan nothing.toml", None),
         ("sh", "longwave bench inference bench-llama --no-such-option x", "long"),
+        ("sh", "longwave bench compare nothing.json none.json", None),
         ("sh", "longwave plan longwave/recipes/nothing.toml", "gpu"),
         ("sh", "make quickstart", None),  # not run by these tests, so it has to say why
         ("sh", "make nothing", "network"),
@@ -141,6 +143,20 @@ def test_a_block_that_is_wrong_is_found(language: str, text: str, needs: str | N
     monkeypatch.chdir(tmp_path)
     with pytest.raises((AssertionError, SyntaxError, longwave.UserError)):
         run(Block(ROOT / "README.md", 1, language, None, text + "\n", needs), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "right"),
+    [
+        ("longwave bench compare a.json b.json", 1, True),  # it found something slower, as it may on a busy machine
+        ("longwave bench compare a.json b.json", 2, False),
+        ("longwave bench ops", 1, False),
+    ],
+)
+def test_an_exit_code_is_an_answer_of_one_command_alone(text: str, code: int, right: bool, monkeypatch):
+    monkeypatch.setattr(cli, "main", lambda words: code)
+    with contextlib.nullcontext() if right else pytest.raises(AssertionError, match=f"exit code {code}"):
+        run(Block(ROOT / "README.md", 1, "sh", None, text + "\n"), {})
 
 
 def test_an_unknown_need_is_found(tmp_path: Path):
