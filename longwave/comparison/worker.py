@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longwave import files, machine
+from longwave import files, machine, trial
 from longwave.comparison.results import FORMAT, RESULT, Result, curve_of, levels_of, read_result, write_result
 from longwave.comparison.runs import Line, Run
 from longwave.data.packed import PackedTokens
@@ -33,6 +33,7 @@ from longwave.training.recipe import Recipe, flat
 
 Report = Callable[[Run, dict[str, Any]], None]
 _PACE_SECONDS, _PACE_STEPS, _WARM_UP = 8.0, 4, 2
+_FEW = 2  # windows of an evaluation in a trial run
 _PATIENCE = 20.0  # seconds for which a folder may still be held by the process of a comparison that was killed
 
 
@@ -166,11 +167,12 @@ def result_of(run: Run, trainer: Trainer, ended: str = "") -> Result:
 def _evaluated(model: Decoder, recipe: Recipe) -> tuple[HeldOut, HeldOut | None]:
     """The loss on all held-out text as the model runs at inference, and with training's selection where it selects."""
     data = PackedTokens(recipe.data.folder, "held_out", recipe.training.window, keep_last=True)
-    found = held_out_loss(model, data)
+    windows = trial.at_most(len(data), _FEW)
+    found = held_out_loss(model, data, windows=windows)
     if not model.resamplers:
         return found, None
     model.set_step(recipe.steps, recipe.training.seed)
-    return found, held_out_loss(model, data, selection="training")
+    return found, held_out_loss(model, data, windows=windows, selection="training")
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

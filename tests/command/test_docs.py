@@ -111,6 +111,8 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/benchmarks.md", "long"),
         ("docs/get-started.md", "network"),
         ("docs/get-started.md", "network"),
+        ("docs/how-to/compare.md", "long"),
+        ("docs/how-to/compare.md", "long"),
         ("docs/how-to/form.md", "long"),
         ("docs/how-to/mixer.md", "tests"),
         ("docs/how-to/resampler.md", "tests"),
