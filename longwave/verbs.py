@@ -122,6 +122,8 @@ def compare(
     amounts = _budgets(tokens, flops, minutes, optional=len(folders) == len(recipes) > 0)
     trained = results_of_folders(folders, amounts)
     models = [Candidate.read(str(one), overrides) for one in recipes if one not in folders]
+    idle = not models and (overrides or grid is not None or tuple(seeds) != (0,) or jobs != 1)
+    require(not idle, "recipes: none is given, so overrides, seeds, grid and jobs have no effect; leave them out")
     options = Options(tuple(seeds), None if grid is None else Grid.parse(grid), jobs, progress)
     found = compared(distinct(models), amounts, Path(output), options, trained)
     given = {"tokens": tokens, "flops": flops, "minutes": minutes, "seeds": ",".join(map(str, seeds)), "grid": grid}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,10 @@ def run(options: Compare) -> Comparison | Expectation:
     from longwave.verbs import compare, compare_results, expected_of
 
     if options.results:
-        require(not options.recipes, "--from: results take the place of recipes; give one or the other")
+        changed = [field.name for field in fields(Compare) if getattr(options, field.name) != field.default]
+        idle = sorted({*changed} - {"results", "output", "json"})
+        named = " and ".join("RECIPE" if name == "recipes" else f"--{name.replace('_', '-')}" for name in idle)
+        require(not idle, f"--from: results take the place of runs; leave out {named}")
         found = compare_results(options.results, output=options.output)
         return _shown(found, Path(options.output))
     require(bool(options.recipes), "give recipes to compare, or --from with results (see longwave compare --help)")
