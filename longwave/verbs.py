@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from longwave.api import load
 from longwave.comparison.budgets import Budget, budgets
-from longwave.comparison.compare import Comparing, Expectation, Options, compared, write_files
+from longwave.comparison.compare import Options, compared, write_files
 from longwave.comparison.grid import Grid
 from longwave.comparison.runs import Candidate, distinct
 from longwave.comparison.summary import Comparison, summarised
@@ -129,24 +129,6 @@ def compare(
     given = {"tokens": tokens, "flops": flops, "minutes": minutes, "seeds": ",".join(map(str, seeds)), "grid": grid}
     write_files(found, Path(output), _compare_command([*map(str, recipes), *overrides], **given, output=output))
     return found
-
-
-def expected_of(
-    recipes: Sequence[str | Path],
-    overrides: Sequence[str] = (),
-    *,
-    output: str | Path = "comparison",
-    tokens: str | float | None = None,
-    flops: str | float | None = None,
-    minutes: str | float | None = None,
-    seeds: Sequence[int] = (0,),
-    grid: str | None = None,
-    jobs: int = 1,
-) -> Expectation:
-    """What a comparison with these arguments would take, by the speed that is measured now; nothing is kept."""
-    options = Options(tuple(seeds), None if grid is None else Grid.parse(grid), jobs)
-    models = [Candidate.read(str(one), overrides) for one in recipes if not Path(one).is_dir()]
-    return Comparing(distinct(models), _budgets(tokens, flops, minutes), Path(output), options).expected()
 
 
 def _budgets(*given: str | float | None, optional: bool = False) -> tuple[Budget, ...]:

@@ -43,7 +43,7 @@ class Compare(Options):
 
 def run(options: Compare) -> Comparison | Expectation:
     """Trains and compares, or shows what that would take, and prints the table and what it allows to be said."""
-    from longwave.verbs import compare, compare_results, expected_of
+    from longwave.verbs import compare, compare_results
 
     if options.results:
         changed = [field.name for field in fields(Compare) if getattr(options, field.name) != field.default]
@@ -55,10 +55,23 @@ def run(options: Compare) -> Comparison | Expectation:
     require(bool(options.recipes), "give recipes to compare, or --from with results (see longwave compare --help)")
     recipes = [word for word in options.recipes if "=" not in word or Path(word).exists()]
     overrides = [word for word in options.recipes if word not in recipes]
-    given: dict[str, Any] = {name: getattr(options, name) for name in _FORWARDED} | {"seeds": _seeds(options.seeds)}
     if options.dry_run:
-        return _planned(expected_of(recipes, overrides, **given))
+        return _planned(_expected(options, recipes, overrides))
+    given: dict[str, Any] = {name: getattr(options, name) for name in _FORWARDED} | {"seeds": _seeds(options.seeds)}
     return _shown(compare(recipes, overrides, **given, progress=True), Path(options.output))
+
+
+def _expected(options: Compare, recipes: Sequence[str], overrides: Sequence[str]) -> Expectation:
+    from longwave.comparison import compare
+    from longwave.comparison.budgets import budgets
+    from longwave.comparison.grid import Grid
+    from longwave.comparison.runs import Candidate, distinct
+
+    models = distinct([Candidate.read(recipe, overrides) for recipe in recipes])
+    grid = None if options.grid is None else Grid.parse(options.grid)
+    asked = compare.Options(_seeds(options.seeds), grid, options.jobs)
+    amounts = budgets(options.tokens, options.flops, options.minutes)
+    return compare.Comparing(models, amounts, Path(options.output), asked).expected()
 
 
 def _seeds(text: str) -> tuple[int, ...]:
