@@ -102,7 +102,7 @@ def curve_note(recipe: Mapping[str, Any]) -> str:
     run = recipe["training"]
     reasons = [f"of the first {run['evaluate_windows']} held-out windows"] if run["evaluate_windows"] else []
     reasons += [f"computed in {run['precision']}"] if run["precision"] != "fp32" else []
-    words = "The held-out curves and the gap are {}; the table, the cards and `longwave eval` take all, in fp32."
+    words = "The held-out curves and the gap are {}; the table, the cards and longwave eval take all, in fp32."
     return words.format(" and ".join(reasons)) if reasons else ""
 
 
