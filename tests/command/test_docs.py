@@ -148,15 +148,20 @@ def test_a_block_that_is_wrong_is_found(language: str, text: str, needs: str | N
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "right"),
+    ("text", "code", "said", "right"),
     [
-        ("longwave bench compare a.json b.json", 1, True),  # it found something slower, as it may on a busy machine
-        ("longwave bench compare a.json b.json", 2, False),
-        ("longwave bench ops", 1, False),
+        ("longwave bench compare a.json b.json", 1, "slower in b.json: 1 of 6 rows", True),  # as on a busy machine
+        ("longwave bench compare a.json b.json", 1, "a.json: the disk is full", False),
+        ("longwave bench compare a.json b.json", 2, "slower in b.json: 1 of 6 rows", False),
+        ("longwave bench ops", 1, "slower in b.json: 1 of 6 rows", False),
     ],
 )
-def test_an_exit_code_is_an_answer_of_one_command_alone(text: str, code: int, right: bool, monkeypatch):
-    monkeypatch.setattr(cli, "main", lambda words: code)
+def test_an_exit_code_is_an_answer_of_one_command_alone(text: str, code: int, said: str, right: bool, monkeypatch):
+    def answer(words: list[str]) -> int:
+        print(f"longwave: {said}", file=sys.stderr)
+        return code
+
+    monkeypatch.setattr(cli, "main", answer)
     with contextlib.nullcontext() if right else pytest.raises(AssertionError, match=f"exit code {code}"):
         run(Block(ROOT / "README.md", 1, "sh", None, text + "\n"), {})
 
