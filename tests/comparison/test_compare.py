@@ -183,22 +183,38 @@ def test_minutes_become_steps_once_and_stay(tmp_path: Path) -> None:
 # Days on which something goes wrong ---------------------------------------------------------------------------------
 
 
-def kills(folder: Path, count: int, pauses: Callable[[], float]) -> int:
-    """Runs a comparison that is killed again and again; the number of kills it took."""
+def killed_in_training(words: list[str], output: Path, pause: float) -> bool:
+    """Starts a comparison and kills it a while after it has gone on with its runs; False if it ended before."""
+    before = progress(output)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and progress(output) == before:
+        time.sleep(0.02)
+    try:
+        process.wait(pause)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+    assert process.returncode == 0
+    return False
+
+
+def progress(output: Path) -> dict[Path, int]:
+    """What the runs have written so far: logs, which grow with every step, and results."""
+    files = [path for kind in ("metrics.jsonl", "result.json") for path in output.rglob(kind)]
+    return {path: path.stat().st_size for path in files if path.exists()}
+
+
+def kills(folder: Path, output: Path, left: int, draws: random.Random) -> int:
+    """Runs a comparison to its end, killed up to `left` times on the way; the number of kills."""
     recipes = [str(folder / f"{model}.toml") for model in ("llama", "causal")]
     words = [sys.executable, "-m", "longwave", "compare", *recipes, "--tokens", f"{24 * STEP},{32 * STEP}"]
-    words += ["--seeds", "0,1", "--output", str(folder / "killed"), "--jobs", "2", *WSD]
-    for kill in range(count):
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            process.wait(pauses())
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        else:
-            return kill
+    words += ["--seeds", "0,1", "--output", str(output), "--jobs", "2", *WSD]
+    done = 0
+    while done < left and killed_in_training(words, output, draws.uniform(0, 1.5)):
+        done += 1
     subprocess.run(words, check=True, capture_output=True)
-    return count
+    return done
 
 
 def straight(folder: Path) -> list[dict[str, Any]]:
@@ -211,12 +227,12 @@ def straight(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_comparison_killed_at_random_gives_the_same_numbers(count: int, tmp_path: Path) -> None:
-    draws, expected = random.Random(count), straight(tmp_path)
-    pauses = (lambda: draws.uniform(4, 8)) if count < 10 else (lambda: draws.uniform(2, 12))
-    assert kills(tmp_path, count, pauses) > 0
-    found = sorted((tmp_path / "killed").rglob("result.json"))
-    assert len(found) == 8
-    assert sorted(map(str, expected)) == sorted(str(plain(read_result(path))) for path in found)
+    draws, expected, done = random.Random(count), sorted(map(str, straight(tmp_path))), 0
+    while done < count:
+        output = tmp_path / f"killed-{done}"
+        done += kills(tmp_path, output, count - done, draws)
+        assert sorted(str(plain(read_result(path))) for path in output.rglob("result.json")) == expected
+    assert done == count
 
 
 def test_ctrl_c_saves_every_run_and_the_command_goes_on(tmp_path: Path) -> None:
