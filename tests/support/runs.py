@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "scaled_adam": {"kind": "scaled_adam", "lr": 0.03},
     "adamw": {"kind": "adamw", "lr": 3e-3},
+    "muon": {"kind": "muon", "lr": 3e-3},
 }
 
 _KEPT = tempfile.TemporaryDirectory(prefix="longwave-tests-")

@@ -1,4 +1,4 @@
-"""Optimizers: ScaledAdam against its formulas in plain Python, AdamW against torch, and what both promise."""
+"""Optimizers: ScaledAdam against its formulas in plain Python, AdamW and Muon against torch, and what all promise."""
 
 import math
 import statistics
@@ -12,9 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from longwave.errors import UserError
+from longwave.layers.head import Head, TiedHead
+from longwave.layers.linear import Linear
 from longwave.training.optimizers import (
-    AdamW,
     AdamWConfig,
+    MuonConfig,
     Optimizer,
     OptimizerConfig,
     ScaledAdam,
@@ -22,9 +24,15 @@ from longwave.training.optimizers import (
     trainable_weights,
 )
 
-Config = ScaledAdamConfig | AdamWConfig
-BOTH: list[Config] = [ScaledAdamConfig(), ScaledAdamConfig(clipping="icefall"), AdamWConfig(lr=0.01)]
-both = pytest.mark.parametrize("config", BOTH, ids=lambda config: config.kind)
+Config = ScaledAdamConfig | AdamWConfig | MuonConfig
+ALL: list[Config] = [
+    ScaledAdamConfig(),
+    ScaledAdamConfig(clipping="icefall"),
+    AdamWConfig(lr=0.01),
+    MuonConfig(lr=0.01),
+    MuonConfig(lr=0.02, adamw_lr=0.003, adjust_lr_fn="original", nesterov=False),
+]
+every = pytest.mark.parametrize("config", ALL, ids=lambda config: config.kind)
 
 
 class Bag(nn.Module):
@@ -319,7 +327,107 @@ def test_adamw_decays_matrices_only():
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0.0, msg=name)
 
 
-# --- What both promise -----------------------------------------------------------------------------------------------
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A tiny language model with matrices of every shape, and parameters that are no matrices of hidden layers."""
+
+    def __init__(self, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(11, 6)
+        self.up, self.square, self.down = nn.Linear(6, 9), Linear(6, 6, bias=False), nn.Linear(9, 6, bias=False)
+        self.norm = nn.LayerNorm(6)
+        self.taps = nn.Parameter(torch.randn(4, 6))
+        self.head = TiedHead(self.embed) if tied else Head(6, 11)
+        self.to(dtype)
+
+
+HIDDEN = {"up.weight", "square.weight", "down.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_muon_takes_the_matrices_of_hidden_layers_and_adamw_everything_else(tied: bool):
+    model = Wide(tied)
+    names = MuonConfig().build(model).tensors().keys()
+    assert {name.removeprefix("momentum.") for name in names if name.startswith("momentum.")} == HIDDEN
+    others = {name for name, _ in model.named_parameters()} - HIDDEN
+    assert {name.removeprefix("first_moment.") for name in names if name.startswith("first_moment.")} == others
+
+
+def test_a_matrix_tied_to_an_embedding_is_adamw_s_whatever_module_holds_it():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 5), "out": nn.Linear(5, 5, bias=False), "body": nn.Linear(5, 5)})
+    model["out"].weight = model["embed"].weight
+    names = MuonConfig().build(model).tensors().keys()
+    assert {name for name in names if name.startswith("momentum.")} == {"momentum.body.weight"}
+
+
+@pytest.mark.parametrize("model", [nn.Linear(4, 3, bias=False), nn.LayerNorm(4)], ids=["matrices", "others"])
+def test_muon_trains_a_model_of_one_kind_of_parameter(model: nn.Module):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = MuonConfig(lr=0.1).build(model)
+    set_gradients(model, 0)
+    assert not optimizer.step(1.0).skipped
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torch_muon_and_torch_adamw(adjust_lr_fn: Any, nesterov: bool, tied: bool, dtype: torch.dtype):
+    config = MuonConfig(lr=0.02, adamw_lr=0.003, adjust_lr_fn=adjust_lr_fn, nesterov=nesterov, clip_norm=5.0)
+    ours, theirs = Wide(tied, dtype), Wide(tied, dtype)
+    optimizer, named = config.build(ours), dict(theirs.named_parameters())
+    muon = torch.optim.Muon(
+        [named[name] for name in HIDDEN],
+        weight_decay=0.1,
+        momentum=0.95,
+        nesterov=nesterov,
+        adjust_lr_fn=adjust_lr_fn,
+    )
+    rest = [parameter for name, parameter in named.items() if name not in HIDDEN]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    adamw, clips = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True), []
+    for step in range(12):
+        scale, size = 1 / (1 + step), 0.1 if step % 2 else 1.0
+        set_gradients(ours, step, size)
+        set_gradients(theirs, step, size)
+        clips.append(optimizer.step(scale).clip)
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 5.0)
+        for reference, lr in ((muon, 0.02), (adamw, 0.003)):
+            for group in reference.param_groups:
+                group["lr"] = lr * scale
+            reference.step()
+    assert min(clips) < 0.9
+    assert max(clips) == 1.0
+    assert_same(ours.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24), (1, 8), (8, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("adjust_lr_fn", "factor"),
+    [
+        ("match_rms_adamw", lambda rows, columns: 0.2 * math.sqrt(max(rows, columns))),
+        ("original", lambda rows, columns: math.sqrt(max(1, rows / columns))),
+    ],
+)
+def test_a_step_of_muon_has_all_singular_values_near_its_rate(shape: Any, adjust_lr_fn: Any, factor: Any):
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    before = model.weight.detach().clone()
+    optimizer = MuonConfig(lr=0.1, adjust_lr_fn=adjust_lr_fn, weight_decay=0.0).build(model)
+    set_gradients(model, 0, size=1e-3)  # however small the gradient
+    optimizer.step(1.0)
+    values = torch.linalg.svdvals(before - model.weight.detach()) / (0.1 * factor(*shape))
+    assert values.min() > 0.3
+    assert values.max() < 1.4
+
+
+# --- What all promise ------------------------------------------------------------------------------------------------
 
 
 def resume(model: nn.Module, optimizer: Optimizer, config: Config, dtype: torch.dtype) -> tuple[Net, Optimizer]:
@@ -332,7 +440,7 @@ def resume(model: nn.Module, optimizer: Optimizer, config: Config, dtype: torch.
     return fresh, resumed
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stops", [(1, 2), (13, 26), (20, 43)], ids=str)
 def test_resuming_twice_is_bit_identical(config: Config, dtype: torch.dtype, stops: tuple[int, int]):
@@ -348,7 +456,7 @@ def test_resuming_twice_is_bit_identical(config: Config, dtype: torch.dtype, sto
     assert_same(snapshot(model, resumed), snapshot(straight, optimizer))
 
 
-@both
+@every
 def test_every_part_of_the_state_matters(config: Config):
     """Dropping any kind of tensor from the state changes the outcome, so that the test above can fail."""
     model = Net()
@@ -371,15 +479,15 @@ def test_every_part_of_the_state_matters(config: Config):
         assert different, kind
 
 
-@both
+@every
 def test_state_is_keyed_by_parameter_names(config: Config):
     model = Net()
-    names = set(config.build(model).tensors())
-    parameters = {name for name, _ in model.named_parameters()}
-    assert {name.removeprefix("second_moment.") for name in names if name.startswith("second_moment.")} == parameters
+    names = config.build(model).tensors().keys()
+    kept = {name.split(".", 1)[1] for name in names if name.startswith(("second_moment.", "momentum."))}
+    assert kept == {name for name, _ in model.named_parameters()}
 
 
-@both
+@every
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("when", [0, 11])
 def test_a_gradient_that_is_not_finite_skips_the_update(config: Config, poison: float, when: int):
@@ -400,30 +508,39 @@ def test_a_gradient_that_is_not_finite_skips_the_update(config: Config, poison: 
     assert_same(snapshot(model, optimizer), snapshot(undisturbed, twin))
 
 
-def test_a_finite_gradient_is_not_skipped():
+@every
+def test_a_finite_gradient_is_not_skipped(config: Config):
     model = Net()
     set_gradients(model, 0)
-    assert not ScaledAdamConfig().build(model).step(1.0).skipped
-    assert not AdamWConfig().build(model).step(1.0).skipped
+    assert not config.build(model).step(1.0).skipped
 
 
-@both
+@every
 def test_lr_scale_multiplies_down_the_module_tree(config: Config):
     start = torch.tensor([[0.5, -0.2], [0.1, 0.4]])
-    model = nn.ModuleDict({"plain": Bag(w=start), "outer": nn.ModuleDict({"w": Bag(w=start), "inner": Bag(w=start)})})
+
+    def layer() -> nn.Linear:
+        linear = nn.Linear(2, 2)
+        linear.load_state_dict({"weight": start, "bias": start[0]})
+        return linear
+
+    model = nn.ModuleDict({"plain": layer(), "outer": nn.ModuleDict({"first": layer(), "inner": layer()})})
     model["outer"].lr_scale = 0.5
     model["outer"]["inner"].lr_scale = 0.25
     optimizer = config.build(model)
+    gradient = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
     for parameter in model.parameters():
-        parameter.grad = torch.tensor([[1.0, 2.0], [-1.0, 0.5]])
+        parameter.grad = gradient.clone() if parameter.dim() == 2 else gradient[0].clone()
     optimizer.step(1.0)
-    moved = {name: p.detach() - start for name, p in model.named_parameters()}
-    torch.testing.assert_close(moved["outer.w.w"], moved["plain.w"] * 0.5, rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(moved["outer.inner.w"], moved["plain.w"] * 0.125, rtol=1e-4, atol=1e-8)
-    assert moved["plain.w"].abs().min() > 1e-5
+    for leaf, before in (("weight", start), ("bias", start[0])):
+        moved = {name: p.detach() - before for name, p in model.named_parameters() if name.endswith(leaf)}
+        full = moved[f"plain.{leaf}"]
+        torch.testing.assert_close(moved[f"outer.first.{leaf}"], full * 0.5, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(moved[f"outer.inner.{leaf}"], full * 0.125, rtol=1e-4, atol=1e-8)
+        assert full.abs().min() > 1e-5
 
 
-@both
+@every
 def test_lr_scale_zero_holds_a_parameter(config: Config):
     model = Net()
     model.layers[0].lr_scale = 0.0
@@ -434,7 +551,7 @@ def test_lr_scale_zero_holds_a_parameter(config: Config):
     assert held == {"layers.0.weight", "layers.0.bias"}
 
 
-@both
+@every
 def test_the_schedule_factor_multiplies_the_configured_rate(config: Config):
     moved = []
     for factor in (1.0, 0.5):
@@ -456,7 +573,7 @@ def test_a_tied_parameter_is_trained_once_and_a_frozen_one_never():
         trainable_weights(model)
 
 
-@both
+@every
 def test_models_that_cannot_be_trained_are_refused(config: Config):
     with pytest.raises(UserError, match="trainable parameters = 0"):
         config.build(Bag(w=torch.ones(2)).requires_grad_(False))
@@ -466,7 +583,7 @@ def test_models_that_cannot_be_trained_are_refused(config: Config):
         config.build(model)
 
 
-@both
+@every
 def test_narrow_parameters_are_rounded_from_an_fp32_master(config: Config):
     narrow, wide = Net(torch.bfloat16), Net(torch.bfloat16).float()
     optimizers = [config.build(narrow), config.build(wide)]
@@ -494,7 +611,7 @@ def corruptions() -> list[tuple[Callable[[dict[str, Tensor]], Any], str]]:
     ]
 
 
-@both
+@every
 @pytest.mark.parametrize(("corrupt", "message"), corruptions(), ids=["missing", "unexpected", "shape", "dtype"])
 def test_a_state_that_does_not_fit_is_refused_whole(config: Config, corrupt: Any, message: str):
     model = Net()
@@ -506,11 +623,6 @@ def test_a_state_that_does_not_fit_is_refused_whole(config: Config, corrupt: Any
     with pytest.raises(UserError, match=message):
         optimizer.load_tensors(given)
     assert_same(snapshot(model, optimizer), before)
-
-
-def test_build_gives_the_optimizer_of_the_config():
-    assert isinstance(ScaledAdamConfig().build(Net()), ScaledAdam)
-    assert isinstance(AdamWConfig().build(Net()), AdamW)
 
 
 @pytest.mark.parametrize(
@@ -531,6 +643,18 @@ def test_build_gives_the_optimizer_of_the_config():
         (AdamWConfig, "eps", math.inf),
         (AdamWConfig, "weight_decay", -0.1),
         (AdamWConfig, "clip_norm", 0.0),
+        (MuonConfig, "lr", 0.0),
+        (MuonConfig, "lr", math.inf),
+        (MuonConfig, "betas", (0.9, 1.0)),
+        (MuonConfig, "eps", -1.0),
+        (MuonConfig, "weight_decay", math.nan),
+        (MuonConfig, "clip_norm", -1.0),
+        (MuonConfig, "momentum", 1.0),
+        (MuonConfig, "momentum", -0.1),
+        (MuonConfig, "ns_steps", 0),
+        (MuonConfig, "ns_steps", 100),
+        (MuonConfig, "adamw_lr", 0.0),
+        (MuonConfig, "adamw_lr", math.nan),
     ],
 )
 def test_config_errors_name_the_field_and_its_value(config: Any, field: str, value: Any):
@@ -545,6 +669,9 @@ def test_a_recipe_picks_the_optimizer_by_kind_and_refuses_unknown_keys():
         lr=1e-3, betas=(0.8, 0.9)
     )
     assert adapter.validate_python({"kind": "scaled_adam"}) == ScaledAdamConfig()
+    assert adapter.validate_python({"kind": "muon", "adjust_lr_fn": "original"}) == MuonConfig(adjust_lr_fn="original")
+    with pytest.raises(ValidationError, match="adjust_lr_fn"):
+        adapter.validate_python({"kind": "muon", "adjust_lr_fn": "spectral"})
     with pytest.raises(ValidationError, match="weight_decay"):
         adapter.validate_python({"kind": "scaled_adam", "weight_decay": 0.1})
     with pytest.raises(ValidationError, match="a number above 0"):

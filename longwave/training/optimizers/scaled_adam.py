@@ -1,12 +1,5 @@
-"""The optimizers ScaledAdam and AdamW, behind one interface.
+"""ScaledAdam: Adam whose steps are proportional to the size of each tensor (Zipformer, arXiv 2310.11230).
 
-- `ScaledAdamConfig` and `AdamWConfig` are what a recipe writes; `build(model)` gives an `Optimizer`.
-- The complete state is a flat dict of tensors keyed by parameter names: no pickle, and resuming is bit-identical.
-- An `lr_scale` attribute on any module multiplies the learning rate of everything below it.
-- Parameters narrower than fp32 get an fp32 master copy, which is part of the state.
-- A NaN or infinite gradient skips the update and leaves parameters and state as they were.
-
-Build the optimizer once the model holds its initial weights and stands on its device.
 Shape letter: `W` trainable parameters (called weights here), in the order of the module tree.
 """
 
@@ -16,50 +9,26 @@ Shape letter: `W` trainable parameters (called weights here), in the order of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, Protocol
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
-from longwave.errors import UserError, require
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Figures of one update.
-
-    grad_norm: the model's gradient norm before clipping (ScaledAdam weights each tensor's norm by its rms). clip: the
-    factor in [0, 1] by which gradients were multiplied. skipped: whether the norm was not finite, so that nothing was
-    changed; `clip` is 0 then.
-    """
-
-    grad_norm: float
-    clip: float
-    skipped: bool
-
-
-class Optimizer(Protocol):
-    """The interface of an optimizer."""
-
-    def step(self, lr_scale: float) -> StepReport:
-        """Update the parameters from their gradients, at `lr_scale` times the configured learning rate."""
-        ...
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Give the complete state by name. Large tensors are not copied: write or copy them before the next step."""
-        ...
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not as expected."""
-        ...
+from longwave.errors import require
+from longwave.training.optimizers.weights import (
+    StepReport,
+    check_adam,
+    copied_masters,
+    forget_gradients,
+    load,
+    trainable_weights,
+    write_copies,
+    zeros_like,
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +58,7 @@ class ScaledAdamConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        _check_adam(self.lr, self.betas, self.eps)
+        check_adam(self.lr, self.betas, self.eps)
         require(self.scalar_lr_scale > 0, f"scalar_lr_scale = {self.scalar_lr_scale}: a number above 0")
         low, high = self.rms_limits
         require(0 < low < high, f"rms_limits = {self.rms_limits}: two rising numbers above 0")
@@ -102,97 +71,6 @@ class ScaledAdamConfig:
     def build(self, model: nn.Module) -> ScaledAdam:
         """Make the optimizer of all trainable parameters of `model`."""
         return ScaledAdam(self, model)
-
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW (arXiv 1711.05101), with the betas, decay and clipping that Llama was trained with (arXiv 2302.13971).
-
-    weight_decay: applied to parameters of two or more dimensions only. clip_norm: bound of the norm of the whole
-    gradient; inf for no clipping.
-    """
-
-    kind: Literal["adamw"] = "adamw"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    def __post_init__(self) -> None:
-        _check_adam(self.lr, self.betas, self.eps)
-        require(0 <= self.weight_decay < math.inf, f"weight_decay = {self.weight_decay}: a number of at least 0")
-        require(self.clip_norm > 0, f"clip_norm = {self.clip_norm}: a number above 0, or inf not to clip")
-
-    def build(self, model: nn.Module) -> AdamW:
-        """Make the optimizer of all trainable parameters of `model`."""
-        return AdamW(self, model)
-
-
-OptimizerConfig = Annotated[ScaledAdamConfig | AdamWConfig, Field(discriminator="kind")]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A trainable parameter.
-
-    name: of a tied parameter, its first name. master: the tensor that is updated, in fp32 or wider: a copy of a
-    narrower parameter, or the parameter itself. lr_scale: its factor of the learning rate.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    master: Tensor
-    lr_scale: float
-
-    @property
-    def is_scalar(self) -> bool:
-        return self.parameter.numel() == 1
-
-    @property
-    def has_copy(self) -> bool:
-        return self.master is not self.parameter
-
-    def gradient(self) -> Tensor | None:
-        """Give the gradient in the master's dtype; None if the parameter took no part in the loss."""
-        grad = self.parameter.grad
-        return None if grad is None else grad.to(self.master.dtype)
-
-
-def trainable_weights(model: nn.Module) -> list[Weight]:
-    """List the parameters that require a gradient, each once, in the order of the module tree.
-
-    Raises UserError if there are none, for an `lr_scale` that is not a number of at least 0, and for a tied parameter
-    with two different ones.
-    """
-    found: dict[nn.Parameter, Weight] = {}
-    for name, parameter, lr_scale in _scaled_parameters(model, "", 1.0):
-        first = found.setdefault(parameter, Weight(name, parameter, _master(parameter), lr_scale))
-        legal = f"the {first.lr_scale} of {first.name}, which it is tied to"
-        require(first.lr_scale == lr_scale, f"lr_scale of {name} = {lr_scale}: {legal}")
-    require(bool(found), "trainable parameters = 0: at least one")
-    return list(found.values())
-
-
-def _scaled_parameters(module: nn.Module, prefix: str, scale: float) -> Iterator[tuple[str, nn.Parameter, float]]:
-    # A module's lr_scale multiplies those of the modules around it.
-    own = getattr(module, "lr_scale", 1.0)
-    legal = isinstance(own, int | float) and 0 <= own < math.inf
-    require(legal, f"{prefix}lr_scale = {own!r}: a number of at least 0")
-    scale = scale * own
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.requires_grad:
-            yield prefix + name, parameter, scale
-    for name, child in module.named_children():
-        yield from _scaled_parameters(child, f"{prefix}{name}.", scale)
-
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    """Give the tensor to update: the parameter, or an fp32 copy of a narrower one, so that small steps count."""
-    narrow = parameter.dtype.itemsize < torch.float32.itemsize
-    return parameter.detach().float() if narrow else parameter
 
 
 class ScaledAdam:
@@ -216,8 +94,8 @@ class ScaledAdam:
         self.batches = _batches(self.masters, batch_elements)
         self.is_scalar = torch.tensor([weight.is_scalar for weight in self.weights])
         self.lr_scales = torch.tensor([weight.lr_scale for weight in self.weights], dtype=torch.float64)
-        self.second_moments = [_zeros(master) for master in self.masters]
-        self.deltas = [_zeros(master) for master in self.masters]
+        self.second_moments = [zeros_like(master) for master in self.masters]
+        self.deltas = [zeros_like(master) for master in self.masters]
         # State of one number per tensor lives on the host in fp64: a transfer per update is cheaper than many launches.
         self.rms = torch.zeros(len(self.weights), dtype=torch.float64)  # as of the last size update
         self.size_squares = torch.zeros_like(self.rms)
@@ -256,7 +134,7 @@ class ScaledAdam:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        _forget_gradients(self.weights)
+        forget_gradients(self.weights)
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the complete state by name; the large tensors are not copied."""
@@ -264,10 +142,10 @@ class ScaledAdam:
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
-        _load(self._large_tensors() | self._small_tensors(), tensors, expected=self.tensors())
+        load(self._large_tensors() | self._small_tensors(), tensors, expected=self.tensors())
 
     def _large_tensors(self) -> dict[str, Tensor]:
-        state = _copied_masters(self.weights)
+        state = copied_masters(self.weights)
         for weight, square, delta in zip(self.weights, self.second_moments, self.deltas, strict=True):
             state |= {f"second_moment.{weight.name}": square, f"delta.{weight.name}": delta}
         return state
@@ -286,7 +164,7 @@ class ScaledAdam:
 
     def _gradients(self) -> list[Tensor]:
         grads = ((weight, weight.gradient()) for weight in self.weights)
-        return [_zeros(weight.master) if grad is None else grad for weight, grad in grads]
+        return [zeros_like(weight.master) if grad is None else grad for weight, grad in grads]
 
     def _reductions(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Give each tensor's ||g|| (W,) and sum(p * g) (W,), on the host."""
@@ -320,7 +198,7 @@ class ScaledAdam:
         for batch in self.batches:
             self._update_batch(batch, grads[batch], rates[batch], eps[batch], growth and growth[batch])
         self._bound_scalars()
-        _write_copies(self.weights)
+        write_copies(self.weights)
 
     def _bias_correction(self, step: int) -> Tensor:
         """Give the correction (W,) of sqrt(v) for its start at zero: sqrt(1 - b2^(t+1)).
@@ -410,72 +288,6 @@ def _icefall_middle(norms: Tensor) -> float:
     return norms.sort().values[min(len(norms) - 1, 2 * (len(norms) // 4))].item()
 
 
-class AdamW:
-    """`torch.optim.AdamW` as an `Optimizer` (see `AdamWConfig`), fused: on a CPU 3 times as fast as foreach."""
-
-    def __init__(self, config: AdamWConfig, model: nn.Module) -> None:
-        self.config = config
-        self.weights = trainable_weights(model)
-        self.optimizer = torch.optim.AdamW(
-            self._groups(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
-        )
-        # Torch would make the state at the first step; made here, it has the same names before that step as after it.
-        for weight in self.weights:
-            count = torch.zeros((), dtype=torch.float32, device=weight.master.device)
-            moments = {"exp_avg": _zeros(weight.master), "exp_avg_sq": _zeros(weight.master)}
-            self.optimizer.state[weight.master] = {"step": count, **moments}
-
-    @torch.no_grad()
-    def step(self, lr_scale: float) -> StepReport:
-        """Update the parameters from their gradients; a parameter without a gradient is left as it is."""
-        for weight in self.weights:
-            weight.master.grad = weight.gradient()
-        grads = [weight.master.grad for weight in self.weights if weight.master.grad is not None]
-        # One norm over all parameters, read by the host once: it decides about skipping and about clipping.
-        norm = torch.nn.utils.get_total_norm(grads)
-        if not torch.isfinite(norm):
-            return StepReport(norm.item(), 0.0, True)
-        clip = min(1.0, self.config.clip_norm / (norm.item() + 1e-6))
-        if clip < 1:
-            masters = [weight.master for weight in self.weights]
-            torch.nn.utils.clip_grads_with_norm_(masters, self.config.clip_norm, norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * group["lr_scale"] * lr_scale
-        self.optimizer.step()
-        _write_copies(self.weights)
-        return StepReport(norm.item(), clip, False)
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        _forget_gradients(self.weights)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Give the complete state by name; the moments are not copied."""
-        live = self._live_tensors()
-        return {name: tensor.long() if name.startswith("steps.") else tensor for name, tensor in live.items()}
-
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state in. Raises UserError, and changes nothing, if a name, shape or dtype is not the one expected."""
-        _load(self._live_tensors(), tensors, expected=self.tensors())
-
-    def _live_tensors(self) -> dict[str, Tensor]:
-        names = {"step": "steps", "exp_avg": "first_moment", "exp_avg_sq": "second_moment"}
-        states = {weight.name: self.optimizer.state[weight.master] for weight in self.weights}
-        live = {f"{ours}.{weight}": state[key] for weight, state in states.items() for key, ours in names.items()}
-        return live | _copied_masters(self.weights)
-
-    def _groups(self) -> list[dict[str, object]]:
-        """Group the tensors to update by learning-rate factor and by whether they decay."""
-        members: dict[tuple[float, bool], list[Tensor]] = {}
-        for weight in self.weights:
-            members.setdefault((weight.lr_scale, weight.master.dim() >= 2), []).append(weight.master)
-        decay = self.config.weight_decay
-        return [
-            {"params": masters, "lr_scale": lr_scale, "weight_decay": decay if decays else 0.0}
-            for (lr_scale, decays), masters in members.items()
-        ]
-
-
 def _batches(tensors: list[Tensor], limit: int | None) -> list[slice]:
     """Cut a list of tensors into batches of at most `limit` elements each; a larger tensor is a batch by itself."""
     if limit is None:
@@ -494,44 +306,3 @@ def _batches(tensors: list[Tensor], limit: int | None) -> list[slice]:
 def _host(scalars: list[Tensor]) -> Tensor:
     """Bring 0-d tensors to the host in one transfer, as fp64 (n,)."""
     return torch.stack(scalars).cpu().double()
-
-
-def _zeros(master: Tensor) -> Tensor:
-    return torch.zeros_like(master, requires_grad=False)
-
-
-def _forget_gradients(weights: list[Weight]) -> None:
-    for weight in weights:
-        weight.parameter.grad = weight.master.grad = None
-
-
-def _copied_masters(weights: list[Weight]) -> dict[str, Tensor]:
-    return {f"master.{weight.name}": weight.master for weight in weights if weight.has_copy}
-
-
-def _write_copies(weights: list[Weight]) -> None:
-    for weight in weights:
-        if weight.has_copy:
-            weight.parameter.copy_(weight.master)
-
-
-@torch.no_grad()
-def _load(live: Mapping[str, Tensor], given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Copy `given` into the tensors of `live`, once every name, shape and dtype is found as in `expected`."""
-    for name in sorted(expected.keys() ^ given.keys()):
-        legal = "a state of this model and optimizer"
-        raise UserError(
-            f"optimizer state: {'missing' if name in expected else 'unexpected'} tensor {name}; needs {legal}"
-        )
-    for name, tensor in given.items():
-        want = (tuple(expected[name].shape), expected[name].dtype)
-        have = (tuple(tensor.shape), tensor.dtype)
-        require(have == want, f"optimizer state {name} = {have}: {want} would do")
-    for name, tensor in live.items():
-        tensor.copy_(given[name])
-
-
-def _check_adam(lr: float, betas: tuple[float, float], eps: float) -> None:
-    require(0 < lr < math.inf, f"lr = {lr}: a number above 0")
-    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), f"betas = {betas}: two numbers in [0, 1)")
-    require(0 < eps < math.inf, f"eps = {eps}: a number above 0")
