@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -38,13 +39,7 @@ class TrainingProgress:
             say(f"{self._name}: step {entry['step']}/{self._steps}  {facts}  {self._left(entry['step'])}")
 
     def _warn(self, entry: dict[str, Any]) -> None:
-        """A line for a step that went wrong, wherever it falls between the others."""
-        warnings = []
-        if entry.get("skipped"):
-            warnings.append("its gradient is not finite (NaN or infinity), so its update was skipped")
-        if entry.get("held_out_loss", 0.0) is None:
-            warnings.append("the held-out loss is not finite")
-        for warning in warnings:
+        for warning in warnings_of(entry):
             line = f"{self._name}: step {entry['step']}: {warning}"
             self._bar.console.print(line, markup=False) if self._bar is not None else say(line)
 
@@ -61,6 +56,16 @@ class TrainingProgress:
 def shown_loss(loss: float | None, digits: int = 3) -> str:
     """A loss for people; None is one that is not finite."""
     return "not finite" if loss is None else f"{loss:.{digits}f}"
+
+
+def warnings_of(entry: Mapping[str, Any]) -> list[str]:
+    """Sentences about a step of training that went wrong, which people want to see wherever it falls."""
+    found = []
+    if entry.get("skipped"):
+        found.append("its gradient is not finite (NaN or infinity), so its update was skipped")
+    if entry.get("held_out_loss", 0.0) is None:
+        found.append("the held-out loss is not finite")
+    return found
 
 
 def _bar() -> Progress:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longwave.comparison.compare import Expectation
     from longwave.comparison.summary import Comparison, Row
     from longwave.intervals import Interval
+    from longwave.reports.content import Speed
 
 
 _FORWARDED = ("output", "tokens", "flops", "minutes", "grid", "jobs")
@@ -93,6 +94,8 @@ def _planned(found: Expectation) -> Expectation:
 
 def _shown(found: Comparison, output: Path) -> Comparison:
     _print_table(_columns(found), [_cells(row, found) for row in found.rows])
+    if found.speed.rows:
+        _print_table(*_speed_table(found.speed))
     for choice in found.choices:
         print(choice.words())
     for statement in found.statements:
@@ -115,6 +118,15 @@ def _cells(row: Row, found: Comparison) -> list[str]:
     losses = [interval_words(row.loss, ".3f"), interval_words(row.bits_per_byte, ".4f")]
     gap = "-" if row.gap is None else interval_words(row.gap, "+.1%")
     return [row.model, *setting, row.budget.words(), str(len(row.seeds)), *sizes, *losses, kept, gap]
+
+
+def _speed_table(speed: Speed) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Titles and rows of the speed of every model."""
+    from longwave.reports.words import cell
+
+    found = {key: [cell(row.figures[key], None, row.kind) for row in speed.rows] for key in speed.columns}
+    rows = [[speed.columns[key], *(one.get("value", "-") for one in cells)] for key, cells in found.items()]
+    return ("model", *(row.label for row in speed.rows)), rows
 
 
 def interval_words(found: Interval | None, form: str) -> str:

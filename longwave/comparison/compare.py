@@ -19,6 +19,7 @@ from longwave.comparison.processes import run_all
 from longwave.comparison.progress import Watch
 from longwave.comparison.results import COMPARISON, Result, read_result
 from longwave.comparison.runs import Candidate, Line, Plan, Setting
+from longwave.comparison.speed import speed_of
 from longwave.comparison.summary import Comparison, summarised
 from longwave.comparison.worker import finished, measure_pace, train_line
 from longwave.errors import UserError, require
@@ -27,6 +28,7 @@ from longwave.progress import say
 from longwave.reports.report import write_report
 
 _SETUP = "setup.json"
+_PACE_SECONDS, _ROUGH_SECONDS = 8.0, 3.0  # for which the speed of a model is measured: for a budget, for an estimate
 _AS_WRITTEN = Setting()
 
 
@@ -98,7 +100,7 @@ class Comparing:
 
     def expected(self) -> Expectation:
         """What the comparison would take; speeds are measured now, and nothing is kept."""
-        pace = self._paces(self.models)
+        pace = self._paces(self.models, _ROUGH_SECONDS)
         found = [one for model in self.models for one in self._expected(self._plan(pace), model, pace[model.name])]
         return Expectation(
             tuple(found), sum(one.runs * one.flops for one in found), sum(one.runs * one.seconds for one in found)
@@ -177,14 +179,14 @@ class Comparing:
         """Measures the pace of models whose budget is minutes, and writes down what the comparison goes on with."""
         new = [model for model in self.models if model.name not in self._setup.pace]
         if self.budgets[0].unit == "minutes" and new:
-            self._setup = dataclasses.replace(self._setup, pace={**self._setup.pace, **self._paces(new)})
+            self._setup = dataclasses.replace(self._setup, pace={**self._setup.pace, **self._paces(new, _PACE_SECONDS)})
         files.write_file(self.output / _SETUP, TypeAdapter(Setup).dump_json(self._setup, indent=1) + b"\n")
 
-    def _paces(self, models: Sequence[Candidate]) -> dict[str, float]:
+    def _paces(self, models: Sequence[Candidate], seconds: float) -> dict[str, float]:
         """Seconds of a training step of each model, beside as many others as runs will have beside them."""
         say(f"measuring the speed of {', '.join(model.name for model in models)}")
         setting = self.options.grid.settings[0] if self.options.grid else _AS_WRITTEN
-        tasks = [partial(measure_pace, model.recipe(setting, 0, {"steps": 1 << 20})) for model in models]
+        tasks = [partial(measure_pace, model.recipe(setting, 0, {"steps": 1 << 20}), seconds) for model in models]
         names = [model.name for model in models]
         paces = run_all(tasks, names, self.options.jobs, self._setup.threads, lambda *_: None)
         return dict(zip(names, paces, strict=True))
@@ -197,12 +199,14 @@ def compared(
     options: Options,
     trained: Sequence[Result] = (),
 ) -> Comparison:
-    """Runs a comparison, or goes on with it, and sums it up. trained: results of runs that were there before.
+    """Runs a comparison, or goes on with it, sums it up and times its models. trained: results that were there before.
 
     Raises UserError for what cannot be compared, MachineError where the machine fails.
     """
     results, choices = Comparing(models, budgets, output, options).run() if models else ([], [])
-    return summarised([*trained, *results], choices)
+    found = summarised([*trained, *results], choices)
+    with files.locked(output):
+        return dataclasses.replace(found, speed=speed_of(found.results, output))
 
 
 def write_files(found: Comparison, output: Path, command: str) -> None:

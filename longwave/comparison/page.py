@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from longwave.comparison.grid import Choice
 from longwave.comparison.results import Level, Point, Result
+from longwave.comparison.speed import now
 from longwave.comparison.summary import Comparison, Row
 from longwave.reports import content
 from longwave.reports.page import Fact
@@ -30,6 +30,7 @@ def report_of(found: Comparison, command: str) -> content.Report:
         models=models,
         baseline=models[0].key,
         statements=found.statements,
+        speed=found.speed,
         grids=[_grid(choice) for choice in found.choices if choice.model in shown and _is_numeric(choice)],
         notes=found.notes,
         curve_note=curve_note(first.recipe),
@@ -38,11 +39,6 @@ def report_of(found: Comparison, command: str) -> content.Report:
         command=command,
         loss_comparable=found.measure == "loss",
     )
-
-
-def now() -> str:
-    """The time of day, as reports and measurements keep it."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _runs(found: Comparison, row: Row) -> list[Result]:

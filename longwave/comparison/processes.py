@@ -1,4 +1,4 @@
-"""Work that runs side by side: each task in a process of its own, with some threads, that ends with this one."""
+"""Work that runs side by side: each task in a process of its own, with some threads, which ends with this one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
+
+import torch
 
 from longwave.errors import MachineError, UserError
 
@@ -60,11 +63,14 @@ class _Worker:
 def run_all(
     tasks: Sequence[Task[T]], names: Sequence[str], jobs: int, threads: int, watch: Callable[..., None]
 ) -> list[T]:
-    """The results of all tasks, of which `jobs` run at a time, with `threads` threads each.
+    """The results of all tasks, of which `jobs` run at a time, with `threads` threads each; a single job runs here.
 
     names: of the tasks, for people. watch: called with the number of a task and what it tells. Raises what a task
     raises, and KeyboardInterrupt, once all processes have ended: they are asked to, and save what they have.
     """
+    if jobs == 1:
+        with _threads(threads):
+            return [task(partial(watch, number)) for number, task in enumerate(tasks)]
     found: dict[int, T] = {}
     waiting, working = list(range(len(tasks))), list[_Worker]()
     try:
@@ -85,6 +91,17 @@ def run_all(
         for worker in working:
             worker.stop()
     return [found[number] for number in range(len(tasks))]
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """So many threads of the processor for what runs within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ready(working: Sequence[_Worker]) -> list[_Worker]:
@@ -109,8 +126,6 @@ def _answer(worker: _Worker, name: str, watch: Callable[..., None]) -> tuple[Any
 def _serve(pipe: Connection, parent: int, threads: int) -> None:
     """Runs in the process."""
     _end_with(parent)
-    import torch
-
     torch.set_num_threads(threads)
     with suppress(EOFError, KeyboardInterrupt):
         while True:

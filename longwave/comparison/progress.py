@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from longwave.comparison.runs import Line, Run
-from longwave.progress import say, shown_loss
+from longwave.progress import say, shown_loss, warnings_of
 
 _EVERY = 10.0  # seconds between lines outside a terminal
 
@@ -22,8 +22,8 @@ class Watch:
     def __init__(self, lines: Sequence[Line], on: bool) -> None:
         self._total, self._on = float(sum(line.flops for line in lines)), on
         self._done: dict[str, float] = {}
-        self._started = self._spoken = time.monotonic()
-        self._before: float | None = None
+        self._spoken = time.monotonic()
+        self._began: tuple[float, float] | None = None  # the time of this session's first step, and what was done then
         self._bar = _bar() if on and sys.stderr.isatty() else None
         if self._bar is not None:
             self._bar.start()
@@ -32,14 +32,20 @@ class Watch:
     def __call__(self, number: int, run: Run, entry: dict[str, Any]) -> None:
         """Shows the entry of a step; the number of its line tells nothing that the run does not."""
         self._done[str(run.folder)] = float(entry["flops"])
-        done = sum(self._done.values())
-        self._before = done if self._before is None else self._before
+        done, now = sum(self._done.values()), time.monotonic()
+        self._began = self._began or (now, done)
         facts = f"{run.words()}: step {entry['step']}/{run.recipe.steps}  loss {shown_loss(entry['loss'])}"
+        self._warn(run, entry)
         if self._bar is not None:
             self._bar.update(self._task, completed=min(done, self._total), facts=facts)
-        elif self._on and time.monotonic() - self._spoken >= _EVERY:
-            self._spoken = time.monotonic()
-            say(f"{done / self._total:.0%}{self._left(done)}  {facts}")
+        elif self._on and now - self._spoken >= _EVERY:
+            self._spoken = now
+            say(f"{done / self._total:.0%}{self._left(done, now)}  {facts}")
+
+    def _warn(self, run: Run, entry: dict[str, Any]) -> None:
+        for warning in warnings_of(entry) if self._on else ():
+            line = f"{run.words()}: step {entry['step']}: {warning}"
+            self._bar.console.print(line, markup=False) if self._bar is not None else say(line)
 
     def finished(self, run: Run) -> None:
         """Counts a run as done, which a session found finished."""
@@ -50,13 +56,12 @@ class Watch:
         if self._bar is not None:
             self._bar.stop()
 
-    def _left(self, done: float) -> str:
+    def _left(self, done: float, now: float) -> str:
         """The time that the rest will take at the pace of this session."""
-        pace = (done - (self._before or 0.0)) / max(time.monotonic() - self._started, 1e-9)
-        if pace <= 0:
+        since, before = self._began or (now, done)
+        if done <= before or now - since < _EVERY / 2:
             return ""
-        minutes = (self._total - done) / pace / 60
-        return f", {max(minutes, 0):.0f} min left"
+        return f", {(self._total - done) * (now - since) / (done - before) / 60:.0f} min left"
 
 
 def _bar() -> Progress:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from longwave import files
 from longwave.comparison.budgets import Budget
@@ -53,7 +53,7 @@ class Result:
     bits_per_byte: the same, which can be compared between tokenizers. training_loss: with tokens selected as in
     training, for models that select. retention: of each level on held-out text. tokens, flops: trained on, and spent.
     seconds: that passed. threads: of the processor. data: fingerprint of the tokenizer, and checksum of the data.
-    ended: why the run ended early, "" if it did not.
+    ended: why the run ended early, "" if it did not. folder: where it was read from, which the file does not tell.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -80,7 +80,7 @@ class Result:
     data: Mapping[str, str]
     machine: Mapping[str, str]
     ended: str = ""
-    folder: str = field(default="", compare=False)
+    folder: Annotated[str, Field(exclude=True)] = field(default="", compare=False)
 
     def words(self) -> str:
         """The run for people."""
@@ -104,7 +104,7 @@ def read_result(path: Path) -> Result:
         raise UserError(f"{file}: no result of a run ({where}: {fault['msg']})") from None
     if found.format != FORMAT:
         raise UserError(f"{file}: format = {found.format}: this version reads {FORMAT}")
-    return found
+    return replace(found, folder=str(file.parent))
 
 
 def write_result(result: Result, folder: Path) -> None:

@@ -42,11 +42,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A recipe that takes part. values: its plain values, before budget, seed and setting are put in."""
+    """A recipe that takes part.
+
+    values: its plain values, before budget, seed and setting are put in. place: the folder, below the output, of its
+    run where it is known to have one only.
+    """
 
     name: str
     source: str
     values: dict[str, Any]
+    place: str | None = None
 
     @classmethod
     def read(cls, source: str, overrides: Sequence[str], name: str | None = None) -> Candidate:
@@ -141,7 +146,8 @@ class Plan:
 
     def _run(self, model: Candidate, setting: Setting, seed: int, budget: Budget) -> Run:
         training = budget.training(model.step_tokens(setting), self.pace.get(model.name))
-        folder = self.output / RUNS / model.name / setting.name / f"seed-{seed}" / budget.name
+        own = Path(RUNS) / model.name / setting.name / f"seed-{seed}" / budget.name
+        folder = self.output / (model.place or own)
         return Run(model.name, setting, seed, budget, model.recipe(setting, seed, training), folder)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal
 
@@ -13,7 +13,7 @@ from longwave.comparison.grid import Choice
 from longwave.comparison.results import Result
 from longwave.errors import require
 from longwave.intervals import Interval, mean_interval, paired
-from longwave.reports.content import Statement
+from longwave.reports.content import Speed, Statement
 
 Measure = Literal["loss", "bits_per_byte"]
 _NAMES: dict[Measure, str] = {"loss": "held-out loss", "bits_per_byte": "bits per byte"}
@@ -50,7 +50,8 @@ class Comparison:
 
     measure: what is compared, `loss` or, where tokenizers differ, `bits_per_byte`. rows: every model at every budget.
     choices: of a grid, for every model. statements: one for every model but the first, at every budget.
-    notes: of what the comparison leaves open. results: of every run at its model's best setting.
+    notes: of what the comparison leaves open. results: of every run at its model's best setting. speed: of the models
+    that were trained here, which is no part of what comparisons can be equal in.
     """
 
     measure: Measure
@@ -59,6 +60,7 @@ class Comparison:
     statements: tuple[Statement, ...]
     notes: tuple[str, ...]
     results: tuple[Result, ...]
+    speed: Speed = field(default=Speed({}, ()), compare=False)
 
 
 def summarised(results: Sequence[Result], choices: Sequence[Choice] = ()) -> Comparison:

@@ -32,7 +32,8 @@ from longwave.training.progress import adopt
 from longwave.training.recipe import Recipe, flat
 
 Report = Callable[[Run, dict[str, Any]], None]
-_PACE_SECONDS, _PACE_STEPS, _WARM_UP = 8.0, 4, 2
+_PLACE = "data.folder"  # of which only the content counts
+_PACE_STEPS, _WARM_UP = 4, 2
 _FEW = 2  # windows of an evaluation in a trial run
 _PATIENCE = 20.0  # seconds for which a folder may still be held by the process of a comparison that was killed
 
@@ -44,16 +45,19 @@ def train_line(line: Line, report: Report) -> list[Result]:
 
 
 def finished(run: Run) -> Result | None:
-    """The result in the folder of a run; UserError if it is one of another recipe."""
+    """The result in the folder of a run; UserError if it is one of another recipe, or of other data."""
     if not (run.folder / RESULT).exists():
         return None
     found = read_result(run.folder)
     theirs, ours = flat(found.recipe), flat(_plain(run.recipe))
-    different = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    different = [name for name in sorted({*ours, *theirs} - {_PLACE}) if ours.get(name) != theirs.get(name)]
     if different:
         name = different[0]
         values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
         raise UserError(f"{run.folder}: a finished run of another comparison ({values}); give another --output")
+    folder = run.recipe.data.folder
+    same = dict(found.data) == _data_of(PreparedInfo.read(folder), folder)
+    require(same, f"{run.folder}: a finished run of other data than {folder} holds; give another --output")
     return found
 
 
@@ -158,10 +162,16 @@ def result_of(run: Run, trainer: Trainer, ended: str = "") -> Result:
         retention=() if found is None else found.retention,
         curve=curve_of(entries),
         levels=levels_of(entries, [float(level.retention) for level in trainer.model.resamplers]),
-        data={"tokenizer": info.tokenizer, "tokens": files.checksums(run.recipe.data.folder)["meta.json"]},
+        data=_data_of(info, run.recipe.data.folder),
         machine=machine.facts(),
         ended=ended,
+        folder=str(trainer.output),
     )
+
+
+def _data_of(info: PreparedInfo, folder: str) -> dict[str, str]:
+    """What tells prepared data apart, wherever they lie."""
+    return {"tokenizer": info.tokenizer, "tokens": files.checksums(folder)["meta.json"]}
 
 
 def _evaluated(model: Decoder, recipe: Recipe) -> tuple[HeldOut, HeldOut | None]:
@@ -188,9 +198,10 @@ class _Enough(Exception):
 
 
 class _Stopwatch:
-    """An observer that ends a run once some of its steps are timed."""
+    """An observer that ends a run once some of its steps are timed, and so many seconds have passed."""
 
-    def __init__(self) -> None:
+    def __init__(self, least: float) -> None:
+        self._least = least
         self.seconds: list[float] = []
         self._since = self._started = time.monotonic()
 
@@ -199,16 +210,16 @@ class _Stopwatch:
         self.seconds.append(now - self._since)
         self._since = now
         enough = len(self.seconds) >= _WARM_UP + _PACE_STEPS
-        if enough and now - self._started > _PACE_SECONDS:
+        if enough and now - self._started > self._least:
             raise _Enough
 
     def close(self) -> None:
         return
 
 
-def measure_pace(recipe: Recipe, report: Report) -> float:
-    """Seconds of a training step, measured on the first steps of a run that is thrown away."""
-    watch = _Stopwatch()
+def measure_pace(recipe: Recipe, seconds: float, report: Report) -> float:
+    """Seconds of a training step, measured for at least `seconds` on the first steps of a run that is thrown away."""
+    watch = _Stopwatch(seconds)
     with TemporaryDirectory(prefix="longwave-pace-") as folder, suppress(_Enough):
         run = replace(recipe.training, evaluate_every=0, checkpoint_every=0)
         trainer = Trainer(replace(recipe, training=run), folder)

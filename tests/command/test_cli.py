@@ -11,9 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -23,12 +21,8 @@ from runs import STEPS, StopAt, losses, recipe, trained, write_recipe
 
 import longwave as lw
 from longwave import files
-from longwave import quickstart as quick_module
-from longwave.benchmarks.measure.others import OtherWork
-from longwave.benchmarks.measure.roofline import Peaks
 from longwave.cli import VERBS, command_line, main
 from longwave.cli.generate import _unescaped
-from longwave.errors import UserError
 from longwave.training.loop import Interrupted
 from longwave.version import __version__
 
@@ -558,158 +552,3 @@ def test_a_missing_folder_or_file_of_a_model_is_refused(refuses, model: Path, tm
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     refuses("generate", tmp_path / "model", "--prompt", "x", says=["model.safetensors is missing"])
-
-
-# --- quickstart -------------------------------------------------------------------------------------------------------
-
-SHORT = [
-    *("training.steps=4", "training.batch_windows=2", "training.window=64", "training.checkpoint_every=2"),
-    *("training.evaluate_every=2", "training.evaluate_windows=2", "training.log_every=1", "schedule.warmup_steps=1"),
-    *("model.hidden_size=32", "model.attention.heads=2", "model.mlp.size=32", "model.vocab_size=300"),
-    "model.context_window=128",
-]
-
-
-@pytest.fixture(scope="module")
-def quick():
-    """Quickstart with as little timing as it can do; how well it times is for the tests of the benchmarks."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("longwave.quickstart._REPEATS", 1)
-        patched.setattr("longwave.quickstart._DECODE_STEPS", 4)
-        patched.setattr("longwave.quickstart._NEW_TOKENS", 8)
-        patched.setattr("longwave.quickstart.measure_peaks", lambda dtype: Peaks(1e10, 1e10))
-        yield
-
-
-def both(output: Path) -> list[list[dict[str, Any]]]:
-    return [losses(output / "llama"), losses(output / "subllm")]
-
-
-@pytest.fixture(scope="module")
-def compared(quick, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished comparison."""
-    output = tmp_path_factory.mktemp("quickstart") / "out"
-    assert main(["quickstart", str(runs.corpus()), "--output", str(output), *SHORT]) == 0
-    return output
-
-
-@pytest.mark.slow
-def test_quickstart_in_a_process_of_its_own_with_everything_measured(tmp_path: Path):
-    result = shell("quickstart", runs.corpus(), "--output", tmp_path / "out", *SHORT, "--json")
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout.splitlines()[-1])
-    assert figures == json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [row["kind"] for row in figures["speed"]] == ["prefill", "decode", "training", "memory"]
-    assert (tmp_path / "out" / "report.html").exists()
-
-
-def test_quickstart_leaves_models_metrics_and_a_report(compared: Path):
-    for name in ("llama", "subllm"):
-        assert files.verify(compared / name / "model")
-    figures = json.loads((compared / "results.json").read_text())
-    logged = [json.loads(line) for line in (compared / "metrics.jsonl").read_text().splitlines()]
-    assert [(entry["model"], entry["step"]) for entry in logged] == [
-        (m, s) for m in ("llama", "subllm") for s in range(1, 5)
-    ]
-    assert set(figures["held_out_loss"]) == {"Llama", "SUBLLM"}
-    gap = figures["held_out_loss"]["SUBLLM"] / figures["held_out_loss"]["Llama"] - 1
-    assert figures["relative_gap"] == pytest.approx(gap)
-    assert len(figures["retention"]) == 2
-    page = (compared / "report.html").read_text(encoding="utf8")
-    assert f"{figures['held_out_loss']['SUBLLM']:.3f}" in page
-    assert "<html" in page
-    assert page.rstrip().endswith("</html>")
-
-
-def test_quickstart_run_again_trains_no_further(longwave, compared: Path):
-    before, first = both(compared), json.loads((compared / "results.json").read_text())
-    weights = (compared / "subllm" / "model" / "model.safetensors").stat().st_mtime_ns
-    again = longwave("quickstart", "--output", compared, runs.corpus(), *SHORT, "--json")
-    assert again.code == 0, again.err
-    assert both(compared) == before
-    assert (compared / "subllm" / "model" / "model.safetensors").stat().st_mtime_ns == weights
-    for figure in ("held_out_loss", "relative_gap", "retention", "training_selection_loss"):
-        assert again.json[figure] == first[figure]
-
-
-def test_quickstart_times_the_models_once_and_again_where_it_is_asked_to(longwave, compared: Path, monkeypatch):
-    words, timed = ["quickstart", "--output", compared, runs.corpus(), *SHORT, "--json"], []
-    speed = quick_module._speed
-    monkeypatch.setattr("longwave.quickstart._speed", lambda *given: timed.append(1) or speed(*given))
-    first = longwave(*words)
-    assert "as measured" in first.err
-    assert "--measure-again` measures it again" in first.err
-    again = longwave(*words, "--measure-again")
-    assert timed == [1]
-    assert again.json["speed"] != first.json["speed"]
-    assert longwave(*words).json["speed"] == again.json["speed"]
-
-
-def test_quickstart_takes_a_text_whose_name_is_not_utf8(tmp_path: Path):
-    text = tmp_path / "text-\udcff"
-    shutil.copytree(runs.corpus(), text)
-    first, again = (quick_module._prepared(str(text), tmp_path / "out" / "data", SHORT) for _ in range(2))
-    assert first == again
-    with pytest.raises(UserError, match=r"made of .*; give another --output"):
-        quick_module._prepared(str(runs.corpus()), tmp_path / "out" / "data", SHORT)
-
-
-def test_quickstart_notices_that_its_text_has_changed(longwave, refuses, compared: Path, tmp_path: Path):
-    shutil.copytree(runs.corpus(), tmp_path / "text")
-    shutil.copytree(compared, tmp_path / "out")
-    note = tmp_path / "out" / "source.txt"
-    note.write_text(note.read_text().replace(str(runs.corpus()), str(tmp_path / "text")))
-    words = ["quickstart", tmp_path / "text", "--output", tmp_path / "out", *SHORT]
-    file = next((tmp_path / "text").glob("*.py"))
-    content = file.read_text()
-    file.write_text(content.swapcase())
-    refuses(*words, says=["text: has changed since", "was made of it", "another --output"])
-    file.write_text(content)
-    assert longwave(*words).code == 0  # a comparison may be moved, too
-
-
-def test_a_busy_machine_is_told_and_another_measurement_offered(longwave, compared: Path, monkeypatch):
-    busy = OtherWork(2, 2, 1.4)
-    monkeypatch.setattr("longwave.quickstart.other_work", lambda: nullcontext(busy))
-    found = longwave("quickstart", "--output", compared, runs.corpus(), *SHORT, "--json", "--measure-again")
-    assert "This machine was busy: other processes kept 1.4 of 2 cores busy meanwhile." in found.out
-    assert f"`longwave quickstart --output {compared} --measure-again`" in found.out
-    assert found.json["machine_was_busy"]
-    assert "This machine was busy" in (compared / "report.html").read_text(encoding="utf8")
-
-
-def test_the_page_tells_the_times_that_passed(compared: Path):
-    page = (compared / "report.html").read_text(encoding="utf8")
-    for name in ("llama", "subllm"):
-        spent = json.loads((compared / name / "times.json").read_text())
-        assert f"{spent['training']:.0f} s of training, {spent['evaluation']:.0f} s of evaluation" in page
-    assert "of the first 2 of" in page
-
-
-def test_quickstart_interrupted_goes_on_to_the_same_losses(
-    longwave, refuses, compared: Path, tmp_path: Path, monkeypatch
-):
-    """By a real SIGINT to this process, in the middle of each training."""
-    words = ["quickstart", runs.corpus(), "--output", tmp_path / "out", *SHORT]
-    for model, step in {"Llama": 1, "SUBLLM": 3}.items():
-        with monkeypatch.context() as patched:
-            stop = {model: step}
-            patched.setattr("longwave.quickstart.TrainingProgress", lambda name, *_, at=stop: StopAt(at.get(name, 0)))
-            refuses(*words, says=[f"stopped after step {step}", "the same command continues"], code=130)
-        assert len(losses(tmp_path / "out" / model.lower())) == step
-    assert longwave(*words).code == 0
-    assert both(tmp_path / "out") == both(compared)
-
-
-def test_quickstart_refuses(refuses, compared: Path, tmp_path: Path):
-    make_empty(tmp_path / "empty")
-    refuses("quickstart", tmp_path / "empty", "--output", tmp_path / "out", says=["holds no text"])
-    refuses("quickstart", tmp_path / "missing", "--output", tmp_path / "out", says=["no such file or folder"])
-    refuses("quickstart", "--output", tmp_path / "out", "trainig.steps=3", says=["trainig", "did you mean training?"])
-    refuses("quickstart", "one", "two", says=["'two'", "an override reads key.path=value"])
-    assert not (tmp_path / "out").exists()
-    refuses("quickstart", tmp_path / "empty", "--output", compared, *SHORT, says=["made of", "another --output"])
-    other = ["training.seed=7", "--output", compared]
-    refuses(
-        "quickstart", runs.corpus(), *SHORT, *other, says=["a checkpoint of another run", "training.seed = 0 there"]
-    )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ import pytest
 from runs import MODELS, write_recipe
 
 import longwave as lw
+from longwave import files as lw_files
+from longwave.benchmarks.measure.roofline import Peaks
 from longwave.comparison.budgets import Budget, budgets
 from longwave.comparison.grid import Grid, choose
 from longwave.comparison.processes import run_all
@@ -31,6 +33,17 @@ from longwave.training.clock import Seconds
 STEP = 256  # tokens of an optimizer step of the tiny recipes
 SELDOM = ["training.evaluate_every=1000", "training.checkpoint_every=1000"]
 WSD = ["schedule.kind=wsd", "schedule.decay_fraction=0.25"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def timed_briefly() -> Iterator[None]:
+    """Models are timed with as little as that takes; how well is for the tests of the benchmarks."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("longwave.comparison.speed.REPEATS", 1)
+        patched.setattr("longwave.comparison.speed.DECODE_STEPS", 4)
+        patched.setattr("longwave.comparison.speed.measure_peaks", lambda *_: Peaks(1e10, 1e10))
+        patched.setattr("longwave.comparison.compare._PACE_SECONDS", 1.0)
+        yield
 
 
 def recipe_file(folder: Path, model: str) -> Path:
@@ -134,6 +147,20 @@ def test_every_run_is_there_and_the_best_rate_is_taken(done: tuple[Path, Any]) -
     assert json.loads((folder / "out" / "comparison.json").read_text())["measure"] == "loss"
 
 
+def test_the_models_are_timed_and_the_page_and_the_files_have_it(done: tuple[Path, Any]) -> None:
+    folder, found = done
+    kinds = ["prefill", "decode", "training", "memory"]
+    assert [row.kind for row in found.speed.rows] == kinds
+    assert list(found.speed.columns) == ["llama", "causal"]
+    kept = json.loads((folder / "out" / "comparison.json").read_text())["speed"]
+    assert [row["kind"] for row in kept["rows"]] == kinds
+    assert "Per token, after" in (folder / "out" / "report.html").read_text(encoding="utf8")
+    best = found.choices[0].best
+    times = json.loads((folder / "out" / "speed.json").read_text())
+    model = next((folder / "out" / "runs" / "llama" / f"lr={best}" / "seed-0").iterdir()) / "model"
+    assert times["models"]["llama"] == lw_files.checksums(model)
+
+
 def test_the_same_command_again_trains_nothing(done: tuple[Path, Any]) -> None:
     folder, found = done
     before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "runs").rglob("*")}
@@ -205,10 +232,10 @@ def progress(output: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in files if path.exists()}
 
 
-def kills(folder: Path, output: Path, left: int, draws: random.Random) -> int:
+def kills(folder: Path, tokens: str, output: Path, left: int, draws: random.Random) -> int:
     """Runs a comparison to its end, killed up to `left` times on the way; the number of kills."""
     recipes = [str(folder / f"{model}.toml") for model in ("llama", "causal")]
-    words = [sys.executable, "-m", "longwave", "compare", *recipes, "--tokens", f"{24 * STEP},{32 * STEP}"]
+    words = [sys.executable, "-m", "longwave", "compare", *recipes, "--tokens", tokens]
     words += ["--seeds", "0,1", "--output", str(output), "--jobs", "2", *WSD]
     done = 0
     while done < left and killed_in_training(words, output, draws.uniform(0, 1.5)):
@@ -217,20 +244,23 @@ def kills(folder: Path, output: Path, left: int, draws: random.Random) -> int:
     return done
 
 
-def straight(folder: Path) -> list[dict[str, Any]]:
+def straight(folder: Path, tokens: str) -> list[dict[str, Any]]:
     """The results of the same comparison, which nothing disturbed; with as many threads, or its last bits differ."""
     recipes = [recipe_file(folder, model) for model in ("llama", "causal")]
-    tokens = f"{24 * STEP},{32 * STEP}"
     found = lw.compare(recipes, WSD, output=folder / "straight", tokens=tokens, seeds=(0, 1), jobs=2)
     return [plain(one) for one in found.results]
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_comparison_killed_at_random_gives_the_same_numbers(count: int, tmp_path: Path) -> None:
-    draws, expected, done = random.Random(count), sorted(map(str, straight(tmp_path))), 0
+@pytest.mark.parametrize(
+    ("count", "steps"),
+    [(1, 24), pytest.param(50, 240, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])],
+)
+def test_a_comparison_killed_at_random_gives_the_same_numbers(count: int, steps: int, tmp_path: Path) -> None:
+    tokens = f"{steps * STEP},{steps * STEP * 4 // 3}"
+    draws, expected, done = random.Random(count), sorted(map(str, straight(tmp_path, tokens))), 0
     while done < count:
         output = tmp_path / f"killed-{done}"
-        done += kills(tmp_path, output, count - done, draws)
+        done += kills(tmp_path, tokens, output, count - done, draws)
         assert sorted(str(plain(read_result(path))) for path in output.rglob("result.json")) == expected
     assert done == count
 
@@ -288,7 +318,7 @@ def test_tasks_give_their_results_in_order_and_tell_how_far_they_are() -> None:
 )
 def test_a_task_that_fails_ends_all_with_its_line(task: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
-        run_all([task], ["the task"], 1, 1, lambda *_: None)
+        run_all([task], ["the task"], 2, 1, lambda *_: None)
 
 
 # What may be said ---------------------------------------------------------------------------------------------------
