@@ -16,7 +16,7 @@ class Quickstart(Options):
     """Options of `longwave quickstart`."""
 
     text: str | None = argument("a text file or folder; the Python standard library by default", default=None)
-    overrides: tuple[str, ...] = argument("recipe values for both, training.steps=50", default=(), metavar="key=value")
+    overrides: tuple[str, ...] = argument("recipe values for all, training.steps=50", default=(), metavar="key=value")
     output: str = option("folder of models, metrics.jsonl and report.html", default="quickstart")
     measure_again: bool = option("time the trained models anew, as after a busy hour", default=False)
 
@@ -33,4 +33,4 @@ def run(options: Quickstart) -> dict[str, Any]:
     return quickstart(texts[0] if texts else None, Path(options.output), overrides, options.measure_again)
 
 
-VERB = Verb("quickstart", "train a Llama and a SUBLLM on real text and compare them", Quickstart, run)
+VERB = Verb("quickstart", "train a Llama, a SUBLLM and a SALA on real text and compare them", Quickstart, run)
