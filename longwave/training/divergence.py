@@ -37,9 +37,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def weights_of(model: Decoder) -> dict[str, Tensor]:
-    """Every weight and buffer of a model, by the names that its folder has for them."""
+    """Every weight and buffer of a model itself, by the names that its folder has for them."""
     names = flat_names(model)
-    return {names[name]: tensor for name, tensor in model.state_dict().items()}
+    return {names[name]: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def require_finite(model: Decoder, source: str, would_do: str) -> None:

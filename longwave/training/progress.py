@@ -10,6 +10,7 @@ from typing import Any
 
 from longwave import files
 from longwave.checkpoints import native
+from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.training.checkpoints import Checkpoint, step_folder
@@ -83,11 +84,19 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
 
 def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, free: frozenset[str]) -> None:
     ours = flat(json.loads(json.dumps(recipe.to_dict())))
-    theirs = flat({**written, "model": native.from_format_1(written["model"])})
+    theirs = flat(_completed({**written, "model": native.from_format_1(written["model"])}))
     for name in sorted({*theirs, *ours} - free - {f"training.{name}" for name in _FREE_TO_CHANGE}):
         if theirs.get(name) != ours.get(name):
             values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
             raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
+
+
+def _completed(written: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was written, with the defaults of the keys that have been added since."""
+    try:
+        return json.loads(json.dumps(build(Recipe, written, FILE).to_dict()))
+    except UserError:  # keys that are gone, or were legal then: compared as they stand
+        return written
 
 
 def _require_data(then: dict[str, str] | None, recipe: Recipe, path: Path) -> None:

@@ -21,11 +21,14 @@ from longwave.checkpoints import load_config
 from longwave.config import ModelConfig, Strict, build
 from longwave.errors import UserError, cut, require, shown, within
 from longwave.model import Decoder
+from longwave.training.divergence import weights_of
+from longwave.training.freezing import frozen_names, parameters_of
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
 from longwave.training.schedules import Eden, ScheduleConfig
 
 Overrides = Mapping[str, Any] | Sequence[str]
 _LARGEST, _DEEPEST = 1 << 20, 16  # bytes of a recipe file, and tables within tables
+_PATTERNS = 1000
 _TOO_DEEP = f"tables nested deeper than {_DEEPEST}; no recipe has such a key"
 
 
@@ -46,6 +49,9 @@ class TrainingConfig(Strict):
         tokens that every level really keeps, and schedules go by the share of them that is spent.
     start_from: a model folder whose weights to start from, and whose shape `[model]` then need not repeat; random
         weights by default.
+    freeze: patterns over the names of the model's folder, such as `["embed", "blocks.*.mixer.q_proj"]`: parameters
+        that stay as they are, to the bit. A pattern after `!` exempts what earlier ones froze. FLOPs are counted as if
+        nothing were frozen, and the thresholds of levels, which are no parameters, still follow their scores.
     precision: `bf16` computes in bf16 with weights in fp32. device: `auto`, or a device of torch.
     deterministic: a GPU's kernels add in a fixed order, so that a resumed run is the same to the bit (a CPU's always
         is), for a third to half more time with long training windows.
@@ -63,6 +69,7 @@ class TrainingConfig(Strict):
     steps: int | None = None
     flops: float | None = None
     start_from: str | None = None
+    freeze: tuple[str, ...] = ()
     micro_windows: int | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
@@ -86,6 +93,7 @@ class TrainingConfig(Strict):
         for name in ("steps", "flops", "window", "batch_windows", "log_every", "keep", "max_skipped"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"training.{name} = {value}: 1 or more")
+        require(len(self.freeze) <= _PATTERNS, f"training.freeze: {len(self.freeze):,} patterns; at most {_PATTERNS:,}")
         for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
         micro = self.micro_windows
@@ -140,7 +148,8 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
     """The recipe of plain values; a UserError names the source, key and value."""
     recipe = build(Recipe, trial.recipe(values), source)
     with within(source), torch.device("meta"):
-        Decoder(recipe.model)  # checks what only parts that are put together can
+        model = Decoder(recipe.model)  # checks what only parts that are put together can
+        frozen_names(recipe.training.freeze, parameters_of(weights_of(model)))
     return recipe
 
 

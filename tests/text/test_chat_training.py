@@ -154,7 +154,7 @@ def test_what_is_not_an_answer_moves_nothing():
 def test_micro_batches_weigh_by_their_answers(tmp_path: Path, micro: int):
     one = in_double(recipe(steps=3), tmp_path / "whole")
     other = in_double(recipe(steps=3, micro_windows=micro), tmp_path / "parts")
-    counts = [one.data.batch([place], one.sampler).predicted for place in range(12)]
+    counts = [one.data.batch(range(place, place + 1)).predicted for place in range(12)]
     assert len(set(counts)) > 3
     one.run(), other.run()
     assert furthest(contents(one), contents(other)) < 1e-9
@@ -165,7 +165,7 @@ def test_micro_batches_weigh_by_their_answers(tmp_path: Path, micro: int):
 def test_a_step_without_any_answer_leaves_numbers_numbers(tmp_path: Path, model: str, optimizer: str):
     """At a window that the longest questions fill."""
     trainer = trained(recipe(model, optimizer, batch_windows=1, window=40, steps=20), tmp_path)
-    counts = [trainer.data.batch([place], trainer.sampler).predicted for place in range(20)]
+    counts = [trainer.data.batch(range(place, place + 1)).predicted for place in range(20)]
     entries = losses(tmp_path)
     assert [entry["step"] for entry in entries if entry["loss"] == 0] == [i + 1 for i, n in enumerate(counts) if n == 0]
     assert 0 in counts
@@ -175,7 +175,7 @@ def test_a_step_without_any_answer_leaves_numbers_numbers(tmp_path: Path, model:
 
 def test_tokens_are_those_that_were_there(tmp_path: Path):
     trainer = trained(recipe(), tmp_path)
-    batches = [trainer.data.batch(range(4 * step, 4 * step + 4), trainer.sampler) for step in range(runs.STEPS)]
+    batches = [trainer.data.batch(range(4 * step, 4 * step + 4)) for step in range(runs.STEPS)]
     seen = [sum(batch.tokens.numel() for batch in batches[: step + 1]) for step in range(runs.STEPS)]
     assert [entry["tokens"] for entry in losses(tmp_path)] == seen
     assert seen[-1] < runs.STEPS * 4 * runs.WINDOW
@@ -287,7 +287,7 @@ def test_a_start_needs_the_tokenizer_of_the_data(tmp_path: Path):
     model.tokenizer = None
     lw.save(model, tmp_path / "bare")
     assert (
-        Trainer(further(tmp_path / "bare"), tmp_path / "run").tokenizer.fingerprint
+        Trainer(further(tmp_path / "bare"), tmp_path / "run").data.tokenizer.fingerprint
         == Tokenizer.load(prepared()).fingerprint
     )
     with pytest.raises(UserError, match="nowhere: no such folder"):

@@ -258,7 +258,7 @@ def test_the_state_of_the_optimizer_is_looked_at_too(tmp_path: Path, where: str)
 
 def test_a_held_out_loss_that_is_not_finite_is_told_and_ends_nothing(tmp_path: Path, monkeypatch, capsys):
     found = HeldOut(math.nan, 10, ())
-    monkeypatch.setattr("longwave.training.loop.held_out_loss", lambda *_, **__: found)
+    monkeypatch.setattr("longwave.training.next_token.held_out_loss", lambda *_, **__: found)
     path = runs.write_recipe(tmp_path / "r.toml", "llama")
     assert main(["train", str(path), "--output", str(tmp_path / "run"), "--json"]) == 0
     said = capsys.readouterr()

@@ -259,7 +259,7 @@ def test_other_data_under_the_same_name_is_refused_and_what_changed_is_named(tmp
     shutil.copytree(runs.prepared(), tmp_path / "data")
     with pytest.raises(Interrupted):
         trained(on_data(tmp_path / "data"), tmp_path / "run", StopAt(2))
-    prepare(runs.corpus(), tmp_path / "other", tokenizer=Trainer(recipe(), tmp_path / "x").tokenizer, held_out=0.5)
+    prepare(runs.corpus(), tmp_path / "other", tokenizer=Trainer(recipe(), tmp_path / "x").data.tokenizer, held_out=0.5)
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "other").rename(tmp_path / "data")
     with pytest.raises(

@@ -22,9 +22,10 @@ from longwave.config import build
 from longwave.data.shards import prepare
 from longwave.errors import UserError
 from longwave.resamplers import subllm
-from longwave.training import checkpoints, loop
+from longwave.training import checkpoints
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.metrics import read_metrics
+from longwave.training.process import deterministic
 from longwave.training.recipe import Recipe
 
 every_model = pytest.mark.parametrize("model", runs.MODELS)
@@ -129,7 +130,7 @@ def test_how_often_a_run_logs_and_saves_can_be_changed_on_the_way(tmp_path: Path
 def test_determinism_is_put_back_as_it_was():
     """The run's own switch, as it is on a GPU; what it is for is tested there (`tests/ops/test_gpu.py`)."""
     before = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    with loop._deterministic(True):
+    with deterministic(True):
         assert torch.get_deterministic_debug_mode() == 2
         assert not torch.utils.deterministic.fill_uninitialized_memory
     assert (torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory) == before
@@ -147,8 +148,8 @@ def test_a_checkpoint_is_a_model_folder(tmp_path: Path, model: str):
         loaded = lw.load(folder)
         assert differing(loaded.state_dict(), trainer.model.state_dict()) == []
         assert loaded.tokenizer is not None
-        assert loaded.tokenizer.fingerprint == trainer.tokenizer.fingerprint
-        trainer.model.tokenizer = trainer.tokenizer
+        assert loaded.tokenizer.fingerprint == trainer.data.tokenizer.fingerprint
+        trainer.model.tokenizer = trainer.data.tokenizer
         assert lw.generate(loaded, "def ", max_new_tokens=20) == lw.generate(trainer.model, "def ", max_new_tokens=20)
 
 
@@ -284,7 +285,7 @@ def gradients(trainer: Trainer, recompute: bool) -> tuple[float, dict[str, torch
     trainer.model.checkpoint_blocks(recompute)
     trainer.model.set_step(0)
     trainer.model.zero_grad()
-    loss = trainer.model.loss(*trainer.data.batch(range(4), trainer.sampler).inputs("cpu"))
+    loss = trainer.model.loss(*trainer.data.batch(range(4)).inputs("cpu"))
     loss.backward()
     for hook in hooks:
         hook.remove()
