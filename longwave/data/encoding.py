@@ -47,6 +47,13 @@ class Encoder(Protocol[D]):
         ...
 
 
+def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after a text that is stored: those that the tokenizer puts there, and eos, if it names one."""
+    eos = tokenizer.eos_id
+    ended = eos is None or eos in tokenizer.closing
+    return tokenizer.opening, tokenizer.closing if ended else [*tokenizer.closing, eos]
+
+
 @dataclass(frozen=True)
 class TextEncoder:
     """Encodes a text as its ids between those that the tokenizer puts around a text: bos as a rule, and none for some.
@@ -60,9 +67,7 @@ class TextEncoder:
 
     def encode(self, documents: Sequence[Document]) -> list[list[Encoded]]:
         """One document for each text."""
-        opening, closing = self.tokenizer.opening, self.tokenizer.closing
-        if self.tokenizer.eos_id not in (None, *closing):
-            closing = [*closing, self.tokenizer.eos_id]
+        opening, closing = around(self.tokenizer)
         texts = [document.text for document in documents]
         encoded = zip(texts, self.tokenizer.encode_batch(texts), strict=True)
         return [[Encoded(opening + ids + closing, None, len(text.encode()))] for text, ids in encoded]
