@@ -16,11 +16,14 @@ from longwave.comparison.runs import Candidate, distinct
 from longwave.comparison.summary import Comparison, summarised
 from longwave.comparison.trained import read_results, results_of_folders, settled
 from longwave.config import ModelConfig
+from longwave.data.recall.documents import NAME as RECALL
+from longwave.data.recall.documents import recall_plan
+from longwave.data.recall.prepare import prepare_recall
 from longwave.data.shards import PreparedInfo
 from longwave.data.shards import prepare as write_shards
 from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import require, within
+from longwave.errors import require, shown, within
 from longwave.evaluation.few_shot import SHOTS, few_shot, named_task
 from longwave.evaluation.held_out import Evaluation, Probes
 from longwave.evaluation.held_out import evaluate as judge
@@ -46,19 +49,32 @@ def prepare(
     text_field: str | None = None,
     ignore: Sequence[str] = (),
     loss_on: Literal["assistant", "all"] | None = None,
+    families: str | Sequence[str] | None = None,
+    lengths: int | str | Sequence[int | str] | None = None,
+    tokens: str | float | None = None,
     seed: int = 0,
 ) -> PreparedInfo:
     """Turns text or conversations into a new folder of tokenised shards, which appears whole or not at all.
 
-    source: a file or a folder of texts, or of rows of texts or chats; `"stdlib"` for Python's own sources.
-    output: the folder to write. vocab_size: entries of the tokenizer to train; 8192 by default.
-    tokenizer: one to use instead, or a folder with `tokenizer.json`.
+    source: a file or a folder of texts, or of rows of texts or chats; `"stdlib"` for Python's own sources; `"recall"`
+    for recall tasks that are made. output: the folder to write. vocab_size: entries of the tokenizer to train; 8192 by
+    default. tokenizer: one to use instead, or a folder with `tokenizer.json`, such as a prepared one or a model's.
     held_out: share of the documents kept from training, which `seed` draws; 0.02 by default, one document at least.
     text_field: the field of the text in rows. ignore: keys of rows and messages to pass over.
-    loss_on: what is learned of conversations; the assistant's answers by default.
+    loss_on: what is learned of conversations and recall tasks; the answers by default.
+    families: of recall tasks, such as `"key-value,copy"`. lengths: of their documents in tokens, such as `"256,1k"`.
+    tokens: of recall tasks in all, such as `"2.5M"`.
     Raises UserError for a source that cannot be read or used, and for a folder that exists.
     """
     given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    if str(source) == RECALL:
+        _require_idle(f"the source {RECALL}", vocab_size=vocab_size, text_field=text_field, ignore=ignored or None)
+        plan = recall_plan(families, lengths, tokens, seed)
+        require(given is not None, f"tokenizer: the source {RECALL} needs one; name a prepared folder or a model's")
+        assert given is not None
+        return prepare_recall(plan, output, given, held_out=held_out, loss_on=loss_on)
+    _require_idle(f"any source but {RECALL}", families=families, lengths=lengths, tokens=tokens)
     return write_shards(
         standard_library if source == "stdlib" else source,
         output,
@@ -68,8 +84,14 @@ def prepare(
         seed=seed,
         loss_on=loss_on,
         text_field=text_field,
-        ignore=(ignore,) if isinstance(ignore, str) else tuple(ignore),
+        ignore=ignored,
     )
+
+
+def _require_idle(where: str, **options: object) -> None:
+    """UserError for an option that was given and has no effect there."""
+    for name, value in options.items():
+        require(value is None, f"{name} = {shown(value)}: has no effect on {where}; leave it out")
 
 
 def train(

@@ -1,4 +1,4 @@
-"""`longwave prepare`: text or conversations in, a folder of tokenised shards out."""
+"""`longwave prepare`: text, conversations or recall tasks in, a folder of tokenised shards out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Prepare(Options):
 
     source: str = argument(
         "text, or rows of texts or chats (.jsonl, .json, .csv, .parquet; also .gz, .zst), or a folder of them; "
-        "'stdlib' for Python's own sources"
+        "'stdlib' for Python's own sources, 'recall' for recall tasks that are made"
     )
     output: str = argument("a new folder")
     vocab_size: int | None = option("entries of the tokenizer to train (8192)")
@@ -27,8 +27,11 @@ class Prepare(Options):
     held_out: float | None = option("share of documents kept from training (0.02, one document at least)")
     text_field: str | None = option("field of the text in rows, whatever else they hold (text)")
     ignore: tuple[str, ...] = option("a key of rows and messages to pass over; repeat for more", default=())
-    loss_on: Literal["assistant", "all"] | None = option("what is learned of conversations (assistant)")
-    seed: int = option("of the draw of what is held out", default=0)
+    loss_on: Literal["assistant", "all"] | None = option("what is learned of chats and recall tasks (assistant)")
+    families: str | None = option("of recall tasks (key-value,multi-key,copy,variables)", metavar="NAME,...")
+    lengths: str | None = option("of the documents of recall tasks, in tokens: 256,1k", metavar="N,...")
+    tokens: str | None = option("of recall tasks in all: 2.5M", metavar="N")
+    seed: int = option("of the draw of what is held out, and of recall tasks", default=0)
 
 
 def run(options: Prepare) -> PreparedInfo:
@@ -46,8 +49,10 @@ def _show(info: PreparedInfo, output: str) -> None:
     if info.kind == "chat":
         learned = f"{info.train.targets / info.train.tokens:.0%} of the training tokens are learned"
         print(f"conversations: {learned}; left out, for want of an answer: {info.left_out:,}")
+    if info.kind == "recall" and info.train.learned is not None:
+        print(f"recall tasks: {info.train.targets / info.train.tokens:.1%} of the training tokens are learned: answers")
     for one in info.not_read:
         print(f"left out: {one}")
 
 
-VERB = Verb("prepare", "turn text or conversations into tokenised shards", Prepare, run)
+VERB = Verb("prepare", "turn text, conversations or recall tasks into tokenised shards", Prepare, run)

@@ -10,7 +10,7 @@ from longwave.data.documents import Document
 from longwave.data.marks import Span
 from longwave.data.tokenizer import Tokenizer
 
-Kind = Literal["text", "chat"]
+Kind = Literal["text", "chat", "recall"]
 D = TypeVar("D", bound=Document, contravariant=True)
 
 
@@ -49,9 +49,8 @@ class Encoder(Protocol[D]):
 
 def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids before and after a text that is stored: those that the tokenizer puts there, and eos, if it names one."""
-    eos = tokenizer.eos_id
-    ended = eos is None or eos in tokenizer.closing
-    return tokenizer.opening, tokenizer.closing if ended else [*tokenizer.closing, eos]
+    opening, closing, eos = tokenizer.opening, tokenizer.closing, tokenizer.eos_id
+    return opening, closing if eos is None or eos in closing else [*closing, eos]
 
 
 @dataclass(frozen=True)

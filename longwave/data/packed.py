@@ -3,8 +3,8 @@
 Notable:
 - Text is laid end to end and cut every `window` tokens: nothing is padded, and no token is seen twice. A document that
   is cut goes on in the next window as a separate piece, from which attention does not reach back into the first.
-- Conversations are never cut where they fit: a window holds as many whole ones as it has room for, since an answer
-  without its question teaches nothing.
+- Conversations and recall tasks are never cut where they fit: a window holds as many whole ones as it has room for,
+  since an answer without its question teaches nothing.
 - The order of an epoch is a keyed permutation that is computed, not stored: resuming needs the position alone, and the
   number of workers changes nothing.
 """
@@ -165,7 +165,7 @@ def _firsts(begun: NDArray[np.int64], ended: NDArray[np.int64], window: int) -> 
 class PackedTokens:
     """The windows of one split of prepared data, for training or evaluation; len() is their number.
 
-    window: number of tokens of a window; for conversations the most that a window may hold.
+    window: number of tokens of a window; the most that one may hold, where none is cut.
     keep_last: whether the last, shorter window of a text is kept (for evaluation) or dropped (for training).
     Raises UserError for a folder that is not a prepared one or is damaged, for a window longer than a split of text,
     and for a window too short for any conversation.
@@ -175,7 +175,7 @@ class PackedTokens:
         self._tokens = SplitTokens(folder, split)
         if len(self._tokens) == 0:
             raise UserError(f"{self._tokens.where}: holds no tokens; prepare the data with held_out greater than 0")
-        if self._tokens.info.kind == "chat":
+        if self._tokens.info.kind != "text":
             self._cuts = _WholeDocuments.of(self._tokens, window)
         else:
             self._cuts = _EvenCuts.of(self._tokens, window, keep_last)
@@ -186,7 +186,7 @@ class PackedTokens:
 
     def notes(self) -> list[str]:
         """Warnings for the user about data that no window shows."""
-        cut = f"{counted(self._cuts.cut, 'conversation')} longer than a window of {counted(self._window, 'token')}"
+        cut = f"{counted(self._cuts.cut, 'document')} longer than a window of {counted(self._window, 'token')}"
         return [f"{self._tokens.where}: {cut}: the end is lost"] if self._cuts.cut else []
 
     @property

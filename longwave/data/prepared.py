@@ -6,7 +6,7 @@
         tokens-00000.bin              the split's tokens laid end to end (uint16 or uint32, little-endian)
         documents-00000.npy           where in the split each document that starts in this shard starts (int64)
         sources.bin                   the number of each document's source, in the order of the split (int32)
-        learned.bin                   conversations only: where in the split each answer starts and ends (int64)
+        learned.bin                   of answers, if they alone are learned: where each starts and ends (int64)
 
 Nothing is believed unread: sizes, small files and lists of places are checked when a split is opened, a shard of tokens
 (its checksum, and that every id is in the vocabulary) when it is first read.
@@ -69,7 +69,7 @@ class PreparedInfo:
     """Description of a prepared folder: the content of its `meta.json`.
 
     tokenizer: the fingerprint of the tokenizer that made the ids.
-    kind: `chat` where the documents are conversations, which training windows do not cut.
+    kind: `chat` where the documents are conversations, `recall` where they are recall tasks; training windows cut neither.
     left_out: number of conversations left out, since they have no answer that is learned.
     not_read: the files and rows that hold nothing to learn, by the reason.
     sources: the names of the documents' sources; empty in folders that were written before sources were kept.

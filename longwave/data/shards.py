@@ -31,6 +31,7 @@ from longwave.data.prepared import (
     on_disk,
     tokens_file,
 )
+from longwave.data.recall.documents import RecallDocument, RecallEncoder
 from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
@@ -68,7 +69,8 @@ def prepare(
         training documents.
     held_out: share of the documents kept from training, which `seed` draws (`splitting`); by default two in a hundred,
         and one at least.
-    loss_on: which tokens of a conversation are learned; only the assistant's by default.
+    loss_on: which tokens of a conversation are learned; only the assistant's by default, and of recall tasks only the
+        answers.
     text_field, ignore: how the rows of a path are read (`sources.documents`).
     Raises UserError when `out` exists, for a source that cannot be read, for conversations or a chat template that
     cannot be used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
@@ -80,8 +82,8 @@ def prepare(
     def found(census: Census | None = None) -> Iterator[Document]:
         return documents(source, text_field, ignore=ignore, census=census)
 
-    is_chat = isinstance(next(found()), Conversation)
-    if loss_on is not None and not is_chat:
+    first = next(found())
+    if loss_on is not None and type(first) is Document:
         raise UserError(f"loss_on = {loss_on}: has no effect on texts, of which every token is learned; leave it out")
     share = default_share(found(), seed) if held_out is None else held_out
 
@@ -93,10 +95,19 @@ def prepare(
         if tokenizer is None:
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
             tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)
-        encoder = ChatEncoder(tokenizer, loss_on or "assistant") if is_chat else TextEncoder(tokenizer)
+        encoder = _encoder_of(first, tokenizer, loss_on)
         info = replace(_write(folder, read("tokens", census), encoder), not_read=census.found())
         (folder / META_FILE).write_bytes(info.to_json())
         return info
+
+
+def _encoder_of(first: Document, tokenizer: Tokenizer, loss_on: LossOn | None) -> Encoder[Any]:
+    """The encoder of documents like the first."""
+    if isinstance(first, Conversation):
+        return ChatEncoder(tokenizer, loss_on or "assistant")
+    if isinstance(first, RecallDocument):
+        return RecallEncoder(tokenizer, by_answer=loss_on != "all")
+    return TextEncoder(tokenizer)
 
 
 class _Writer:

@@ -97,7 +97,8 @@ class Probes:
 class Evaluation(Probes):
     """How well a model predicts held-out text, and the outcome of the tasks that it was given beside it, if any.
 
-    loss: mean nats per predicted token. loss_on: `assistant` where only the answers of conversations count, or `all`.
+    loss: mean nats per predicted token. loss_on: what counts: the `assistant` of conversations, the `answers` of recall
+    tasks, or `all`.
     perplexity: e to the loss; infinite where no number of double precision is as large. bits_per_byte: of the text,
     which can be compared between tokenizers. tokens: number of predicted tokens. retention: for each level of
     resampling the share of the tokens entering it that it kept. by_context: the loss by how much of its document a
@@ -105,7 +106,7 @@ class Evaluation(Probes):
     """
 
     loss: float
-    loss_on: Literal["assistant", "all"]
+    loss_on: Literal["assistant", "answers", "all"]
     perplexity: float
     bits_per_byte: float
     tokens: int
@@ -132,7 +133,7 @@ def evaluate(model: Decoder, data: str | Path, window: int | None = None) -> Eva
     require(result.tokens > 0, f"{data}: nothing in its held-out split is to be predicted; prepare more of it")
     if not math.isfinite(result.loss):
         raise not_finite(f"{data}: held-out loss", result.loss, model.embed.weight.dtype)
-    loss_on = "all" if info.held_out.learned is None else "assistant"
+    loss_on = "all" if info.held_out.learned is None else "answers" if info.kind == "recall" else "assistant"
     figures = result.perplexity, bits_per_byte(result, info), result.tokens, result.retention
     return Evaluation(result.loss, loss_on, *figures, by_context.found(), by_source.found())
 
