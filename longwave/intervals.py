@@ -1,11 +1,11 @@
-"""Means over runs and what they allow to be said: Student's t-intervals, and differences paired run by run."""
+"""Means and shares and what they allow to be said: t-intervals, differences in pairs, and intervals of a share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import NormalDist, fmean, stdev
 
 CONFIDENCE = 0.95
 
@@ -36,6 +36,15 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> In
 def paired(ours: Sequence[float], theirs: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """The relative difference, ours / theirs - 1, of values that belong together pair by pair, as runs of one seed."""
     return mean_interval([own / other - 1 for own, other in zip(ours, theirs, strict=True)], confidence)
+
+
+def wilson(right: int, rows: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's interval of a share (1927): where a binomial share could lie of which `right` of `rows` were seen."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = right / rows, z * z / rows
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def t_quantile(probability: float, freedom: int) -> float:

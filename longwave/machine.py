@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -67,6 +68,12 @@ def facts() -> dict[str, str]:
     for package, extra in _OPTIONAL.items():
         found[package] = "installed" if find_spec(package) else f"not installed: pip install 'longwave[{extra}]'"
     return found
+
+
+def versions() -> dict[str, str]:
+    """The versions of longwave and of the packages whose work its results depend on."""
+    found = {"longwave": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return found | {"tokenizers": version("tokenizers")}
 
 
 def cpu_name() -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from longwave.api import load
 from longwave.comparison.budgets import Budget, budgets
@@ -24,11 +24,10 @@ from longwave.data.shards import prepare as write_shards
 from longwave.data.sources import standard_library
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require, shown, within
-from longwave.evaluation.few_shot import SHOTS, few_shot, named_task
 from longwave.evaluation.held_out import Evaluation, Probes
 from longwave.evaluation.held_out import evaluate as judge
-from longwave.evaluation.synthetic import NAME as SYNTHETIC
-from longwave.machine import dtype_of
+from longwave.evaluation.suite import Asked, Lengths, suite_of
+from longwave.machine import dtype_of, versions
 from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
 from longwave.progress import TrainingProgress, say
@@ -176,71 +175,77 @@ Names = str | Path | Sequence[str] | Sequence[str | Path]
 Model = str | Path | Decoder
 
 
+class EvaluateOptions(TypedDict, total=False):
+    """How `evaluate` asks.
+
+    tasks: names of tasks (`longwave.evaluation.suite`): recall families such as `single`, `ruler` for seven of them,
+    `questions:FILE`, `synthetic`, files of rows with a `text` and a `label`.
+    shots: examples in the prompt of a few-shot task; 4 by default. template: how a row is written, with the names of
+    its fields in braces; `"{text}\\nLabel: {label}"` by default. limit: only the first so many tested rows of a task.
+    lengths: of recall tasks in tokens, such as `"512,4k"`; the context window by default. samples: of a recall task at
+    each length; 100 by default. depths: at how many depths needles lie; 5 by default. seed: of examples and samples.
+    window: tokens of a held-out window; the context window by default.
+    device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
+    """
+
+    tasks: Names
+    shots: int | None
+    template: str | None
+    limit: int | None
+    lengths: Lengths | None
+    samples: int | None
+    depths: int | None
+    seed: int | None
+    window: int | None
+    device: str
+
+
 @overload
-def evaluate(
-    model: Model,
-    data: str | Path,
-    *,
-    tasks: Names = (),
-    shots: int | None = None,
-    template: str | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
-    window: int | None = None,
-    device: str = "auto",
-) -> Evaluation: ...
+def evaluate(model: Model, data: str | Path, **options: Unpack[EvaluateOptions]) -> Evaluation: ...
 @overload
-def evaluate(
-    model: Model,
-    data: None = None,
-    *,
-    tasks: Names = (),
-    shots: int | None = None,
-    template: str | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
-    window: int | None = None,
-    device: str = "auto",
-) -> Probes: ...
-def evaluate(
-    model: Model,
-    data: str | Path | None = None,
-    *,
-    tasks: Names = (),
-    shots: int | None = None,
-    template: str | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
-    window: int | None = None,
-    device: str = "auto",
-) -> Probes:
-    """How well a model predicts the held-out split of prepared data, and solves few-shot tasks, as it runs in use.
+def evaluate(model: Model, data: None = None, **options: Unpack[EvaluateOptions]) -> Probes: ...
+def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[EvaluateOptions]) -> Probes:
+    """How well a model predicts the held-out split of prepared data, and solves tasks, as it runs in use.
 
     model: a folder, a hub id, or a model that is loaded, which stays on the device where it is. data: prepared with the
-    model's own tokenizer; without it only the tasks are run. tasks: `synthetic`, or files of rows with a `text` and a
-    `label`. shots: examples in the prompt; 4 by default. template: how a row is written, with the names of its fields
-    in braces; `"{text}\\nLabel: {label}"` by default. limit: only the first so many tested rows of a task.
-    seed: of the examples, 0 by default. window: tokens of a held-out window; the context window by default.
-    device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
-    Raises UserError for data of another tokenizer, a task that cannot be read, and an option without effect;
-    MachineError for a loss that is not finite.
+    model's own tokenizer; without it only the tasks are run. options: as in `EvaluateOptions`.
+    Raises UserError for data of another tokenizer, a task that cannot be read or asked of this model, and an option
+    without effect; MachineError for a loss that is not finite.
     """
+    window, device, tasks = options.get("window"), options.get("device", "auto"), options.get("tasks", ())
     names = [tasks] if isinstance(tasks, str | Path) else list(tasks)
-    options = {"shots": shots, "template": template, "limit": limit, "seed": seed}
-    idle = next((name for name, value in options.items() if value is not None and not names), None)
-    require(idle is None, f"{idle}: has no effect without a task; name one, such as tasks = synthetic")
-    files = [name for name in names if str(name) != SYNTHETIC]
-    require(template is None or bool(files), f"template: has no effect on {SYNTHETIC}, which has its own; leave it out")
+    unknown = sorted(set(options) - set(EvaluateOptions.__annotations__))
+    require(not unknown, f"{', '.join(unknown)}: no option; known: {', '.join(EvaluateOptions.__annotations__)}")
+    of_tasks: dict[str, Any] = {name: options.get(name) for name in Asked.__dataclass_fields__}
+    suite = suite_of(names, Asked(**of_tasks))  # all tasks are read before a model is loaded
     require(window is None or data is not None, f"window = {window}: has no effect without prepared data")
-    require(data is not None or bool(names), "nothing to evaluate: give prepared data, or a task such as synthetic")
-    probed = [named_task(name, template, seed or 0) for name in names]  # all are read before a model is loaded
+    nothing = suite.is_empty and data is None
+    require(not nothing, "nothing to evaluate: give prepared data, or a task such as synthetic or single")
     if isinstance(model, Decoder):
         require(device == "auto", f"device = {device}: no effect on a model that is loaded; leave it out")
     loaded = model if isinstance(model, Decoder) else load(model, device=device)
-    judged = None if data is None else judge(loaded, data, window)
-    asked = {"shots": SHOTS if shots is None else shots, "seed": seed or 0, "limit": limit}
-    done = tuple([few_shot(loaded, task, **asked) for task in probed])
-    return Probes(tasks=done) if judged is None else replace(judged, tasks=done)
+    judged = Probes() if data is None else judge(loaded, data, window)
+    return replace(
+        judged,
+        tasks=suite.few_shot(loaded),
+        recall=suite.recall(loaded),
+        command=_evaluate_command(model, data, options),
+        versions=versions(),
+    )
+
+
+def _evaluate_command(model: Model, data: str | Path | None, options: Mapping[str, Any]) -> str:
+    """The command line that does the same."""
+    words = ["longwave", "eval", "MODEL" if isinstance(model, Decoder) else str(model)]
+    words += [] if data is None else [str(data)]
+    for name in EvaluateOptions.__annotations__:
+        value = options.get(name)
+        several = [value] if isinstance(value, str | Path) or not isinstance(value, Sequence) else list(value)
+        if name == "lengths" and value is not None:
+            several = [",".join(map(str, several))]
+        usual = value is None or (name, value) == ("device", "auto")
+        words += [] if usual else [f"--{name}={one}" for one in several]
+    return shlex.join(words)
 
 
 def _tell(trainer: Trainer) -> None:

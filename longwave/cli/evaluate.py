@@ -1,4 +1,4 @@
-"""`longwave eval`: the loss of a model on held-out text, and its accuracy on few-shot tasks."""
+"""`longwave eval`: the loss of a model on held-out text, its recall over long texts, and its accuracy on tasks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
+from longwave.intervals import wilson
 from longwave.units import counted
 
 if TYPE_CHECKING:
     from longwave.evaluation.breakdown import AtContext, OfSource
     from longwave.evaluation.few_shot import FewShot
     from longwave.evaluation.held_out import Evaluation, Probes
+    from longwave.evaluation.recall import Recall, RecallScore
 
 _FIGURES = ("loss", "loss_on", "perplexity", "bits_per_byte", "tokens", "retention")
 _MOST_SOURCES = 20  # lines of a table; --json has all
+_FEW = 100  # rows or samples, below which a share is told by its interval alone
+_SHADES = " ░▒▓█"  # of a share, from none to all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +30,19 @@ class Evaluate(OnDevice, OfModel):
     model: str = argument("a model folder, or a hub id")
     data: str | None = argument("prepared data, written with the model's own tokenizer", default=None)
     tasks: tuple[str, ...] = option(
-        "a few-shot task: synthetic, or a file of rows with a text and a label (may be repeated)",
+        "a recall task (single, multi-key, multi-value, multi-query, variables, common-words, frequent-words, or ruler "
+        "for these; key-value, copy, questions:FILE), or a few-shot task: synthetic, or a file of rows with a text and "
+        "a label (may be repeated)",
         default=(),
         metavar="TASK",
     )
     shots: int | None = option("examples in the prompt (4)")
     template: str | None = option("how a row of a file is written, such as '{text} Label: {label}'")
     limit: int | None = option("only the first so many tested rows of a task")
-    seed: int | None = option("of the examples in the prompt (0)")
+    lengths: str | None = option("of recall tasks, in tokens: 512,4k (the context window)", metavar="N,...")
+    samples: int | None = option("of a recall task at each length (100)")
+    depths: int | None = option("at how many depths of the text needles lie (5)")
+    seed: int | None = option("of the examples in the prompt, and of recall tasks (0)")
     window: int | None = option("tokens of a held-out window (the model's context window)")
 
 
@@ -50,6 +59,8 @@ def run(options: Evaluate) -> Probes:
         _show_held_out(result)
     for task in result.tasks:
         print("\n".join(_of_task(task)))
+    for found in result.recall:
+        print("\n".join(_of_recall(found)))
     return result
 
 
@@ -85,17 +96,58 @@ def _of_task(found: FewShot) -> list[str]:
     shots = counted(found.shots, "example")
     if found.shots < found.asked:
         shots += f" (of {found.asked}: no more fit into the context window)"
-    low, high = found.interval
     chosen = ", ".join(f"{label} {count:,}" for label, count in found.predicted.items())
     figures = {
         "task": f"{found.task}, {shots}, {counted(found.rows, 'row')}, seed {found.seed}",
-        "accuracy": f"{found.accuracy:.1%} ({low:.1%} to {high:.1%})",
-        "calibrated": f"{found.calibrated:.1%}",
-        "per token, byte": f"{found.per_token:.1%}, {found.per_byte:.1%}",
+        "accuracy": _share(found.accuracy, found.interval, found.rows),
+        "calibrated": _share(found.calibrated, wilson(round(found.calibrated * found.rows), found.rows), found.rows),
+        "per token, byte": ", ".join(
+            _share(one, wilson(round(one * found.rows), found.rows), found.rows)
+            for one in (found.per_token, found.per_byte)
+        ),
         "chance": f"{found.chance:.1%}, always the most frequent label {found.majority:.1%}",
         "chosen": chosen,
     }
     return ["", *(f"{name:<16} {words}" for name, words in figures.items())]
+
+
+def _share(share: float, interval: tuple[float, float], rows: int) -> str:
+    """A share with its 95 % interval; of fewer than 100 rows the interval alone, since the share itself says little."""
+    low, high = interval
+    span = f"{low:.1%} to {high:.1%}"
+    return f"{span}, of {counted(rows, 'row')}" if rows < _FEW else f"{share:.1%} ({span})"
+
+
+def _of_recall(found: Recall) -> list[str]:
+    """The scores of a family of recall tasks: a line for each length, then how it depends on the depth."""
+    lines = [
+        "",
+        f"{found.task}, seed {found.seed}",
+        f"{'tokens':>10} {'samples':>8}  {'right':<26} {'found':>6} {'chance':>7}",
+    ]
+    for one in found.by_length:
+        right = _share(one.accuracy, one.interval, one.samples)
+        lines.append(f"{one.length:>10,} {one.samples:>8,}  {right:<26} {one.found:>6.1%} {one.chance:>7.1%}")
+    return [*lines, *_by_depth(found.by_depth)]
+
+
+def _by_depth(cells: Sequence[RecallScore]) -> list[str]:
+    """Right answers by length and depth: the share in per cent, or the interval of few samples, shaded by the share."""
+    if not cells:
+        return []
+    depths = list(dict.fromkeys(one.depth for one in cells))
+    lines = [f"{'by depth':>10} " + " ".join(f"{depth:>8.0%}" for depth in depths if depth is not None)]
+    for length in dict.fromkeys(one.length for one in cells):
+        row = [_cell(one) for one in cells if one.length == length]
+        lines.append(f"{length:>10,} {' '.join(row)}")
+    return lines
+
+
+def _cell(found: RecallScore) -> str:
+    shade = _SHADES[min(int(found.accuracy * len(_SHADES)), len(_SHADES) - 1)]
+    low, high = (round(100 * end) for end in found.interval)
+    words = f"{low}-{high}" if found.samples < _FEW else f"{100 * found.accuracy:.0f}"
+    return f"{shade}{words:>7}"
 
 
 def _words(value: str | float | tuple[float, ...]) -> str:
@@ -105,4 +157,4 @@ def _words(value: str | float | tuple[float, ...]) -> str:
     return f"{value:.5g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
-VERB = Verb("eval", "loss of a model on held-out text, and its accuracy on few-shot tasks", Evaluate, run)
+VERB = Verb("eval", "loss of a model on held-out text, its recall, and its accuracy on tasks", Evaluate, run)

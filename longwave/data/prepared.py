@@ -69,7 +69,7 @@ class PreparedInfo:
     """Description of a prepared folder: the content of its `meta.json`.
 
     tokenizer: the fingerprint of the tokenizer that made the ids.
-    kind: `chat` where the documents are conversations, `recall` where they are recall tasks; training windows cut neither.
+    kind: `chat` where the documents are conversations, `recall` where they are recall tasks; windows cut neither.
     left_out: number of conversations left out, since they have no answer that is learned.
     not_read: the files and rows that hold nothing to learn, by the reason.
     sources: the names of the documents' sources; empty in folders that were written before sources were kept.

@@ -13,20 +13,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError, require
 from longwave.evaluation.likelihood import Question, answer_scores, shared_beginning
 from longwave.evaluation.synthetic import NAME, synthetic
 from longwave.evaluation.tasks import Row, Task, from_file
+from longwave.intervals import wilson
 from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.units import counted
 
 SHOTS = 4
 _SEPARATOR = "\n\n"
-_CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,6 @@ def few_shot(model: Decoder, task: Task, *, shots: int = SHOTS, seed: int = 0, l
         if worst is not None:
             raise not_finite(f"{row.where}: log-probability of a label", worst, model.embed.weight.dtype)
     return _judged(task, rows, labels, questions, scores, (used, shots, seed))
-
-
-def wilson(right: int, rows: int, confidence: float = _CONFIDENCE) -> tuple[float, float]:
-    """Wilson's interval of a share (1927): where a binomial share could lie of which `right` of `rows` were seen."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share, spread = right / rows, z * z / rows
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / rows + spread / (4 * rows))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _fitting(model: Decoder, task: Task, rows: Sequence[Row], shots: int, seed: int) -> tuple[list[Question], int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from longwave.errors import require, shown
 from longwave.evaluation.breakdown import AtContext, ByContext, BySource, OfSource
 from longwave.evaluation.few_shot import FewShot
 from longwave.evaluation.likelihood import log_probabilities
+from longwave.evaluation.recall import Recall
 from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.resamplers import Kept
@@ -88,9 +89,16 @@ def token_losses(model: Decoder, batch: Batch) -> Float64[Tensor, " N"]:
 
 @dataclass(frozen=True, kw_only=True)
 class Probes:
-    """The tasks that a model was given. tasks: the outcome of each, in order."""
+    """What a model was asked beside held-out text.
+
+    tasks: the outcome of each few-shot task. recall: that of each family of recall tasks. command: the command line
+    that does the same. versions: of longwave and what it runs on.
+    """
 
     tasks: tuple[FewShot, ...] = ()
+    recall: tuple[Recall, ...] = ()
+    command: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ def from_file(path: str | Path, template: str | None = None) -> Task:
 
 def _contents(path: Path, form: Template) -> Iterator[tuple[Any, str]]:
     """The rows of a file, each with its place."""
-    require(path.is_file(), f"{plain(str(path))}: no such file; give a file of rows {_FORM}, or synthetic")
+    named = f"give a file of rows {_FORM}, synthetic, or a recall task such as single"
+    require(path.is_file(), f"{plain(str(path))}: no such file; {named}")
     try:
         for piece in formats.read(path, Rules(form.fields[0])):
             require(isinstance(piece, formats.Row), f"{plain(str(path))}: text, not rows; give .jsonl, {_FORM}")

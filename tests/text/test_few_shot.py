@@ -18,10 +18,11 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 from longwave.evaluation import few_shot as few_shot_module
 from longwave.evaluation import likelihood
-from longwave.evaluation.few_shot import few_shot, named_task, wilson
+from longwave.evaluation.few_shot import few_shot, named_task
 from longwave.evaluation.likelihood import Question, answer_scores, plain_scores
 from longwave.evaluation.synthetic import LABELS, synthetic
 from longwave.evaluation.tasks import Template, from_file
+from longwave.intervals import wilson
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig
 
@@ -227,9 +228,17 @@ def test_bad_input_is_one_line(refuses, folder: Path, tmp_path: Path, name: str)
 
 def test_options_without_effect_and_nothing_to_do(refuses, folder: Path, tmp_path: Path):
     refuses("eval", folder, says=["nothing to evaluate"])
-    refuses("eval", folder, "--shots", "2", says=["shots: has no effect without a task"])
+    refuses("eval", folder, "--shots", "2", says=["shots = 2: has no effect without a few-shot task"])
     refuses("eval", folder, "--tasks", "synthetic", "--window", "9", says=["window = 9: has no effect"])
-    refuses("eval", folder, "--tasks", "synthetic", "--template", "{first}{label}", says=["template: has no effect"])
+    refuses(
+        "eval",
+        folder,
+        "--tasks",
+        "synthetic",
+        "--template",
+        "{first}{label}",
+        says=["template = '{first}{label}': has no effect"],
+    )
     refuses("eval", folder, "--tasks", "sst3", says=["sst3: no such file", "synthetic"])
     (tmp_path / "t.txt").write_text("text")
     refuses("eval", folder, "--tasks", tmp_path / "t.txt", says=["t.txt: text, not rows"])

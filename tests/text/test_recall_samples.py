@@ -118,7 +118,7 @@ def test_a_length_without_end_is_refused_before_it_is_made(small: Tokenizer):
         sample(FAMILIES["single"], small, 1 << 31, None, 0)
     family = FAMILIES["single"]
     few = replace(family, plan=lambda *given: replace(family.plan(*given), lines=9))
-    with pytest.raises(UserError, match="length = 2,000: single has no words for so many tokens; give fewer"):
+    with pytest.raises(UserError, match="length = 2,000: single has too little text for so many tokens; give fewer"):
         sample(few, small, 2000, None, 0)
     with pytest.raises(UserError, match="family = 'needle': use one of single, multi-key"):
         family_of("needle")

@@ -27,7 +27,7 @@ _TRAINING = 1  # the first part of the keys of training samples; those of evalua
 
 @dataclass(frozen=True)
 class RecallDocument(Document):
-    """A recall task. target: the answer, which ends its text. start: the token of the stored document where it begins."""
+    """A recall task. target: the answer, which ends its text. start: the token of the document where it begins."""
 
     target: str
     start: int

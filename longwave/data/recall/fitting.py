@@ -163,7 +163,10 @@ class _Fit:
             self._measure(2 * len(self._lines) + 8)
         number = bisect_right(self._ends, room) - 1
         full = number >= self._plan.lines
-        require(not full, f"length = {self._length:,}: {self._family.name} has no words for so many tokens; give fewer")
+        require(
+            not full,
+            f"length = {self._length:,}: {self._family.name} has too little text for so many tokens; give fewer",
+        )
         return max(number, self._plan.least)
 
     def _end(self, number: int) -> int:
