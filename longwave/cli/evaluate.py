@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
-from longwave.intervals import wilson
+from longwave.errors import require
+from longwave.intervals import Interval, wilson
 from longwave.units import counted
 
 if TYPE_CHECKING:
+    from longwave.evaluation.ablation import Ablation
     from longwave.evaluation.breakdown import AtContext, OfSource
     from longwave.evaluation.few_shot import FewShot
-    from longwave.evaluation.held_out import Evaluation, Probes
+    from longwave.evaluation.outcome import Evaluation, Probes
     from longwave.evaluation.recall import Recall, RecallScore
 
 _FIGURES = ("loss", "loss_on", "perplexity", "bits_per_byte", "tokens", "retention")
@@ -44,14 +47,22 @@ class Evaluate(OnDevice, OfModel):
     depths: int | None = option("at how many depths of the text needles lie (5)")
     seed: int | None = option("of the examples in the prompt, and of recall tasks (0)")
     window: int | None = option("tokens of a held-out window (the model's context window)")
+    page: str | None = option("a page to write, with maps of recall by length and depth", metavar="FILE")
+    ablate: bool = option("take each mixer away in turn, and show what loss and recall become", default=False)
 
 
 def run(options: Evaluate) -> Probes:
     """Evaluates, and prints one figure a line, then tables."""
-    from longwave.evaluation.held_out import Evaluation
+    from longwave import machine
+    from longwave.evaluation.outcome import Evaluation
+    from longwave.reports.recall import write_evaluation
     from longwave.verbs import evaluate
 
-    keywords = options.keywords()
+    keywords, page = options.keywords(), None if options.page is None else Path(options.page)
+    del keywords["page"]
+    if page is not None:
+        require(page.parent.is_dir(), f"--page {page}: there is no folder {page.parent}")
+        require(not page.is_dir(), f"--page {page}: a folder; give the name of a page, such as {page}/eval.html")
     if options.template is not None:  # a shell gives a line end as a backslash and an n
         keywords["template"] = options.template.replace("\\n", "\n")
     result = evaluate(**keywords)
@@ -61,6 +72,11 @@ def run(options: Evaluate) -> Probes:
         print("\n".join(_of_task(task)))
     for found in result.recall:
         print("\n".join(_of_recall(found)))
+    if result.ablation is not None:
+        print("\n".join(_of_ablation(result.ablation)))
+    if page is not None:
+        write_evaluation(result, page, options.model, machine.facts())
+        print(f"\n{page}: open it in a browser")
     return result
 
 
@@ -86,9 +102,11 @@ def _by_source(parts: Sequence[OfSource]) -> list[str]:
 
 def _table(title: str, rows: Sequence[tuple[str, int, float]]) -> list[str]:
     """Lines of a table of losses, below a blank one."""
+    from longwave.evaluation.breakdown import perplexity_of
+
     width = max(len(title), *(len(name) for name, *_ in rows))
-    lines = [f"{name:<{width}} {tokens:>12,} {loss:>8.4g}" for name, tokens, loss in rows]
-    return ["", f"{title:<{width}} {'predictions':>12} {'loss':>8}", *lines]
+    lines = [f"{name:<{width}} {tokens:>12,} {loss:>8.4g} {perplexity_of(loss):>10.4g}" for name, tokens, loss in rows]
+    return ["", f"{title:<{width}} {'predictions':>12} {'loss':>8} {'perplexity':>10}", *lines]
 
 
 def _of_task(found: FewShot) -> list[str]:
@@ -115,7 +133,7 @@ def _share(share: float, interval: tuple[float, float], rows: int) -> str:
     """A share with its 95 % interval; of fewer than 100 rows the interval alone, since the share itself says little."""
     low, high = interval
     span = f"{low:.1%} to {high:.1%}"
-    return f"{span}, of {counted(rows, 'row')}" if rows < _FEW else f"{share:.1%} ({span})"
+    return span if rows < _FEW else f"{share:.1%} ({span})"
 
 
 def _of_recall(found: Recall) -> list[str]:
@@ -123,11 +141,11 @@ def _of_recall(found: Recall) -> list[str]:
     lines = [
         "",
         f"{found.task}, seed {found.seed}",
-        f"{'tokens':>10} {'samples':>8}  {'right':<26} {'found':>6} {'chance':>7}",
+        f"{'tokens':>10} {'samples':>8}  {'right':<24} {'found':>6} {'chance':>7}",
     ]
     for one in found.by_length:
         right = _share(one.accuracy, one.interval, one.samples)
-        lines.append(f"{one.length:>10,} {one.samples:>8,}  {right:<26} {one.found:>6.1%} {one.chance:>7.1%}")
+        lines.append(f"{one.length:>10,} {one.samples:>8,}  {right:<24} {one.found:>6.1%} {one.chance:>7.1%}")
     return [*lines, *_by_depth(found.by_depth)]
 
 
@@ -148,6 +166,29 @@ def _cell(found: RecallScore) -> str:
     low, high = (round(100 * end) for end in found.interval)
     words = f"{low}-{high}" if found.samples < _FEW else f"{100 * found.accuracy:.0f}"
     return f"{shade}{words:>7}"
+
+
+def _of_ablation(found: Ablation) -> list[str]:
+    """What the model is without each mixer: a line for each, below the whole model's; of tasks the right answers."""
+    widths = [max(len(name), 7) for name in found.recall]
+    lossy = found.loss is not None
+    head = f"{'without':<18}" + (f" {'loss':>8} {'change, 95 %':>24}" if lossy else "")
+    lines = ["", head + "".join(f" {name:>{width}}" for name, width in zip(found.recall, widths, strict=True))]
+    whole = f"{'nothing':<18}" + (f" {found.loss:>8.4f} {'':>24}" if lossy else "")
+    lines.append(whole + "".join(f" {one:>{width},}" for one, width in zip(found.recall.values(), widths, strict=True)))
+    for one in found.mixers:
+        change = "" if one.change is None else f" {one.loss:>8.4f} {_change(one.change):>24}"
+        recall = "".join(f" {turned.right:>{width},}" for turned, width in zip(one.recall, widths, strict=True))
+        name = f"{one.mixer} ({one.letter})"
+        lines.append(f"{name:<18}{change}{recall}{'  changes nothing' if one.changes_nothing else ''}")
+    blind = any(one.changes_nothing is None for one in found.mixers)
+    return [*lines, *(["the whole model answers too little right to tell what a mixer changes"] if blind else [])]
+
+
+def _change(change: Interval) -> str:
+    """A change with its interval, where it has one."""
+    span = "" if change.low is None else f" ({change.low:+.4f} to {change.high:+.4f})"
+    return f"{change.mean:+.4f}{span}"
 
 
 def _words(value: str | float | tuple[float, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,14 @@ from torch import Tensor
 from longwave.data.packed import NO_TARGET, Batch
 
 _BUCKETS = 32  # powers of two, up to more tokens than a sequence can have
+
+
+def perplexity_of(loss: float) -> float:
+    """e to a loss in nats; infinite where no number of double precision is as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)
@@ -24,6 +33,11 @@ class AtContext:
     last: int
     tokens: int
     loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where no number of double precision is as large."""
+        return perplexity_of(self.loss)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,11 +14,8 @@ from torch import Tensor
 from longwave.data.packed import Batch, PackedTokens
 from longwave.data.prepared import PreparedInfo
 from longwave.errors import require, shown
-from longwave.evaluation.breakdown import AtContext, ByContext, BySource, OfSource
-from longwave.evaluation.few_shot import FewShot
+from longwave.evaluation.breakdown import perplexity_of
 from longwave.evaluation.likelihood import log_probabilities
-from longwave.evaluation.recall import Recall
-from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 
@@ -41,10 +37,7 @@ class HeldOut:
     @property
     def perplexity(self) -> float:
         """e to the loss; infinite where no number of double precision is as large."""
-        try:
-            return math.exp(self.loss)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.loss)
 
 
 def held_out_loss(
@@ -85,65 +78,6 @@ def token_losses(model: Decoder, batch: Batch) -> Float64[Tensor, " N"]:
     assert stream.outputs is not None
     hidden = model.hidden(tokens, stream)
     return -log_probabilities(model, hidden, targets.index_select(0, stream.outputs)).cpu()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probes:
-    """What a model was asked beside held-out text.
-
-    tasks: the outcome of each few-shot task. recall: that of each family of recall tasks. command: the command line
-    that does the same. versions: of longwave and what it runs on.
-    """
-
-    tasks: tuple[FewShot, ...] = ()
-    recall: tuple[Recall, ...] = ()
-    command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True)
-class Evaluation(Probes):
-    """How well a model predicts held-out text, and the outcome of the tasks that it was given beside it, if any.
-
-    loss: mean nats per predicted token. loss_on: what counts: the `assistant` of conversations, the `answers` of recall
-    tasks, or `all`.
-    perplexity: e to the loss; infinite where no number of double precision is as large. bits_per_byte: of the text,
-    which can be compared between tokenizers. tokens: number of predicted tokens. retention: for each level of
-    resampling the share of the tokens entering it that it kept. by_context: the loss by how much of its document a
-    prediction sees. by_source: the loss by where documents come from, if the data say so.
-    """
-
-    loss: float
-    loss_on: Literal["assistant", "answers", "all"]
-    perplexity: float
-    bits_per_byte: float
-    tokens: int
-    retention: tuple[float, ...]
-    by_context: tuple[AtContext, ...]
-    by_source: tuple[OfSource, ...]
-
-
-def evaluate(model: Decoder, data: str | Path, window: int | None = None) -> Evaluation:
-    """How well a model predicts the held-out split of prepared data, run as at inference.
-
-    In conversations only learned tokens count: the answers, unless the data was prepared with the loss on all.
-    window: tokens of an evaluation window; the model's context window by default. Raises UserError for data of another
-    tokenizer than the model's, MachineError for a loss that is not finite.
-    """
-    info = PreparedInfo.read(data)
-    if model.tokenizer is not None:
-        info.require_tokenizer(model.tokenizer)
-    info.require_vocab(model.config.vocab_size)
-    packed = PackedTokens(data, "held_out", model.config.context_window if window is None else window, keep_last=True)
-    by_context, by_source = ByContext(), BySource(packed.source_names, packed.sources())
-    watchers = [by_context, by_source] if packed.source_names else [by_context]
-    result = held_out_loss(model, packed, watchers=watchers)
-    require(result.tokens > 0, f"{data}: nothing in its held-out split is to be predicted; prepare more of it")
-    if not math.isfinite(result.loss):
-        raise not_finite(f"{data}: held-out loss", result.loss, model.embed.weight.dtype)
-    loss_on = "all" if info.held_out.learned is None else "answers" if info.kind == "recall" else "assistant"
-    figures = result.perplexity, bits_per_byte(result, info), result.tokens, result.retention
-    return Evaluation(result.loss, loss_on, *figures, by_context.found(), by_source.found())
 
 
 def bits_per_byte(result: HeldOut, info: PreparedInfo) -> float:
