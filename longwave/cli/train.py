@@ -29,6 +29,8 @@ def run(options: Train) -> TrainingResult:
 
     found = train(**options.keywords(), progress=True)
     print(f"{found.model}: held-out loss {shown_loss(found.held_out_loss, 4)} after {counted(found.tokens, 'token')}")
+    for folder, loss in found.held_out_by_folder.items():
+        print(f"{folder}: held-out loss {shown_loss(loss, 4)}")
     print(f"time: {found.seconds.words()}")
     if found.skipped:
         print(f"skipped: {found.skipped} of {counted(found.step, 'update')}, since gradients were not finite")

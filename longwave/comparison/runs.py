@@ -89,9 +89,15 @@ _BUDGETS = ("steps", "flops")
 def _with_points(values: dict[str, Any], source: str) -> Recipe:
     """The recipe, which is evaluated and saved on the way even where it does not say so."""
     recipe = recipe_of(values, source)
+    require_one_folder(recipe, source)
     every = {name: max(1, recipe.steps // _POINTS) for name in ("evaluate_every", "checkpoint_every")}
     missing = {name: value for name, value in every.items() if not getattr(recipe.training, name)}
     return recipe_of({**values, "training": values["training"] | missing}, source) if missing else recipe
+
+
+def require_one_folder(recipe: Recipe, source: str) -> None:
+    """Raises UserError for a recipe over a mix of folders, whose losses are no one loss to compare."""
+    require(not recipe.data.mix, f"{source}: data.mix: a comparison is over one folder; give data.folder in its place")
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

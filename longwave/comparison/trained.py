@@ -10,7 +10,7 @@ from longwave import files
 from longwave.comparison.budgets import Budget, Unit
 from longwave.comparison.grid import Choice, choose
 from longwave.comparison.results import COMPARISON, RESULT, Result, read_result
-from longwave.comparison.runs import Run, Setting
+from longwave.comparison.runs import Run, Setting, require_one_folder
 from longwave.comparison.worker import result_of
 from longwave.config import build
 from longwave.errors import UserError, require
@@ -46,6 +46,7 @@ def _finished(folder: Path) -> Trainer:
     require(newest is not None, f"{folder}: holds no run of `longwave train`; give its folder, with checkpoints/ in it")
     assert newest is not None
     recipe = build(Recipe, read_object(newest.path / FILE)["recipe"], str(newest.path / FILE))
+    require_one_folder(recipe, str(folder))
     trainer = Trainer(recipe, folder)
     require(
         trainer.finished, f"{folder}: is at step {trainer.step} of {recipe.steps}; the same `longwave train` ends it"

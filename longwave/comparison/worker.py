@@ -28,7 +28,7 @@ from longwave.training.clock import TIMES, read_seconds
 from longwave.training.divergence import RunEnded
 from longwave.training.loop import Trainer
 from longwave.training.metrics import METRICS, read_metrics, write_metrics
-from longwave.training.progress import adopt
+from longwave.training.progress import adopt, completed
 from longwave.training.recipe import Recipe, flat
 
 Report = Callable[[Run, dict[str, Any]], None]
@@ -49,7 +49,7 @@ def finished(run: Run) -> Result | None:
     if not (run.folder / RESULT).exists():
         return None
     found = read_result(run.folder)
-    theirs, ours = flat(found.recipe), flat(_plain(run.recipe))
+    theirs, ours = flat(completed(dict(found.recipe))), flat(_plain(run.recipe))
     different = [name for name in sorted({*ours, *theirs} - {_PLACE}) if ours.get(name) != theirs.get(name)]
     if different:
         name = different[0]

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from longwave import draws
 from longwave.data.packed import Batch, PackedTokens, WindowSampler
 from longwave.data.prepared import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
+from longwave.errors import require
+from longwave.training.mix import MixOrder
 from longwave.training.notes import notes
-from longwave.training.recipe import Recipe
+from longwave.training.recipe import MixedFolder, Recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """One prepared folder among a run's data. name: for people. share: of the training windows, 1 where it is alone."""
+
+    name: str
+    share: float
+    info: PreparedInfo
+    train: PackedTokens
+    sampler: WindowSampler
+    held_out: PackedTokens
 
 
 class TrainingData:
-    """The data that a recipe names, opened and checked.
+    """The folders that a recipe names, opened and checked.
 
-    tokenizer: the one that made the ids. held_out: the windows for the held-out measure. Raises UserError for data that
-    are damaged, or do not fit the model.
+    tokenizer: the one that made the ids of all. sources: the folders, one or several. Raises UserError for data that
+    are damaged, do not fit the model, or have different tokenizers.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        folder, run = recipe.data.folder, recipe.training
-        self.recipe, self.info = recipe, PreparedInfo.read(folder)
-        self.info.require_vocab(recipe.model.vocab_size)
-        self.tokenizer = Tokenizer.load(folder)
-        self.info.require_tokenizer(self.tokenizer)
-        self._train = PackedTokens(folder, "train", run.window)
-        self._sampler = WindowSampler(len(self._train), run.seed)
-        self.held_out = PackedTokens(folder, "held_out", run.window, keep_last=True)
+        self.recipe, folders = recipe, recipe.data.folders
+        self._order = MixOrder([one.share for one in folders]) if len(folders) > 1 else None
+        shares = [1.0] if self._order is None else self._order.shares
+        names = _names([one.folder for one in folders])
+        infos = [_checked(one, recipe) for one in folders]
+        self.tokenizer = Tokenizer.load(folders[0].folder)
+        infos[0].require_tokenizer(self.tokenizer)
+        _require_one_tokenizer(folders, infos)
+        opened = enumerate(zip(names, shares, infos, folders, strict=True))
+        self.sources = [_source(number, recipe, *facts) for number, facts in opened]
 
     def batch(self, positions: range) -> Batch:
         """The training windows at positions of the data order, laid end to end."""
-        return self._train.batch(positions, self._sampler)
+        if self._order is None:
+            return self.sources[0].train.batch(positions, self.sources[0].sampler)
+        return _joined([self._window(position) for position in positions], positions)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step, which is counted from 0."""
@@ -37,6 +63,77 @@ class TrainingData:
         starts = range(first, first + run.batch_windows, size)
         return [self.batch(range(start, start + size)) for start in starts]
 
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError unless the data was made with this tokenizer."""
+        self.sources[0].info.require_tokenizer(tokenizer)
+
+    def words(self) -> str:
+        """The folders by name, with their shares where there are several."""
+        alone = len(self.sources) == 1
+        return ", ".join(one.name if alone else f"{one.name} {one.share:.0%}" for one in self.sources)
+
     def notes(self) -> list[str]:
         """Lines for people about the data, and about settings that do less with them than they seem to."""
-        return [*self._train.notes(), *notes(self.recipe, len(self._train), len(self.held_out))]
+        of_folders = chain.from_iterable(one.train.notes() for one in self.sources)
+        return [*of_folders, *self._rounds(), *notes(self.recipe)]
+
+    def _rounds(self) -> Iterator[str]:
+        """How often the run goes through the windows of each folder; of one alone, if it is more than once."""
+        run, steps = self.recipe.training, self.recipe.steps
+        for one in self.sources:
+            rounds = steps * run.batch_windows * one.share / len(one.train)
+            windows = f"{len(one.train):,} training windows {rounds:.1f} times"
+            if len(self.sources) > 1:
+                yield f"data.mix: {one.name} gives {one.share:.1%} of the windows: the run goes through its {windows}"
+            elif rounds > 1:
+                advice = "prepare more text, or train fewer steps, to see each once"
+                yield f"training.steps = {steps}: the run goes through its {windows}; {advice}"
+            if run.evaluate_windows > len(one.held_out):
+                where = f" in {one.name}" if len(self.sources) > 1 else ""
+                held_out = f"only {len(one.held_out)} are held out{where}, which all count"
+                yield f"training.evaluate_windows = {run.evaluate_windows}: {held_out}"
+
+    def _window(self, position: int) -> Batch:
+        assert self._order is not None
+        folder, place = self._order.at(position)
+        return self.sources[folder].train.batch([place], self.sources[folder].sampler)
+
+
+def _source(number: int, recipe: Recipe, name: str, share: float, info: PreparedInfo, mixed: MixedFolder) -> Source:
+    run = recipe.training
+    train = PackedTokens(mixed.folder, "train", run.window)
+    # The first folder of a mix has the order that it has alone; the others have orders of their own.
+    sampler = WindowSampler(len(train), draws.key(run.seed, number) if number else run.seed)
+    return Source(name, share, info, train, sampler, PackedTokens(mixed.folder, "held_out", run.window, keep_last=True))
+
+
+def _checked(mixed: MixedFolder, recipe: Recipe) -> PreparedInfo:
+    info = PreparedInfo.read(mixed.folder)
+    info.require_vocab(recipe.model.vocab_size)
+    return info
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The last part of each folder's path; the paths themselves where two would be called alike."""
+    last = [Path(folder).name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
+
+
+def _require_one_tokenizer(folders: Sequence[MixedFolder], infos: Sequence[PreparedInfo]) -> None:
+    first = folders[0].folder
+    for mixed, info in zip(folders, infos, strict=True):
+        same = info.tokenizer == infos[0].tokenizer
+        advice = f"has another tokenizer than {first}; prepare it with --tokenizer {first}"
+        require(same, f"data.mix.folder = {mixed.folder}: {advice}")
+
+
+def _joined(windows: Sequence[Batch], positions: range) -> Batch:
+    """Windows of several folders laid end to end. Documents are numbered within their folders."""
+    return Batch(
+        tokens=torch.cat([one.tokens for one in windows]),
+        targets=torch.cat([one.targets for one in windows]),
+        runs=tuple(chain.from_iterable(one.runs for one in windows)),
+        windows=tuple(chain.from_iterable(one.windows for one in windows)),
+        samples=tuple(positions),
+        documents=tuple(chain.from_iterable(one.documents for one in windows)),
+    )

@@ -32,7 +32,7 @@ from longwave.training.data import TrainingData
 from longwave.training.divergence import RunEnded, buffers_kept, not_finite
 from longwave.training.freezing import freeze, freeze_notes
 from longwave.training.metrics import METRICS, MetricsFile, Observer, TensorBoard, read_metrics
-from longwave.training.next_token import NextToken
+from longwave.training.next_token import HELD_OUT, NextToken
 from longwave.training.objective import AnyObjective, Maker, StepLoss
 from longwave.training.optimizers import StepReport
 from longwave.training.process import deterministic, stop_signals
@@ -255,7 +255,7 @@ class Run(Generic[AnyObjective]):
         }
         return {
             **({} if start is None else {"started from": Path(start).name}),
-            "data": Path(recipe.data.folder).name,
+            "data": self.data.words(),
             "steps": self.step,
             "tokens": self.tokens,
             "tokens of a window": recipe.training.window,
@@ -316,7 +316,8 @@ class TrainingResult:
     """The outcome of a run.
 
     model: the folder of the trained model. step, tokens: updates, and tokens trained on. loss, held_out_loss: the last
-    ones, in nats per token; None where one is not finite, or no longer logged. retention: for each level the share of
+    ones, in nats per token; None where one is not finite, or no longer logged. held_out_by_folder: the held-out loss of
+    each folder, where the data are several. retention: for each level the share of
     the tokens entering it that it kept on held-out text. skipped: updates that were skipped, as their gradient was not
     finite. seconds: the time that passed, over all sessions of the run.
     """
@@ -326,6 +327,7 @@ class TrainingResult:
     tokens: int
     loss: float | None
     held_out_loss: float | None
+    held_out_by_folder: Mapping[str, float | None]
     retention: tuple[float, ...]
     skipped: int
     seconds: Seconds
@@ -350,8 +352,11 @@ class Trainer(Run[NextToken]):
     def result(self) -> TrainingResult:
         """The outcome of the finished run."""
         *_, last = {}, *read_metrics(self.output / METRICS)
-        progress, losses = self.progress, (last.get("loss"), last.get("held_out_loss"))
-        facts = (tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
+        progress, losses = self.progress, (last.get("loss"), last.get(HELD_OUT))
+        each = {
+            name.removeprefix(f"{HELD_OUT}/"): loss for name, loss in last.items() if name.startswith(f"{HELD_OUT}/")
+        }
+        facts = (each, tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
         return TrainingResult(self.output / "model", progress.step, progress.tokens, *losses, *facts)
 
 

@@ -5,7 +5,7 @@ Every checkpoint of it is also a model folder that `longwave.load` takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from longwave.training.data import TrainingData
 from longwave.training.divergence import require_finite, weights_of
 from longwave.training.flops import StepFlops
 from longwave.training.recipe import Recipe, require_start
+
+HELD_OUT = "held_out_loss"  # in the metrics; that of one folder among several is `held_out_loss/NAME`
 
 
 class _LevelFigures:
@@ -113,10 +115,23 @@ class NextToken:
         return _Step(self.model, logged)
 
     def evaluate(self) -> dict[str, Any]:
-        """The held-out loss in nats per token, and the share of tokens that each level kept."""
-        result = held_out_loss(self.model, self._data.held_out, windows=self._recipe.training.evaluate_windows)
-        retention = {"retention": list(result.retention)} if result.retention else {}
-        return {"held_out_loss": result.loss, **retention}
+        """The held-out loss in nats per token, and the share of tokens that each level kept.
+
+        Of several folders, each one's loss stands beside the mean of all, which goes by their shares.
+        """
+        sources, windows = self._data.sources, self._recipe.training.evaluate_windows
+        found = [held_out_loss(self.model, one.held_out, windows=windows) for one in sources]
+        kept = [self._mean(level) for level in zip(*(one.retention for one in found), strict=True)]
+        each = {f"{HELD_OUT}/{one.name}": its.loss for one, its in zip(sources, found, strict=True)}
+        return {
+            HELD_OUT: self._mean([one.loss for one in found]),
+            **(each if len(sources) > 1 else {}),
+            **({"retention": kept} if kept else {}),
+        }
+
+    def _mean(self, of_sources: Sequence[float]) -> float:
+        """The mean of a figure over the folders of the data, by their shares."""
+        return sum(one.share * figure for one, figure in zip(self._data.sources, of_sources, strict=True))
 
     def write(self, folder: Path, facts: Mapping[str, str | int | float | None]) -> None:
         """Writes a model folder, with facts for its card."""
@@ -146,7 +161,7 @@ class NextToken:
         require_finite(start, f"training.start_from = {run.start_from}", "give another folder")
         require_start(config, start.config, run.start_from)
         if start.tokenizer is not None:
-            self._data.info.require_tokenizer(start.tokenizer)
+            self._data.require_tokenizer(start.tokenizer)
         with torch.device("meta"):
             model = Decoder(config)
         model.adopt(start.state_dict())

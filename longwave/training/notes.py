@@ -1,4 +1,4 @@
-"""Settings of a recipe that do less than they seem to in a run over these data: lines for people, before it starts."""
+"""Settings of a recipe that do less than they seem to: lines for people, before a run starts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ from longwave.training.recipe import Recipe
 from longwave.units import counted
 
 
-def notes(recipe: Recipe, windows: int, held_out: int) -> Iterator[str]:
-    """Notes on the recipe for data of so many training windows and held-out windows."""
+def notes(recipe: Recipe) -> Iterator[str]:
+    """Notes on the recipe, whatever its data are."""
     run, steps = recipe.training, recipe.steps
-    needed = steps * run.batch_windows
-    if needed > windows:
-        yield (
-            f"training.steps = {steps}: the run goes through its {windows:,} training windows "
-            f"{needed / windows:.1f} times; prepare more text, or train fewer steps, to see each once"
-        )
-    if run.evaluate_windows > held_out:
-        yield f"training.evaluate_windows = {run.evaluate_windows}: only {held_out} are held out, which all count"
     if 0 < steps <= recipe.schedule.warmup_steps:
         end = f"the run of {counted(steps, 'step')} ends"
         yield (

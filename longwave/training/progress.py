@@ -44,7 +44,7 @@ class Progress:
 
 def write_progress(progress: Progress, recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the progress into a checkpoint, with all that a run has to agree in to go on from it."""
-    identity = {"recipe": recipe.to_dict(), "tokenizer": tokenizer.fingerprint, "data": files.checksums(_data(recipe))}
+    identity = {"recipe": recipe.to_dict(), "tokenizer": tokenizer.fingerprint, "data": _checksums(recipe)}
     (folder / FILE).write_text(json.dumps(asdict(progress) | identity, indent=2) + "\n")
 
 
@@ -72,9 +72,9 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
         raise UserError(f"{path}: no checkpoint of a run (no {FILE} to go by); remove the folder") from None
     if step != checkpoint.step:
         raise UserError(f"{path}: is a checkpoint of step {step}, whatever its name says; remove the folder")
-    _require_recipe(written, recipe, path, frozenset({"data.folder"} if "data" in kept else ()))
+    _require_recipe(written, recipe, path, data_may_move="data" in kept)
     if fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{path}: trained with another tokenizer than {_data(recipe)} has; give another output")
+        raise UserError(f"{path}: trained with another tokenizer than {_folders(recipe)} has; give another output")
     _require_data(kept.get("data"), recipe, path)
     run = recipe.training  # older checkpoints hold no count of tokens or FLOPs; all their training windows were full
     tokens = int(kept.get("tokens", step * run.batch_windows * run.window))
@@ -82,17 +82,26 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
     return Progress(step, tokens, flops, **skipped)
 
 
-def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, free: frozenset[str]) -> None:
-    ours = flat(json.loads(json.dumps(recipe.to_dict())))
-    theirs = flat(_completed({**written, "model": native.from_format_1(written["model"])}))
-    for name in sorted({*theirs, *ours} - free - {f"training.{name}" for name in _FREE_TO_CHANGE}):
+def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, data_may_move: bool) -> None:
+    written = completed({**written, "model": native.from_format_1(written["model"])})
+    ours, theirs = (_identity(values, data_may_move) for values in (json.loads(json.dumps(recipe.to_dict())), written))
+    for name in sorted({*theirs, *ours} - {f"training.{name}" for name in _FREE_TO_CHANGE}):
         if theirs.get(name) != ours.get(name):
             values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
             raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")
 
 
-def _completed(written: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it was written, with the defaults of the keys that have been added since."""
+def _identity(values: dict[str, Any], data_may_move: bool) -> dict[str, Any]:
+    """The flat values of a recipe in which two runs have to agree. data_may_move: folders of data are left out."""
+    found = flat(values)
+    if data_may_move:
+        found.pop("data.folder", None)
+        found["data.mix"] = [one["share"] for one in found.get("data.mix", ())]
+    return found
+
+
+def completed(written: dict[str, Any]) -> dict[str, Any]:
+    """The plain values of a recipe as it was written, with the defaults of keys that have been added since."""
     try:
         return json.loads(json.dumps(build(Recipe, written, FILE).to_dict()))
     except UserError:  # keys that are gone, or were legal then: compared as they stand
@@ -101,15 +110,23 @@ def _completed(written: dict[str, Any]) -> dict[str, Any]:
 
 def _require_data(then: dict[str, str] | None, recipe: Recipe, path: Path) -> None:
     """UserError if the prepared data are not those that the run began with; older checkpoints cannot tell."""
-    now = files.checksums(_data(recipe))
+    now = _checksums(recipe)
     if then is None or then == now:
         return
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     more = f" and {len(changed) - _MOST_NAMED} more" if len(changed) > _MOST_NAMED else ""
     named = ", ".join(changed[:_MOST_NAMED]) + more
     advice = "prepare the same data again, or give another output folder"
-    raise UserError(f"{_data(recipe)}: other data than {path} was trained on ({named} changed); {advice}")
+    raise UserError(f"{_folders(recipe)}: other data than {path} was trained on ({named} changed); {advice}")
 
 
-def _data(recipe: Recipe) -> str:
-    return recipe.data.folder
+def _checksums(recipe: Recipe) -> dict[str, str]:
+    """The checksum of every file of the data; of several folders, with the number of each before its files."""
+    of_folders = [files.checksums(one.folder) for one in recipe.data.folders]
+    if len(of_folders) == 1:
+        return of_folders[0]
+    return {f"{number}/{name}": one for number, its in enumerate(of_folders, 1) for name, one in its.items()}
+
+
+def _folders(recipe: Recipe) -> str:
+    return ", ".join(one.folder for one in recipe.data.folders)

@@ -28,15 +28,44 @@ from longwave.training.schedules import Eden, ScheduleConfig
 
 Overrides = Mapping[str, Any] | Sequence[str]
 _LARGEST, _DEEPEST = 1 << 20, 16  # bytes of a recipe file, and tables within tables
-_PATTERNS = 1000
+_PATTERNS, _FOLDERS = 1000, 100  # that a recipe may name
 _TOO_DEEP = f"tables nested deeper than {_DEEPEST}; no recipe has such a key"
 
 
 @dataclass(frozen=True)
-class DataConfig(Strict):
-    """Prepared data: the folder that `longwave prepare` wrote."""
+class MixedFolder(Strict):
+    """One prepared folder of a mix. share: of the training windows; what counts is the ratio of all shares."""
 
     folder: str
+    share: float
+
+    def __post_init__(self) -> None:
+        require(0 < self.share < math.inf, f"data.mix.share = {self.share}: a number above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig(Strict):
+    """Prepared data: a folder that `longwave prepare` wrote, or several of one tokenizer.
+
+    mix: in place of `folder`, a table `[[data.mix]]` for each of several folders, with its `folder` and `share`. At
+        every moment of a run each folder has given its share of the training windows, within one window.
+    """
+
+    folder: str = ""
+    mix: tuple[MixedFolder, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(bool(self.folder or self.mix), "data.folder is missing; give it, or [[data.mix]]")
+        require(not (self.folder and self.mix), "data.mix: in place of data.folder; leave one out")
+        require(len(self.mix) <= _FOLDERS, f"data.mix: {len(self.mix):,} folders; at most {_FOLDERS}")
+        folders = [one.folder for one in self.mix]
+        twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+        require(twice is None, f"data.mix.folder = {shown(twice)}: named twice; name it once, with all of its share")
+
+    @property
+    def folders(self) -> Sequence[MixedFolder]:
+        """The folders with their shares: those of the mix, or the one that is all of the data."""
+        return self.mix or (MixedFolder(self.folder, 1.0),)
 
 
 @dataclass(frozen=True)

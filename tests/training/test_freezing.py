@@ -142,12 +142,12 @@ def test_a_run_does_not_go_on_with_other_parts_frozen(tmp_path: Path):
         Trainer(frozen_run("llama", "adamw", "head", steps=3), tmp_path)
 
 
-def test_a_checkpoint_from_before_there_was_freezing_goes_on(tmp_path: Path):
+def test_a_checkpoint_from_before_there_was_freezing_or_a_mix_goes_on(tmp_path: Path):
     with pytest.raises(Interrupted):
         trained(runs.recipe("llama"), tmp_path, StopAt(3))
     folder = tmp_path / "checkpoints" / "step-00000003"
     written = json.loads((folder / "trainer.json").read_text())
-    del written["recipe"]["training"]["freeze"]
+    del written["recipe"]["training"]["freeze"], written["recipe"]["data"]["mix"]
     rewrite(folder, written)
     with pytest.raises(UserError, match=r"training\.freeze = \[\] there, \['embed'\] here"):
         Trainer(frozen_run("llama", "scaled_adam", "embed"), tmp_path)
