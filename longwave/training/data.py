@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from longwave.data.prepared import PreparedInfo
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require
 from longwave.training.mix import MixOrder
-from longwave.training.notes import notes
+from longwave.training.notes import FolderWindows, notes
 from longwave.training.recipe import MixedFolder, Recipe
 
 
@@ -75,23 +75,8 @@ class TrainingData:
     def notes(self) -> list[str]:
         """Lines for people about the data, and about settings that do less with them than they seem to."""
         of_folders = chain.from_iterable(one.train.notes() for one in self.sources)
-        return [*of_folders, *self._rounds(), *notes(self.recipe)]
-
-    def _rounds(self) -> Iterator[str]:
-        """How often the run goes through the windows of each folder; of one alone, if it is more than once."""
-        run, steps = self.recipe.training, self.recipe.steps
-        for one in self.sources:
-            rounds = steps * run.batch_windows * one.share / len(one.train)
-            windows = f"{len(one.train):,} training windows {rounds:.1f} times"
-            if len(self.sources) > 1:
-                yield f"data.mix: {one.name} gives {one.share:.1%} of the windows: the run goes through its {windows}"
-            elif rounds > 1:
-                advice = "prepare more text, or train fewer steps, to see each once"
-                yield f"training.steps = {steps}: the run goes through its {windows}; {advice}"
-            if run.evaluate_windows > len(one.held_out):
-                where = f" in {one.name}" if len(self.sources) > 1 else ""
-                held_out = f"only {len(one.held_out)} are held out{where}, which all count"
-                yield f"training.evaluate_windows = {run.evaluate_windows}: {held_out}"
+        counted = [FolderWindows(one.name, one.share, len(one.train), len(one.held_out)) for one in self.sources]
+        return [*of_folders, *notes(self.recipe, counted)]
 
     def _window(self, position: int) -> Batch:
         assert self._order is not None

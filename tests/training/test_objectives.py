@@ -67,7 +67,7 @@ class Imitation:
         return torch.stack([(student(embedded) - hidden).square().mean(1).sum() for student in self.trained.values()])
 
     def evaluate(self) -> dict[str, Any]:
-        batch = self.data.held_out.batch(range(4))
+        batch = self.data.sources[0].held_out.batch(range(4))
         with torch.no_grad():
             errors = self.errors(batch) / self.targets(batch)
         return {"held_out_loss": float(errors.mean()), "held_out_errors": errors.tolist()}

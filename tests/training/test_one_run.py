@@ -30,7 +30,7 @@ from longwave.training import checkpoints
 from longwave.training.clock import Clock, Seconds, read_seconds
 from longwave.training.loop import Interrupted, Trainer
 from longwave.training.metrics import read_metrics
-from longwave.training.notes import notes
+from longwave.training.notes import FolderWindows, notes
 from longwave.training.recipe import Recipe
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -382,20 +382,20 @@ EDEN, CONSTANT = {"kind": "eden"}, {"kind": "constant", "warmup_steps": 20}
 def test_a_setting_that_does_less_than_it_seems_to_is_told(changes: Any, schedule: Any, says: str):
     values = runs.values("llama", **changes)
     run = build(Recipe, values | ({"schedule": schedule} if schedule else {}), "tests")
-    (line,) = notes(run, windows=100, held_out=7)
+    (line,) = notes(run, [FolderWindows("data", 1.0, 100, 7)])
     assert re.search(says, line)
 
 
 def test_a_bypass_that_outlasts_the_run_is_told():
     values = runs.values("causal")
-    (line,) = notes(build(Recipe, values, "tests"), windows=100, held_out=7)
+    (line,) = notes(build(Recipe, values, "tests"), [FolderWindows("data", 1.0, 100, 7)])
     assert line.startswith("model.subllm.bypass_steps = 20000: the run ends after 0% of them")
     values["model"] = values["model"] | {"subllm": {"selection": "causal", "bypass_steps": 8}}
-    assert list(notes(build(Recipe, values, "tests"), windows=100, held_out=7)) == []
+    assert list(notes(build(Recipe, values, "tests"), [FolderWindows("data", 1.0, 100, 7)])) == []
 
 
 def test_a_run_without_such_settings_has_no_notes():
-    assert list(notes(recipe("llama"), windows=100, held_out=7)) == []
+    assert list(notes(recipe("llama"), [FolderWindows("data", 1.0, 100, 7)])) == []
 
 
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
