@@ -93,9 +93,8 @@ def test_answers_that_turn_by_chance_are_no_difference():
 
 def test_from_the_command_line(longwave, refuses, tmp_path: Path):
     lw.save(tiny("F L"), tmp_path / "model")
-    found = longwave(
-        "eval", tmp_path / "model", runs.prepared(), "--ablate", "--json", "--page", tmp_path / "page.html"
-    )
+    page = tmp_path / "page.html"
+    found = longwave("eval", tmp_path / "model", runs.prepared(), "--ablate", "--json", "--page", page)
     assert [one["letter"] for one in found.json["ablation"]["mixers"]] == ["F", "L"]
     assert "blocks.1.mixer (L)" in found.out
     assert "blocks.1.mixer (L)" in page.read_text()
