@@ -180,7 +180,7 @@ class EvaluateOptions(TypedDict, total=False):
     """How `evaluate` asks.
 
     tasks: names of tasks (`longwave.evaluation.suite`): recall families such as `single`, `ruler` for seven of them,
-    `questions:FILE`, `synthetic`, files of rows with a `text` and a `label`.
+    `questions:FILE`, `lm-eval:NAME`, `synthetic`, files of rows with a `text` and a `label`.
     shots: examples in the prompt of a few-shot task; 4 by default. template: how a row is written, with the names of
     its fields in braces; `"{text}\\nLabel: {label}"` by default. limit: only the first so many tested rows of a task.
     lengths: of recall tasks in tokens, such as `"512,4k"`; the context window by default. samples: of a recall task at
@@ -232,6 +232,7 @@ def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[Eva
         judged,
         tasks=suite.few_shot(loaded),
         recall=suite.recall(loaded),
+        lm_eval=suite.lm_eval(loaded),
         ablation=ablated(loaded, packed, suite.families, suite.recall_asked(loaded)) if ablate else None,
         command=_evaluate_command(model, data, options),
         versions=versions(),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longwave.evaluation.ablation import Ablation
     from longwave.evaluation.breakdown import AtContext, OfSource
     from longwave.evaluation.few_shot import FewShot
+    from longwave.evaluation.harness import HarnessScore
     from longwave.evaluation.outcome import Evaluation, Probes
     from longwave.evaluation.recall import Recall, RecallScore
 
@@ -35,7 +36,7 @@ class Evaluate(OnDevice, OfModel):
     tasks: tuple[str, ...] = option(
         "a recall task (single, multi-key, multi-value, multi-query, variables, common-words, frequent-words, or ruler "
         "for these; key-value, copy, questions:FILE), or a few-shot task: synthetic, or a file of rows with a text and "
-        "a label (may be repeated)",
+        "a label; or lm-eval:NAME (may be repeated)",
         default=(),
         metavar="TASK",
     )
@@ -72,6 +73,8 @@ def run(options: Evaluate) -> Probes:
         print("\n".join(_of_task(task)))
     for found in result.recall:
         print("\n".join(_of_recall(found)))
+    if result.lm_eval:
+        print("\n".join(["", *map(_of_lm_eval, result.lm_eval)]))
     if result.ablation is not None:
         print("\n".join(_of_ablation(result.ablation)))
     if page is not None:
@@ -166,6 +169,14 @@ def _cell(found: RecallScore) -> str:
     low, high = (round(100 * end) for end in found.interval)
     words = f"{low}-{high}" if found.samples < _FEW else f"{100 * found.accuracy:.0f}"
     return f"{shade}{words:>7}"
+
+
+def _of_lm_eval(found: HarnessScore) -> str:
+    """A figure of lm-eval; a share of few rows is told by its interval alone."""
+    span = "" if found.interval is None else f"{found.interval[0]:.4g} to {found.interval[1]:.4g}"
+    few = found.samples < _FEW and found.interval is not None
+    words = span if few else f"{found.value:.4g}{span and f' ({span})'}"
+    return f"{found.task:<24} {found.metric:<24} {words}, {counted(found.samples, 'row')}"
 
 
 def _of_ablation(found: Ablation) -> list[str]:

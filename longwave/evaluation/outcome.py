@@ -14,6 +14,7 @@ from longwave.errors import require
 from longwave.evaluation.ablation import Ablation
 from longwave.evaluation.breakdown import AtContext, ByContext, BySource, OfSource
 from longwave.evaluation.few_shot import FewShot
+from longwave.evaluation.harness import HarnessScore
 from longwave.evaluation.held_out import bits_per_byte, held_out_loss
 from longwave.evaluation.recall import Recall
 from longwave.machine import not_finite
@@ -24,13 +25,15 @@ from longwave.model import Decoder
 class Probes:
     """What a model was asked beside held-out text.
 
-    tasks: the outcome of each few-shot task. recall: that of each family of recall tasks. ablation: what each mixer
+    tasks: the outcome of each few-shot task. recall: that of each family of recall tasks. lm_eval:
+    the figures of its tasks. ablation: what each mixer
     does, if that was asked. command: the command line
     that does the same. versions: of longwave and what it runs on.
     """
 
     tasks: tuple[FewShot, ...] = ()
     recall: tuple[Recall, ...] = ()
+    lm_eval: tuple[HarnessScore, ...] = ()
     ablation: Ablation | None = None
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -18,6 +18,7 @@ from longwave.data.recall import FAMILIES, RULER, Family, read_questions
 from longwave.data.recall.questions import family_of_questions
 from longwave.errors import require, shown
 from longwave.evaluation.few_shot import SHOTS, FewShot, few_shot, named_task
+from longwave.evaluation.harness import HarnessScore, harness_scores
 from longwave.evaluation.recall import DEPTHS, SAMPLES, Recall, RecallAsked, default_lengths, recall
 from longwave.evaluation.synthetic import NAME as SYNTHETIC
 from longwave.evaluation.tasks import Task
@@ -82,6 +83,10 @@ class Suite:
         """The outcome of each family of recall tasks."""
         asked = self.recall_asked(model)
         return tuple(recall(model, family, asked) for family in self.families)
+
+    def lm_eval(self, model: Decoder) -> tuple[HarnessScore, ...]:
+        """The figures of each task of lm-eval."""
+        return harness_scores(model, self.harness, self.asked.limit)
 
     def recall_asked(self, model: Decoder) -> RecallAsked:
         """What is asked of every family of recall tasks."""
