@@ -27,7 +27,7 @@ from longwave.errors import require, shown, within
 from longwave.evaluation.ablation import ablate as ablated
 from longwave.evaluation.outcome import Evaluation, Probes, held_out_windows
 from longwave.evaluation.outcome import evaluate as judge
-from longwave.evaluation.suite import Asked, Lengths, suite_of
+from longwave.evaluation.suite import Asked, Lengths, sizes_of, suite_of
 from longwave.machine import dtype_of, versions
 from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
@@ -185,8 +185,8 @@ class EvaluateOptions(TypedDict, total=False):
     its fields in braces; `"{text}\\nLabel: {label}"` by default. limit: only the first so many tested rows of a task.
     lengths: of recall tasks in tokens, such as `"512,4k"`; the context window by default. samples: of a recall task at
     each length; 100 by default. depths: at how many depths needles lie; 5 by default. seed: of examples and samples.
-    window: tokens of a held-out window; the context window by default. ablate: whether each mixer is taken away in
-    turn. device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
+    window: tokens of a held-out window, or several such as `"256,1k"`; the context window by default. ablate: whether
+    each mixer is taken away in turn. device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
     """
 
     tasks: Names
@@ -197,7 +197,7 @@ class EvaluateOptions(TypedDict, total=False):
     samples: int | None
     depths: int | None
     seed: int | None
-    window: int | None
+    window: Lengths | None
     ablate: bool
     device: str
 
@@ -221,13 +221,14 @@ def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[Eva
     of_tasks: dict[str, Any] = {name: options.get(name) for name in Asked.__dataclass_fields__}
     suite = suite_of(names, Asked(**of_tasks))  # all tasks are read before a model is loaded
     require(window is None or data is not None, f"window = {window}: has no effect without prepared data")
+    windows = () if window is None else sizes_of(window)
     ablate, nothing = options.get("ablate", False), suite.is_empty and data is None
     require(not nothing, "nothing to evaluate: give prepared data, or a task such as synthetic or single")
     if isinstance(model, Decoder):
         require(device == "auto", f"device = {device}: no effect on a model that is loaded; leave it out")
     loaded = model if isinstance(model, Decoder) else load(model, device=device)
-    judged = Probes() if data is None else judge(loaded, data, window)
-    packed = None if data is None else held_out_windows(loaded, data, window)
+    judged = Probes() if data is None else judge(loaded, data, windows)
+    packed = None if data is None else held_out_windows(loaded, data, windows)
     return replace(
         judged,
         tasks=suite.few_shot(loaded),
@@ -246,7 +247,7 @@ def _evaluate_command(model: Model, data: str | Path | None, options: Mapping[st
     for name in EvaluateOptions.__annotations__:
         value = options.get(name)
         several = [value] if isinstance(value, str | Path) or not isinstance(value, Sequence) else list(value)
-        if name == "lengths" and value is not None:
+        if name in ("lengths", "window") and value is not None:
             several = [",".join(map(str, several))]
         usual = value in (None, False) or (name, value) == ("device", "auto")
         words += ["--ablate"] if value is True else [] if usual else [f"--{name}={one}" for one in several]

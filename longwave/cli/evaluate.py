@@ -47,7 +47,7 @@ class Evaluate(OnDevice, OfModel):
     samples: int | None = option("of a recall task at each length (100)")
     depths: int | None = option("at how many depths of the text needles lie (5)")
     seed: int | None = option("of the examples in the prompt, and of recall tasks (0)")
-    window: int | None = option("tokens of a held-out window (the model's context window)")
+    window: str | None = option("tokens of a held-out window, or of several (the context window)", metavar="N,...")
     page: str | None = option("a page to write, with maps of recall by length and depth", metavar="FILE")
     ablate: bool = option("take each mixer away in turn, and show what loss and recall become", default=False)
 
@@ -86,6 +86,8 @@ def run(options: Evaluate) -> Probes:
 def _show_held_out(result: Evaluation) -> None:
     for name in _FIGURES:
         print(f"{name:<16} {_words(getattr(result, name))}")
+    if result.by_window:
+        print("\n".join(_table("window", [(f"{one.window:,}", one.tokens, one.loss) for one in result.by_window])))
     print("\n".join(_by_context(result.by_context)))
     if len(result.by_source) > 1:
         print("\n".join(_by_source(result.by_source)))

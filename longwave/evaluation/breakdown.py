@@ -41,6 +41,20 @@ class AtContext:
 
 
 @dataclass(frozen=True)
+class AtWindow:
+    """The loss in windows of so many tokens: the same text, cut to another context length."""
+
+    window: int
+    tokens: int
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where no number of double precision is as large."""
+        return perplexity_of(self.loss)
+
+
+@dataclass(frozen=True)
 class OfSource:
     """The mean loss, in nats, on documents of one source. tokens: number of predictions."""
 

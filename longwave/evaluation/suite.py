@@ -91,11 +91,16 @@ class Suite:
     def recall_asked(self, model: Decoder) -> RecallAsked:
         """What is asked of every family of recall tasks."""
         asked = self.asked
-        given = [asked.lengths] if isinstance(asked.lengths, int | str) else asked.lengths or ()
-        lengths = tuple(size for one in given for size in parse_sizes(str(one))) or default_lengths(model)
+        lengths = default_lengths(model) if asked.lengths is None else sizes_of(asked.lengths)
         samples = SAMPLES if asked.samples is None else asked.samples
         depths = min(DEPTHS, samples) if asked.depths is None else asked.depths
         return RecallAsked(lengths, samples, depths, asked.seed or 0)
+
+
+def sizes_of(given: Lengths) -> tuple[int, ...]:
+    """Numbers of tokens from what people write: `512`, `"512,4k"`, or a list of them."""
+    several = [given] if isinstance(given, int | str) else given
+    return tuple(size for one in several for size in parse_sizes(str(one)))
 
 
 def suite_of(names: Sequence[str | Path], asked: Asked) -> Suite:

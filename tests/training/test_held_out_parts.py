@@ -18,6 +18,7 @@ from longwave.data.documents import Document
 from longwave.data.packed import PackedTokens
 from longwave.data.prepared import META_FILE, SOURCES_FILE, PreparedInfo
 from longwave.data.shards import prepare
+from longwave.data.tokenizer import Tokenizer
 from longwave.streams import Stream
 
 TEXTS = {"wiki": ["12 34 567\n" * 9, "8\n"], "code": ["abc(de): f\n" * 5], "": ["xyz xyz\n" * 7]}
@@ -130,6 +131,24 @@ def test_folders_from_before_sources_were_kept_are_read(model: lw.Decoder, data:
     found, now = lw.evaluate(model, tmp_path / "old"), lw.evaluate(model, data)
     assert found.by_source == ()
     assert (found.loss, found.by_context) == (now.loss, now.by_context)
+
+
+def test_windows_of_several_sizes_are_told_apart(longwave, refuses, model: lw.Decoder, data: Path, tmp_path: Path):
+    """Each as it is alone; everything else is of the longest."""
+    found = lw.evaluate(model, data, window="16,48,24")
+    alone = {size: lw.evaluate(model, data, window=size) for size in (16, 24, 48)}
+    assert [(one.window, one.tokens, one.loss) for one in found.by_window] == [
+        (size, one.tokens, one.loss) for size, one in alone.items()
+    ]
+    assert (found.loss, found.by_context) == (alone[48].loss, alone[48].by_context)
+    assert alone[48].by_window == ()
+    assert found.by_window[0].loss != found.loss
+    model.tokenizer = Tokenizer.load(data)
+    lw.save(model, tmp_path / "model")
+    shown = longwave("eval", tmp_path / "model", data, "--window", "16,48")
+    assert "window" in shown.out
+    assert "perplexity" in shown.out
+    refuses("eval", tmp_path / "model", data, "--window", "x", says=["'x' is no number of tokens"])
 
 
 def test_tables_are_printed_and_in_json(longwave, tmp_path: Path):
