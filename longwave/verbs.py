@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,10 +29,11 @@ from longwave.evaluation.ablation import ablate as ablated
 from longwave.evaluation.outcome import Evaluation, Probes, held_out_windows
 from longwave.evaluation.outcome import evaluate as judge
 from longwave.evaluation.suite import Asked, Lengths, sizes_of, suite_of
-from longwave.machine import dtype_of, versions
+from longwave.machine import dtype_of, facts, versions
 from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
 from longwave.progress import TrainingProgress, say
+from longwave.reports.recall import page_to_write, write_evaluation
 from longwave.training.loop import Trainer, TrainingResult
 from longwave.training.recipe import read_recipe
 from longwave.units import parse_sizes
@@ -186,7 +188,8 @@ class EvaluateOptions(TypedDict, total=False):
     lengths: of recall tasks in tokens, such as `"512,4k"`; the context window by default. samples: of a recall task at
     each length; 100 by default. depths: at how many depths needles lie; 5 by default. seed: of examples and samples.
     window: tokens of a held-out window, or several such as `"256,1k"`; the context window by default. ablate: whether
-    each mixer is taken away in turn. device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
+    each mixer is taken away in turn. page: a file to write, with maps of recall.
+    device: `cpu`, `cuda`, `cuda:N`, or `auto` for a GPU where there is one.
     """
 
     tasks: Names
@@ -199,6 +202,7 @@ class EvaluateOptions(TypedDict, total=False):
     seed: int | None
     window: Lengths | None
     ablate: bool
+    page: str | Path | None
     device: str
 
 
@@ -206,7 +210,23 @@ class EvaluateOptions(TypedDict, total=False):
 def evaluate(model: Model, data: str | Path, **options: Unpack[EvaluateOptions]) -> Evaluation: ...
 @overload
 def evaluate(model: Model, data: None = None, **options: Unpack[EvaluateOptions]) -> Probes: ...
-def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[EvaluateOptions]) -> Probes:
+def evaluate(
+    model: Model,
+    data: str | Path | None = None,
+    *,
+    tasks: Names = (),
+    shots: int | None = None,
+    template: str | None = None,
+    limit: int | None = None,
+    lengths: Lengths | None = None,
+    samples: int | None = None,
+    depths: int | None = None,
+    seed: int | None = None,
+    window: Lengths | None = None,
+    ablate: bool = False,
+    page: str | Path | None = None,
+    device: str = "auto",
+) -> Probes:
     """How well a model predicts the held-out split of prepared data, and solves tasks, as it runs in use.
 
     model: a folder, a hub id, or a model that is loaded, which stays on the device where it is. data: prepared with the
@@ -214,22 +234,22 @@ def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[Eva
     Raises UserError for data of another tokenizer, a task that cannot be read or asked of this model, and an option
     without effect; MachineError for a loss that is not finite.
     """
-    window, device, tasks = options.get("window"), options.get("device", "auto"), options.get("tasks", ())
-    names = [tasks] if isinstance(tasks, str | Path) else list(tasks)
-    unknown = sorted(set(options) - set(EvaluateOptions.__annotations__))
-    require(not unknown, f"{', '.join(unknown)}: no option; known: {', '.join(EvaluateOptions.__annotations__)}")
-    of_tasks: dict[str, Any] = {name: options.get(name) for name in Asked.__dataclass_fields__}
-    suite = suite_of(names, Asked(**of_tasks))  # all tasks are read before a model is loaded
+    asked = Asked(shots, template, limit, lengths, samples, depths, seed)
+    options = dataclasses.asdict(asked) | {"tasks": tasks, "window": window, "ablate": ablate, "device": device}
+    suite = suite_of([tasks] if isinstance(tasks, str | Path) else list(tasks), asked)  # read before a model is loaded
     require(window is None or data is not None, f"window = {window}: has no effect without prepared data")
-    windows = () if window is None else sizes_of(window)
-    ablate, nothing = options.get("ablate", False), suite.is_empty and data is None
+    nothing = suite.is_empty and data is None
     require(not nothing, "nothing to evaluate: give prepared data, or a task such as synthetic or single")
+    probed = data is not None or bool(suite.families)
+    require(probed or not ablate, "ablate: give prepared data or a recall task, to see what a mixer does")
     if isinstance(model, Decoder):
         require(device == "auto", f"device = {device}: no effect on a model that is loaded; leave it out")
+    windows = () if window is None else sizes_of(window, "window")
+    place = None if page is None else page_to_write(page)
     loaded = model if isinstance(model, Decoder) else load(model, device=device)
     judged = Probes() if data is None else judge(loaded, data, windows)
     packed = None if data is None else held_out_windows(loaded, data, windows)
-    return replace(
+    found = replace(
         judged,
         tasks=suite.few_shot(loaded),
         recall=suite.recall(loaded),
@@ -238,6 +258,9 @@ def evaluate(model: Model, data: str | Path | None = None, **options: Unpack[Eva
         command=_evaluate_command(model, data, options),
         versions=versions(),
     )
+    if place is not None:
+        write_evaluation(found, place, "the model" if isinstance(model, Decoder) else str(model), facts())
+    return found
 
 
 def _evaluate_command(model: Model, data: str | Path | None, options: Mapping[str, Any]) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longwave.cli.options import OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
-from longwave.errors import require
 from longwave.intervals import Interval, wilson
 from longwave.units import counted
 
@@ -54,16 +52,10 @@ class Evaluate(OnDevice, OfModel):
 
 def run(options: Evaluate) -> Probes:
     """Evaluates, and prints one figure a line, then tables."""
-    from longwave import machine
     from longwave.evaluation.outcome import Evaluation
-    from longwave.reports.recall import write_evaluation
     from longwave.verbs import evaluate
 
-    keywords, page = options.keywords(), None if options.page is None else Path(options.page)
-    del keywords["page"]
-    if page is not None:
-        require(page.parent.is_dir(), f"--page {page}: there is no folder {page.parent}")
-        require(not page.is_dir(), f"--page {page}: a folder; give the name of a page, such as {page}/eval.html")
+    keywords = options.keywords()
     if options.template is not None:  # a shell gives a line end as a backslash and an n
         keywords["template"] = options.template.replace("\\n", "\n")
     result = evaluate(**keywords)
@@ -77,9 +69,8 @@ def run(options: Evaluate) -> Probes:
         print("\n".join(["", *map(_of_lm_eval, result.lm_eval)]))
     if result.ablation is not None:
         print("\n".join(_of_ablation(result.ablation)))
-    if page is not None:
-        write_evaluation(result, page, options.model, machine.facts())
-        print(f"\n{page}: open it in a browser")
+    if options.page is not None:
+        print(f"\n{options.page}: open it in a browser")
     return result
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from longwave.data.packed import NO_TARGET, Batch, PackedTokens
 from longwave.data.recall import Family, Sample
-from longwave.errors import require
 from longwave.evaluation.held_out import held_out_loss
 from longwave.evaluation.recall import RecallAsked, said, scored, sets_of
 from longwave.intervals import Interval, mean_interval
@@ -77,8 +76,7 @@ class Ablation:
 
 
 def ablate(model: Decoder, data: PackedTokens | None, families: Sequence[Family], asked: RecallAsked) -> Ablation:
-    """Measures the whole model, then each mixer's absence. Raises UserError without data and families."""
-    require(data is not None or bool(families), "ablate: give prepared data or a recall task to see what a mixer does")
+    """Measures the whole model, then each mixer's absence, by the loss on data and the recall of families."""
     probe = _Probe(model, data, [(family.name, sets_of(model, family, asked)) for family in families])
     losses, hits = probe.measured()
     found = list[Ablated]()

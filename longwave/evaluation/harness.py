@@ -48,13 +48,12 @@ def harness_scores(model: Decoder, names: Sequence[str], limit: int | None = Non
         from longwave.evaluation.harness_model import HarnessModel
     except ImportError as error:
         raise UserError(f"lm-eval: not installed ({brief(error)}): pip install 'longwave[eval]'") from None
-    folders = [str(Path(name).parent) for name in names if _is_file(name)]
+    folders: list[str | Path] = [Path(name).parent for name in names if _is_file(name)]
     asked = [_task_in(Path(name)) if _is_file(name) else name for name in names]
-    options: dict[str, Any] = {"limit": limit, "bootstrap_iters": 1000, "log_samples": False}
+    options: dict[str, Any] = {"tasks": asked, "limit": limit, "bootstrap_iters": 1000, "log_samples": False}
     try:
-        manager = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
-        wrapped = HarnessModel(model, model.tokenizer)
-        found = simple_evaluate(wrapped, tasks=list(asked), task_manager=manager, **options)
+        options["task_manager"] = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
+        found = simple_evaluate(HarnessModel(model, model.tokenizer), **options)
     except (UserError, MachineError):
         raise
     except Exception as error:  # of any kind: tasks are code and data of others

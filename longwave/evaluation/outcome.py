@@ -35,8 +35,8 @@ class Probes:
     recall: tuple[Recall, ...] = ()
     lm_eval: tuple[HarnessScore, ...] = ()
     ablation: Ablation | None = None
-    command: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    command: str = field(default="", compare=False)
+    versions: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from longwave.data.recall import FAMILIES, RULER, Family, read_questions
 from longwave.data.recall.questions import family_of_questions
-from longwave.errors import require, shown
+from longwave.errors import require, shown, within
 from longwave.evaluation.few_shot import SHOTS, FewShot, few_shot, named_task
 from longwave.evaluation.harness import HarnessScore, harness_scores
 from longwave.evaluation.recall import DEPTHS, SAMPLES, Recall, RecallAsked, default_lengths, recall
@@ -91,16 +91,17 @@ class Suite:
     def recall_asked(self, model: Decoder) -> RecallAsked:
         """What is asked of every family of recall tasks."""
         asked = self.asked
-        lengths = default_lengths(model) if asked.lengths is None else sizes_of(asked.lengths)
+        lengths = default_lengths(model) if asked.lengths is None else sizes_of(asked.lengths, "lengths")
         samples = SAMPLES if asked.samples is None else asked.samples
         depths = min(DEPTHS, samples) if asked.depths is None else asked.depths
         return RecallAsked(lengths, samples, depths, asked.seed or 0)
 
 
-def sizes_of(given: Lengths) -> tuple[int, ...]:
-    """Numbers of tokens from what people write: `512`, `"512,4k"`, or a list of them."""
+def sizes_of(given: Lengths, field: str) -> tuple[int, ...]:
+    """Numbers of tokens from what people write: `512`, `"512,4k"`, or a list of them. field: named in errors."""
     several = [given] if isinstance(given, int | str) else given
-    return tuple(size for one in several for size in parse_sizes(str(one)))
+    with within(f"{field} = {','.join(map(str, several))}"):
+        return tuple(size for one in several for size in parse_sizes(str(one)))
 
 
 def suite_of(names: Sequence[str | Path], asked: Asked) -> Suite:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longwave import files
+from longwave.errors import require
 from longwave.evaluation.ablation import Ablated, Ablation, Turned
 from longwave.evaluation.few_shot import FewShot
 from longwave.evaluation.outcome import Evaluation, Probes
@@ -22,6 +23,14 @@ from longwave.units import counted
 
 _PAGE = Kind("recall")
 _FEW = 100
+
+
+def page_to_write(path: str | Path) -> Path:
+    """The path of a page. Raises UserError for a folder, and for one in a folder that is not there."""
+    page = Path(path)
+    require(page.parent.is_dir(), f"page = {page}: there is no folder {page.parent}")
+    require(not page.is_dir(), f"page = {page}: a folder; give the name of a page, such as {page}/eval.html")
+    return page
 
 
 def write_evaluation(found: Probes, path: Path, model: str, machine: dict[str, str]) -> None:

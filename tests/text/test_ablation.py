@@ -105,7 +105,8 @@ def test_from_the_command_line(longwave, refuses, tmp_path: Path):
     assert "the whole model answers too little right" in blind.out
     words = ["--tasks", "synthetic", "--ablate"]
     refuses("eval", tmp_path / "model", *words, says=["ablate: give prepared data or a recall"])
-    refuses(
-        "eval", tmp_path / "model", *asked, "--page", tmp_path, says=["--page", "a folder; give the name of a page"]
-    )
-    refuses("eval", tmp_path / "model", *asked, "--page", tmp_path / "no/p.html", says=["there is no folder"])
+    for place, says in (
+        (tmp_path, "a folder; give the name of a page"),
+        (tmp_path / "no/p.html", "there is no folder"),
+    ):
+        refuses("eval", tmp_path / "model", *asked, "--page", place, says=[f"page = {place}: {says}"])

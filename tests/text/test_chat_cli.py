@@ -146,7 +146,7 @@ def test_conversations_too_long_for_a_window_are_told_of(longwave, tuned: Path, 
         "train", tuned / "chat.toml", "training.steps=1", "training.window=40", "schedule.warmup_steps=0", *output
     )
     assert result.code == 0
-    assert "conversations longer than a window of 40 tokens: the end is lost" in result.err
+    assert "documents longer than a window of 40 tokens: the end is lost" in result.err
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

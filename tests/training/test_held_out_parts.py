@@ -148,7 +148,7 @@ def test_windows_of_several_sizes_are_told_apart(longwave, refuses, model: lw.De
     shown = longwave("eval", tmp_path / "model", data, "--window", "16,48")
     assert "window" in shown.out
     assert "perplexity" in shown.out
-    refuses("eval", tmp_path / "model", data, "--window", "x", says=["'x' is no number of tokens"])
+    refuses("eval", tmp_path / "model", data, "--window", "x", says=["window = x: 'x' is no number of tokens"])
 
 
 def test_tables_are_printed_and_in_json(longwave, tmp_path: Path):
