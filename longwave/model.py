@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         hidden = embedded
         if self.config.scales.embedding != 1:
             hidden = hidden * self.config.scales.embedding
-        hidden = self.stack(hidden, stream.carrying(**self._cosines_and_sines(stream)), state)
+        hidden = self.stack(hidden, stream.carrying(**self.passengers(stream)), state)
         if state is not None:
             state.advance(stream)
         return self.norm(hidden if stream.outputs is None else hidden.index_select(0, stream.outputs))
@@ -341,8 +341,8 @@ class Decoder(nn.Module):
             f"{name} from {lowest} to {highest}: the model's vocabulary has 0 to {self.config.vocab_size - 1}"
         )
 
-    def _cosines_and_sines(self, stream: Stream) -> dict[str, Tensor]:
-        """The angles by which parts will turn heads, once for all of them."""
+    def passengers(self, stream: Stream) -> dict[str, Tensor]:
+        """Tensors that a stream carries to this model's parts: the angles by which they turn heads, once for all."""
         dtype, carried = self._activation_dtype(), dict[str, Tensor]()
         for rotation in self._rotations:
             carried |= rotation.passengers(self.config, stream.positions, dtype)

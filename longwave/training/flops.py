@@ -35,10 +35,10 @@ class StepFlops:
     def total(self) -> int:
         """All FLOPs so far. Reads the lengths of runs that the host does not know yet, so ask when a step is over."""
         lengths = {level: Counter(n for one in runs for n in one.lengths) for level, runs in self._runs.items()}
-        of_parts = sum(_trained(part, lengths.get(part.site.level, Counter())) for part in self._model.parts)
+        of_parts = sum(trained_flops(part, lengths.get(part.site.level, Counter())) for part in self._model.parts)
         return of_parts + 3 * self._rows * self._model.head_flops()
 
 
-def _trained(part: Part, lengths: Counter[int]) -> int:
+def trained_flops(part: Part, lengths: Counter[int]) -> int:
     """Forward and backward of a part over runs of these lengths: a product's backward pass takes two like it."""
     return sum(many * (3 * part.prefill_flops(n) - 2 * part.unlearned_flops(n)) for n, many in lengths.items() if n)

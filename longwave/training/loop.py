@@ -197,9 +197,7 @@ class Run(Generic[AnyObjective]):
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             with self._computing():
-                part = step.loss(batch) / targets
-            part.backward()
-            loss += part.detach()
+                loss += step.backward(batch, targets)
         scale = self.recipe.schedule.scale(self.position, self.tokens, self.recipe.steps)
         report = self.optimizer.step(scale)
         self.optimizer.zero_grad()

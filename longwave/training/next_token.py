@@ -25,6 +25,7 @@ from longwave.streams import Stream
 from longwave.training.data import TrainingData
 from longwave.training.divergence import require_finite, weights_of
 from longwave.training.flops import StepFlops
+from longwave.training.objective import plain_backward
 from longwave.training.recipe import Recipe, require_start
 
 HELD_OUT = "held_out_loss"  # in the metrics; that of one folder among several is `held_out_loss/NAME`
@@ -54,13 +55,14 @@ class _Step:
         self._model, self._logged = model, logged
         self._flops, self._levels = StepFlops(model), _LevelFigures()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The summed cross-entropy of the next tokens of a batch, in nats."""
+    def backward(self, batch: Batch, targets: int) -> Tensor:
+        """The cross-entropy of the next tokens of a batch, in nats, as its share of the step's mean."""
         tokens, following, stream = batch.inputs(self._model.embed.weight.device)
         self._flops.began(stream)
         levels = self._model.watching(self._levels) if self._logged else nullcontext()
         with self._model.watching(self._flops), levels:
-            return self._model.loss(tokens, following, stream)
+            loss = self._model.loss(tokens, following, stream) / targets
+        return plain_backward(loss)
 
     @property
     def flops(self) -> int:

@@ -1,7 +1,8 @@
 """An objective: all of a run that depends on what is learned. The rest of a run is the same for all (`training.loop`).
 
 - It owns its modules: those that are trained, and frozen ones beside them, such as a teacher.
-- It gives a loss summed over its targets, so that a step's cut into micro-batches changes nothing.
+- It runs forward and backward over a micro-batch, towards a loss that is summed over targets, so that a step's cut into
+  micro-batches changes nothing. How it does that is its own affair: layer by layer, for example.
 - It writes what a checkpoint holds of it and begins from there; the optimizer's state and the progress are the run's.
 
 A new objective is a class of this protocol, made by a function of its recipe, its data and the checkpoint to go on from
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from longwave.data.packed import Batch
@@ -25,8 +27,12 @@ from longwave.training.recipe import Recipe
 class StepLoss(Protocol):
     """The losses of one optimizer step, and the figures that come with them."""
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, summed over its targets: a scalar from which `backward` can run."""
+    def backward(self, batch: Batch, targets: int) -> Tensor:
+        """Adds the gradient of a micro-batch's loss to every trained parameter, and returns that loss, detached.
+
+        The loss is summed over the micro-batch's targets and divided by `targets`, those of the whole step. The forward
+        pass is made in the precision of the run, in which this is called; see `plain_backward` for the way back.
+        """
         ...
 
     @property
@@ -38,6 +44,13 @@ class StepLoss(Protocol):
     def figures(self) -> Mapping[str, Any]:
         """Numbers, or lists of numbers, for the step's entry in the metrics."""
         ...
+
+
+def plain_backward(loss: Tensor) -> Tensor:
+    """Runs the backward pass from a loss, outside of autocast as torch advises, and returns the loss, detached."""
+    with torch.autocast(loss.device.type, enabled=False):
+        loss.backward()
+    return loss.detach()
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from longwave.model import Decoder
 from longwave.training.data import TrainingData
 from longwave.training.loop import Interrupted, Run
 from longwave.training.metrics import Observer
+from longwave.training.objective import plain_backward
 from longwave.training.recipe import Recipe
 
 every_optimizer = pytest.mark.parametrize("optimizer", runs.OPTIMIZERS)
@@ -84,11 +85,11 @@ class _Step:
     def __init__(self, objective: Imitation) -> None:
         self.objective, self.flops, self.errors = objective, 0, torch.zeros(2)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def backward(self, batch: Batch, targets: int) -> Tensor:
         errors = self.objective.errors(batch)
         self.flops += FLOPS * batch.tokens.numel()
         self.errors += errors.detach() / self.objective.targets(batch)
-        return errors.sum()
+        return plain_backward(errors.sum() / targets)
 
     @property
     def figures(self) -> dict[str, list[float]]:
