@@ -35,7 +35,7 @@ def page_to_write(path: str | Path) -> Path:
 
 def write_evaluation(found: Probes, path: Path, model: str, machine: dict[str, str]) -> None:
     """Writes the page to `path`; a reader sees the old page or the whole new one."""
-    title = f"What {Path(model).name or model} finds in long texts" if found.recall else f"How {model} does"
+    title = f"What {model} finds in long texts" if found.recall else f"How {model} does"
     files.write_file(path, _PAGE.render(title, _payload(found, title, model, machine)).encode())
 
 

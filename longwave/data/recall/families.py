@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from longwave.data.recall.words import ADJECTIVES, NOUNS, Draws, Names, Order, sentence
+from longwave import draws
+from longwave.data.recall.words import ADJECTIVES, NOUNS, Draws, Names, sentence
 from longwave.errors import UserError, shown
 
 SHORT_TEXT = 800  # tokens; up to here keys have one word and chains of variables two steps, as short texts need
@@ -19,6 +20,7 @@ _KEYS, _VALUES, _QUERIES = 4, 4, 4  # RULER's numbers of needles
 _COPIED = 8  # words
 _COMMON, _TIMES = 5, 8  # words, and how often each stands in the list
 _BLOCK = (0, 0, 0, 0, 1, 1, 1, 2, 2, 3)  # of ten words: the most frequent, the next two, and one of the others
+_STEPS = (1, 3, 7, 9)  # through a block, each of which meets every word of it
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -194,7 +196,8 @@ def _frequent(drawn: Draws, length: int, depth: float | None) -> Plan:
 
     def line(number: int) -> str:
         block, place = divmod(number, len(_BLOCK))
-        kind = _BLOCK[Order(len(_BLOCK), Draws(key, block).key)[place]]
+        first, step = divmod(draws.key(key, block), len(_STEPS))
+        kind = _BLOCK[(first + place * _STEPS[step]) % len(_BLOCK)]
         return order[block] if kind == len(words) else words[kind]
 
     question = "\nWhich 3 words come most often in this list? The words are"
