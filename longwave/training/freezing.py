@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from torch import Tensor, nn
 
 from longwave.errors import require, shown
 from longwave.units import short
 
-_COMPARED = 100  # letters of a pattern that are compared with names, to find the nearest
+_PATTERNS, _LETTERS = 100, 200  # that a recipe may have, so that looking for names takes no time
 
 
 def frozen_names(patterns: Sequence[str], names: Collection[str]) -> set[str]:
@@ -19,10 +20,13 @@ def frozen_names(patterns: Sequence[str], names: Collection[str]) -> set[str]:
 
     A pattern, in which `*` stands for any letters, matches a name, or the beginning of one up to a dot: `embed` and
     `blocks.*.mixer` do. After `!` it exempts what earlier patterns froze. Raises UserError for a pattern that matches
-    none of the names, and if nothing is left to be trained.
+    none of the names, if nothing is left to be trained, and for more than anybody would write.
     """
+    require(len(patterns) <= _PATTERNS, f"training.freeze: {len(patterns):,} patterns; at most {_PATTERNS}")
     frozen = set[str]()
     for pattern in patterns:
+        fits = len(pattern) <= _LETTERS
+        require(fits, f"training.freeze = {shown(pattern)}: {len(pattern):,} letters; at most {_LETTERS}")
         found = _matches(pattern.removeprefix("!"), names)
         require(bool(found), f"training.freeze = {shown(pattern)}: matches no parameter{_nearest(pattern, names)}")
         frozen = frozen - found if pattern.startswith("!") else frozen | found
@@ -52,9 +56,10 @@ def parameters_of(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def _matches(pattern: str, names: Iterable[str]) -> set[str]:
-    return {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+    matches = re.compile(f"{translate(pattern)}|{translate(f'{pattern}.*')}").match
+    return {name for name in names if matches(name)}
 
 
 def _nearest(pattern: str, names: Collection[str]) -> str:
-    nearest = get_close_matches(pattern[:_COMPARED], names, 1, cutoff=0.0)
+    nearest = get_close_matches(pattern, names, 1, cutoff=0.0)
     return "".join(f"; the nearest is {name}" for name in nearest)

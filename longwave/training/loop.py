@@ -24,7 +24,7 @@ from longwave import files
 from longwave.checkpoints.weights import WeightFiles, write
 from longwave.errors import MachineError, require
 from longwave.files.jsonfile import finite
-from longwave.machine import device_of
+from longwave.machine import device_of, fast_bf16
 from longwave.model import Decoder
 from longwave.training import checkpoints
 from longwave.training.clock import Clock, Seconds, read_seconds
@@ -101,7 +101,10 @@ class Run(Generic[AnyObjective]):
 
     def notes(self) -> list[str]:
         """Lines for people: what is frozen, what the data are, and settings that do less than they seem to."""
-        return [*freeze_notes(self.objective.weights(), self.recipe.training.freeze), *self.data.notes()]
+        frozen = freeze_notes(self.objective.weights(), self.recipe.training.freeze)
+        slow = self.recipe.optimizer.kind == "muon" and self.device.type == "cpu" and not fast_bf16()
+        told = ["optimizer.kind = muon: computes in bf16, which is slow on this CPU; adamw is many times faster here"]
+        return [*(told if slow else ()), *frozen, *self.data.notes()]
 
     def complete(self) -> None:
         """Trains to the last step and writes `model/`.

@@ -28,7 +28,7 @@ from longwave.training.schedules import Eden, ScheduleConfig
 
 Overrides = Mapping[str, Any] | Sequence[str]
 _LARGEST, _DEEPEST = 1 << 20, 16  # bytes of a recipe file, and tables within tables
-_PATTERNS, _FOLDERS = 1000, 100  # that a recipe may name
+_FOLDERS = 100  # that a mix may have
 _TOO_DEEP = f"tables nested deeper than {_DEEPEST}; no recipe has such a key"
 
 
@@ -122,7 +122,6 @@ class TrainingConfig(Strict):
         for name in ("steps", "flops", "window", "batch_windows", "log_every", "keep", "max_skipped"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"training.{name} = {value}: 1 or more")
-        require(len(self.freeze) <= _PATTERNS, f"training.freeze: {len(self.freeze):,} patterns; at most {_PATTERNS:,}")
         for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
         micro = self.micro_windows

@@ -169,8 +169,10 @@ def test_a_mix_of_one_folder_is_that_folder_to_the_bit(tmp_path: Path, name: str
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("observer", [StopAt(3), CrashAt(5)], ids=["stopped", "crashed"])
-@pytest.mark.parametrize(("model", "optimizer"), [("llama", "muon"), ("published", "scaled_adam"), ("causal", "adamw")])
+@pytest.mark.parametrize(
+    ("model", "optimizer", "observer"),
+    [("llama", "muon", StopAt(3)), ("published", "scaled_adam", CrashAt(5)), ("causal", "adamw", CrashAt(3))],
+)
 def test_a_run_over_a_mix_resumes_to_the_bit(tmp_path: Path, model: str, optimizer: str, observer: StopAt):
     recipe = mixed(THREE, model, optimizer, checkpoint_every=2)
     straight = trained(recipe, tmp_path / "straight")

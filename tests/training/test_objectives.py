@@ -114,8 +114,9 @@ def contents(run: Run[Imitation]) -> dict[str, Tensor]:
     }
 
 
-@every_optimizer
-@pytest.mark.parametrize("observer", [StopAt(3), CrashAt(5)], ids=["stopped", "crashed"])
+@pytest.mark.parametrize(
+    ("optimizer", "observer"), [("adamw", StopAt(3)), ("muon", CrashAt(5)), ("scaled_adam", CrashAt(3))]
+)
 def test_any_objective_resumes_to_the_bit(tmp_path: Path, optimizer: str, observer: Observer):
     one = recipe(optimizer, checkpoint_every=2)
     straight = imitated(one, tmp_path / "straight")
@@ -173,3 +174,11 @@ def test_a_checkpoint_of_another_recipe_is_refused_for_any_objective(tmp_path: P
     imitated(recipe(steps=3), tmp_path)
     with pytest.raises(UserError, match=r"training.steps = 3 there, 4 here"):
         Run(recipe(steps=4), tmp_path, Imitation)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("optimizer", runs.OPTIMIZERS)
+def test_muon_is_told_to_be_slow_where_bf16_is(tmp_path: Path, monkeypatch: Any, optimizer: str, fast: bool):
+    monkeypatch.setattr("longwave.training.loop.fast_bf16", lambda: fast)
+    notes = Run(recipe(optimizer), tmp_path, Imitation).notes()
+    assert any("bf16, which is slow on this CPU" in note for note in notes) == (optimizer == "muon" and not fast)
