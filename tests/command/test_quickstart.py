@@ -194,3 +194,12 @@ def test_quickstart_refuses(refuses, compared: Path, tmp_path: Path):
         *other,
         says=["a finished run of another comparison", "training.seed = 0 there"],
     )
+
+
+@pytest.mark.parametrize(("fast", "precision", "optimizer"), [(True, "bf16", "muon"), (False, "fp32", "adamw")])
+def test_a_machine_without_bf16_in_hardware_trains_without_it(monkeypatch, fast: bool, precision: str, optimizer: str):
+    monkeypatch.setattr("longwave.machine.fast_bf16", lambda: fast)
+    for name in NAMES:
+        recipe = quick_module._recipe(name, Path("data"), ())
+        assert (recipe.training.precision, recipe.optimizer.kind) == (precision, optimizer)
+    assert quick_module._recipe("llama", Path("data"), ["optimizer.kind=scaled_adam"]).optimizer.kind == "scaled_adam"
