@@ -21,7 +21,7 @@ from longwave.data.recall.scoring import found_in, stands_in
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
 
-LENGTHS = (512, 513, 517, 777, 1031)
+LENGTHS = (512, 513, 777, 1031)
 DEPTHS = (0.0, 0.25, 0.5, 0.9, 1.0)
 
 
@@ -35,11 +35,10 @@ def small() -> Tokenizer:
     return TOKENIZERS["byte-level, 300 entries"]()
 
 
-def samples(tokenizer: Tokenizer, name: str, seeds: int = 2) -> list[Sample]:
+def samples(tokenizer: Tokenizer, name: str) -> list[Sample]:
+    """Samples of several keys, lengths, and depths where there are any."""
     family, depths = FAMILIES[name], DEPTHS if FAMILIES[name].has_depth else (None,)
-    keys = [
-        (length, depths[number % len(depths)], number) for number in range(seeds * len(depths)) for length in LENGTHS
-    ]
+    keys = [(length, depths[number % len(depths)], number) for number in range(len(DEPTHS)) for length in LENGTHS]
     return [sample(family, tokenizer, length, depth, number) for length, depth, number in keys]
 
 
@@ -79,7 +78,7 @@ VALUES = {"key-value": r": (\w+)\n", "multi-key": r"(\d+)"}
 
 @pytest.mark.parametrize("name", VALUES)
 def test_chance_is_what_taking_any_value_of_the_text_gives(small: Tokenizer, name: str):
-    made = [sample(FAMILIES[name], small, 480, None, 3, number) for number in range(120)]
+    made = [sample(FAMILIES[name], small, 480, None, 3, number) for number in range(60)]
     right = 0.0
     for one in made:
         values = re.findall(VALUES[name], one.prompt)
@@ -109,7 +108,7 @@ def test_lengths_are_exact_from_the_shortest_on_and_below_it_refused_in_one_line
     with pytest.raises(UserError) as refused:
         sample(family, small, 20, None, 0)
     shortest = int(str(refused.value).split(" takes ")[1].split()[0])
-    for length in range(shortest + 4, shortest + 90):
+    for length in range(shortest + 4, shortest + 50):
         assert sample(family, small, length, None, 0).length == length
 
 

@@ -83,22 +83,22 @@ def saying(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> Non
 @pytest.mark.parametrize("kind", ["byte-level, 300 entries", "SentencePiece"])
 def test_a_perfect_reader_is_always_right(kind: str, name: str, monkeypatch: pytest.MonkeyPatch):
     saying(monkeypatch, lambda prompt: f" {', '.join(solved(prompt))}\nand more")
-    found = recall(stub(TOKENIZERS[kind]()), FAMILIES[name], RecallAsked((480, 640), samples=15, depths=5))
+    found = recall(stub(TOKENIZERS[kind]()), FAMILIES[name], RecallAsked((480, 640), samples=5, depths=5))
     assert [(one.length, one.samples, one.right, one.accuracy, one.found) for one in found.by_length] == [
-        (480, 15, 15, 1, 1),
-        (640, 15, 15, 1, 1),
+        (480, 5, 5, 1, 1),
+        (640, 5, 5, 1, 1),
     ]
     cells = [(length, depth) for length in (480, 640) for depth in (0, 0.25, 0.5, 0.75, 1)]
     assert [(one.length, one.depth) for one in found.by_depth] == (cells if FAMILIES[name].has_depth else [])
-    assert all((one.samples, one.right) == (3, 3) for one in found.by_depth)
-    assert found.hits == (True,) * 30
+    assert all((one.samples, one.right) == (1, 1) for one in found.by_depth)
+    assert found.hits == (True,) * 10
 
 
 @pytest.mark.parametrize(("name", "values"), {"key-value": r": (\w+)\n", "multi-key": r"is (\d+)\."}.items())
 def test_a_guess_is_right_as_often_as_chance(name: str, values: str, tokenizer: Tokenizer, monkeypatch):
     draw = random.Random(5)
     saying(monkeypatch, lambda prompt: f" {draw.choice(re.findall(values, prompt))}\n")
-    found = recall(stub(tokenizer), FAMILIES[name], RecallAsked((320,), samples=400))
+    found = recall(stub(tokenizer), FAMILIES[name], RecallAsked((320,), samples=200))
     [score] = found.by_length
     assert score.interval[0] < score.chance < score.interval[1]
     assert score.interval[0] <= score.accuracy <= score.interval[1]
