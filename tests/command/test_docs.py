@@ -119,6 +119,8 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/how-to/sala.md", "long"),
         ("docs/how-to/train.md", "network"),
         ("docs/index.md", "network"),
+        ("docs/subllm-worth.md", "long"),
+        ("docs/subllm-worth.md", "long"),
     ]
 
 
