@@ -32,7 +32,7 @@ from longwave.data.prepared import PreparedInfo, iter_documents
 from longwave.data.shards import prepare
 from longwave.data.sources import Source, documents, standard_library
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError, require
+from longwave.errors import MachineError, UserError, require
 from longwave.files.jsonfile import to_json
 from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
@@ -64,59 +64,51 @@ def quickstart(
     Raises UserError for text that cannot be used, and for an output folder that holds another comparison or to which
     another process is writing.
     """
-    started = time.monotonic()
+    started, asked = time.monotonic(), _Asked(text, output, overrides)
     with files.locked(output):
-        info = _prepared(text, output / "data", overrides)
-    results = _trained(output, overrides)
+        info = _prepared(text, asked.data, overrides)
+    results = _trained(asked)
     with files.locked(output):
-        return _told(text, info, results, output, overrides, measure_again, started)
-
-
-def _trained(output: Path, overrides: Sequence[str]) -> list[Result]:
-    """Trains the models, or goes on; returns their results in the order of `NAMES`."""
-    recipe = _recipe("llama", output / "data", overrides)
-    models = [_candidate(name, output / "data", overrides) for name in NAMES]
-    options = Options(seeds=(recipe.training.seed,), progress=True)
-    comparing = Comparing(models, [_budget(recipe)], output, options)
-    if not any((output / name).exists() for name in NAMES):
-        seconds = comparing.expected().seconds + _BESIDE_TRAINING
-        say(f"this will take about {max(1, round(seconds / 60))} minutes; stopped, the same command goes on")
-    return comparing.run()[0]
-
-
-def _budget(recipe: Recipe) -> Budget:
-    """The budget that is in the recipes: FLOPs, or a number of steps."""
-    run = recipe.training
-    tokens = recipe.steps * run.batch_windows * run.window
-    return Budget("tokens", tokens) if run.flops is None else Budget("flops", run.flops)
-
-
-def _told(
-    text: str | None,
-    info: PreparedInfo,
-    results: Sequence[Result],
-    output: Path,
-    overrides: Sequence[str],
-    measure_again: bool,
-    started: float,
-) -> dict[str, Any]:
-    """Measures the trained models and writes all that is told of them."""
-    speed = _measured(output, results, measure_again)
-    say("evaluating and generating")
-    models = {name: load(output / key / "model") for key, name in NAMES.items()}
-    recipe = _recipe("llama", output / "data", overrides)
-    facts = _run_facts(text, info, results, time.monotonic() - started)
-    data = _report(models, recipe, results, speed, facts, _command(text, output, overrides))
-    write_report(data, output / "report.html")
-    _merge_metrics(output)
-    figures = _figures(data, results)
-    files.write_file(output / "results.json", f"{to_json(figures, indent=2)}\n".encode())
+        speed = _measured(output, results, measure_again)
+        say("evaluating and generating")
+        facts = _run_facts(text, info, results, time.monotonic() - started)
+        data = _report(asked, results, speed, facts)
+        _merge_metrics(output)
+        figures = _figures(data, results)
+        files.write_file(output / "results.json", f"{to_json(figures, indent=2)}\n".encode())
+        write_report(data, output / "report.html")
     for line in headline(data):
         print(f"{line.title}: {line.value}. {line.sentence}")
     if data.speed.disturbed:
         print(f"{data.speed.note} {_again(output)}")
     print(f"{output / 'report.html'}: open it in a browser ({time.monotonic() - started:.0f} s in all)")
     return figures
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What the user asked for."""
+
+    text: str | None
+    output: Path
+    overrides: Sequence[str]
+
+    @property
+    def data(self) -> Path:
+        """The folder of the prepared text."""
+        return self.output / "data"
+
+    @property
+    def command(self) -> str:
+        """The command line that does the same."""
+        text = [self.text] if self.text else []
+        return shlex.join(["longwave", "quickstart", *text, "--output", str(self.output), *self.overrides])
+
+    def candidate(self, name: str) -> Candidate:
+        """A model of the comparison, whose only run lies in the folder of its name."""
+        words = _words(self.data, self.overrides)
+        found = Candidate.read(str(recipe_path(f"quickstart-{name}")), words, NAMES[name])
+        return dataclasses.replace(found, place=name)
 
 
 def _words(data: Path, overrides: Sequence[str]) -> list[str]:
@@ -128,13 +120,30 @@ def _words(data: Path, overrides: Sequence[str]) -> list[str]:
     return [*own, *overrides, f"data.folder={data}"]
 
 
-def _candidate(name: str, data: Path, overrides: Sequence[str]) -> Candidate:
-    found = Candidate.read(str(recipe_path(f"quickstart-{name}")), _words(data, overrides), NAMES[name])
-    return dataclasses.replace(found, place=name)
-
-
 def _recipe(name: str, data: Path, overrides: Sequence[str]) -> Recipe:
     return read_recipe(recipe_path(f"quickstart-{name}"), _words(data, overrides))
+
+
+def _trained(asked: _Asked) -> list[Result]:
+    """Trains the models, or goes on; returns their results in the order of `NAMES`."""
+    recipe = _recipe("llama", asked.data, asked.overrides)
+    options = Options(seeds=(recipe.training.seed,), progress=True)
+    comparing = Comparing([asked.candidate(name) for name in NAMES], [_budget(recipe)], asked.output, options)
+    if not any((asked.output / name).exists() for name in NAMES):
+        seconds = comparing.expected().seconds + _BESIDE_TRAINING
+        say(f"this will take about {max(1, round(seconds / 60))} minutes; stopped, the same command goes on")
+    results = comparing.run()[0]
+    for one in results:
+        if one.ended:
+            raise MachineError(f"{one.model}: {one.ended}; give another --output")
+    return results
+
+
+def _budget(recipe: Recipe) -> Budget:
+    """The budget that is in the recipes: FLOPs, or a number of steps."""
+    run = recipe.training
+    tokens = recipe.steps * run.batch_windows * run.window
+    return Budget("tokens", tokens) if run.flops is None else Budget("flops", run.flops)
 
 
 def _prepared(text: str | None, folder: Path, overrides: Sequence[str]) -> PreparedInfo:
@@ -221,25 +230,19 @@ def _growth(models: Models, data: Path) -> Growth:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    models: Models,
-    recipe: Recipe,
-    results: Sequence[Result],
-    speed: Measurement,
-    facts: list[page.Fact],
-    command: str,
-) -> page.Report:
-    data = Path(recipe.data.folder)
-    found = report_of(summarised(results), command)
+def _report(asked: _Asked, results: Sequence[Result], speed: Measurement, facts: Sequence[page.Fact]) -> page.Report:
+    found = report_of(summarised(results), asked.command)
+    models = {name: load(asked.output / key / "model") for key, name in NAMES.items()}
+    shown = [dataclasses.replace(one, generations=_generations(models[one.key], asked.data)) for one in found.models]
     return dataclasses.replace(
         found,
         title="longwave quickstart",
         subtitle="A Llama, a SUBLLM and a SALA of one shape, trained on the same tokens.",
-        models=[dataclasses.replace(one, generations=_generations(models[one.key], data)) for one in found.models],
+        models=shown,
         run=facts,
         speed=speed.speed,
         growth=speed.growth,
-        passage=_passage(models["SUBLLM"], data),
+        passage=_passage(models["SUBLLM"], asked.data),
         notes=_notes(results),
     )
 
@@ -275,11 +278,6 @@ def _run_facts(text: str | None, info: PreparedInfo, results: Sequence[Result], 
         "time, last session": f"{session:.0f} s up to this page, whatever it did of all this",
     }
     return [page.Fact(label, value) for label, value in facts.items()]
-
-
-def _command(text: str | None, output: Path, overrides: Sequence[str]) -> str:
-    parts = ["longwave", "quickstart", *([text] if text else []), "--output", str(output), *overrides]
-    return shlex.join(parts)
 
 
 def _merge_metrics(output: Path) -> None:

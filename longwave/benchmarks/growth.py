@@ -35,7 +35,7 @@ Ids = Int[Tensor, " N"]
 class GrowthPoint(NamedTuple):
     """Figures after a context of `tokens`.
 
-    first_token: seconds until the first token is written. per_token: seconds for the next one, the quickest of 16. Both
+    first_token: seconds until the first token is written. per_token: seconds for the next one, the mean of 16. Both
     are None where they could not be computed. state: bytes remembered.
     """
 
@@ -180,7 +180,7 @@ class _Measured:
         if not measured:
             return GrowthCurve(self._key, (), (), 0.0, **facts)
         prefill = _fit([(self._flops(one.context), one.context, one.first_token) for one in self._readings])
-        decode = _fit([(self._read(one.context), 1.0, min(one.decode)) for one in self._readings])
+        decode = _fit([(self._read(one.context), 1.0, one.per_token) for one in self._readings])
 
         def at(tokens: int) -> GrowthPoint:
             times = prefill.at(self._flops(tokens), tokens), decode.at(self._read(tokens), 1.0)
@@ -191,7 +191,7 @@ class _Measured:
 
 
 def _point(reading: Reading) -> GrowthPoint:
-    return GrowthPoint(reading.context, reading.first_token, min(reading.decode), reading.used)
+    return GrowthPoint(reading.context, reading.first_token, reading.per_token, reading.used)
 
 
 class _Fit(NamedTuple):

@@ -203,3 +203,9 @@ def test_a_machine_without_bf16_in_hardware_trains_without_it(monkeypatch, fast:
         recipe = quick_module._recipe(name, Path("data"), ())
         assert (recipe.training.precision, recipe.optimizer.kind) == (precision, optimizer)
     assert quick_module._recipe("llama", Path("data"), ["optimizer.kind=scaled_adam"]).optimizer.kind == "scaled_adam"
+
+
+def test_a_model_that_diverged_ends_it_in_one_line(refuses, quick, tmp_path: Path):
+    words = ["quickstart", runs.corpus(), "--output", tmp_path / "out", *SHORT, "optimizer.lr=1e30"]
+    for _ in range(2):
+        refuses(*words, says=["Llama: ", "optimizer.lr", "another --output"], code=1)

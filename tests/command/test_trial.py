@@ -30,7 +30,7 @@ def long_text() -> list[Document]:
 def test_it_is_off_unless_asked_for(value: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LONGWAVE_TRIAL", value)
     assert len(list(documents(lambda: iter(long_text())))) == 10
-    assert read_recipe("quickstart-llama").training.steps == 160
+    assert read_recipe("quickstart-llama").training.steps == 130
     assert trial.contexts((4096, 65536)) == (4096, 65536)
     assert trial.at_most(5, 3) == 5
 

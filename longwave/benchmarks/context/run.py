@@ -195,7 +195,7 @@ def _prefill_row(name: str, readings: Sequence[Reading], peaks: Peaks) -> Row:
 
 
 def _decode_row(name: str, readings: Sequence[Reading], peaks: Peaks) -> Row:
-    one, timing = readings[0], Timing(tuple(taken for reading in readings for taken in reading.decode))
+    one, timing = readings[0], Timing(tuple(reading.per_token for reading in readings))
     work, bound = sum(one.decode_work, Work(0, 0)), sum(part.seconds(peaks) for part in one.decode_work)
     figures = (timing, 1, work, bound, peaks, one.decode_retention, one.used, one.reserved)
     return Row(DECODE, one.context, 1, name, *figures, state_formula=one.formula)

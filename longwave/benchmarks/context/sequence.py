@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from jaxtyping import Float, Int32
@@ -54,6 +55,11 @@ class Reading:
     reserved: int
     formula: int
     peak: int
+
+    @property
+    def per_token(self) -> float:
+        """The mean of the steps: those of tokens that a level drops are quicker, so that no single one speaks for all."""
+        return fmean(self.decode)
 
 
 class Growing:
