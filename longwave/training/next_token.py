@@ -5,8 +5,8 @@ Every checkpoint of it is also a model folder that `longwave.load` takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class _LevelFigures:
         }
 
 
-class _Step:
+class NextTokenStep:
     """The losses of one step of a decoder (`training.objective.StepLoss`)."""
 
     def __init__(self, model: Decoder, logged: bool) -> None:
@@ -58,11 +58,17 @@ class _Step:
     def backward(self, batch: Batch, targets: int) -> Tensor:
         """The cross-entropy of the next tokens of a batch, in nats, as its share of the step's mean."""
         tokens, following, stream = batch.inputs(self._model.embed.weight.device)
+        with self.watching(stream):
+            loss = self._model.loss(tokens, following, stream) / targets
+        return plain_backward(loss)
+
+    @contextmanager
+    def watching(self, stream: Stream) -> Iterator[None]:
+        """While the model runs over a micro-batch: what its levels keep is counted and, if logged, told of."""
         self._flops.began(stream)
         levels = self._model.watching(self._levels) if self._logged else nullcontext()
         with self._model.watching(self._flops), levels:
-            loss = self._model.loss(tokens, following, stream) / targets
-        return plain_backward(loss)
+            yield
 
     @property
     def flops(self) -> int:
@@ -112,9 +118,9 @@ class NextToken:
         """Number of tokens that have a next one to be learned."""
         return batch.predicted
 
-    def step(self, logged: bool) -> _Step:
+    def step(self, logged: bool) -> NextTokenStep:
         """Begins a step."""
-        return _Step(self.model, logged)
+        return NextTokenStep(self.model, logged)
 
     def evaluate(self) -> dict[str, Any]:
         """The held-out loss in nats per token, and the share of tokens that each level kept.

@@ -58,7 +58,7 @@ class Reading:
 
     @property
     def per_token(self) -> float:
-        """The mean of the steps: those of tokens that a level drops are quicker, so that no single one speaks for all."""
+        """The mean of the steps: tokens that a level drops are quicker, so that no single step speaks for all."""
         return fmean(self.decode)
 
 
