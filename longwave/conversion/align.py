@@ -22,13 +22,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from longwave import files
-from longwave.blocks import Block
 from longwave.checkpoints import native
 from longwave.checkpoints.weights import WeightFiles, write
-from longwave.conversion.transfer import transferred
+from longwave.conversion.transfer import is_softmax, mixer_of, transferred
 from longwave.data.packed import Batch
 from longwave.errors import require
-from longwave.mixers import FullAttention
 from longwave.model import Decoder
 from longwave.part import Part
 from longwave.streams import Stream
@@ -274,17 +272,9 @@ def _student(teacher: Decoder, recipe: Recipe) -> Decoder:
 
 def _pairs(teacher: Decoder, student: Decoder) -> dict[int, _Pair]:
     """The mixers of the layers in which softmax attention becomes something else."""
-    both = [(_mixer(theirs), _mixer(ours)) for theirs, ours in zip(teacher.blocks, student.blocks, strict=True)]
-    changed = [(one, other) for one, other in both if _is_softmax(one) and not _is_softmax(other)]
-    return {one.site.depth: _Pair(one, other) for one, other in changed}
-
-
-def _mixer(block: Block) -> Part:
-    return next(part for part in block.parts if part.role == "mixer")
-
-
-def _is_softmax(part: Part) -> bool:
-    return isinstance(part, FullAttention)
+    both = zip(teacher.blocks, student.blocks, strict=True)
+    changed = [(one, other) for one, other in both if is_softmax(one) and not is_softmax(other)]
+    return {one.site.depth: _Pair(mixer_of(one), mixer_of(other)) for one, other in changed}
 
 
 def _parted(name: str) -> tuple[str, str, str]:

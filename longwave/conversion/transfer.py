@@ -14,10 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longwave.blocks import Block
 from longwave.checkpoints.names import flat_names
 from longwave.config import ModelConfig
 from longwave.errors import require
+from longwave.mixers import FullAttention
 from longwave.model import Decoder
+from longwave.part import Part
 
 How = Literal["copied", "repeated", "new", "left out"]
 _HEADS = re.compile(r"blocks\.\d+\.mixer\.[kv]_proj\.(weight|bias)")
@@ -68,6 +71,36 @@ def transferred(teacher: Decoder, student: ModelConfig, seed: int = 0) -> Decode
     model.tokenizer = teacher.tokenizer
     model.origin.generation = teacher.origin.generation
     return model
+
+
+def assembled(teacher: Decoder, aligned: Decoder, student: ModelConfig, seed: int = 0) -> Decoder:
+    """A new model whose softmax layers are the teacher's, and whose other mixers come from one that was aligned to it.
+
+    aligned: what `conversion.align` leaves, with all layers converted or some; several students can share it.
+    UserError where a layer was not aligned, or has another shape there, and as of `transfers`.
+    """
+    model = transferred(teacher, student, seed)
+    for ours, theirs in zip(model.blocks, aligned.blocks, strict=True):
+        if not is_softmax(ours):
+            fits = not is_softmax(theirs) and _shapes(mixer_of(ours)) == _shapes(mixer_of(theirs))
+            advice = f"align the layers that {student.layout} converts"
+            require(fits, f"{ours.site.name}: was not aligned, or with other sizes; {advice}")
+            mixer_of(ours).load_state_dict(mixer_of(theirs).state_dict())
+    return model
+
+
+def _shapes(part: Part) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in part.state_dict().items()}
+
+
+def is_softmax(block: Block) -> bool:
+    """Whether the mixer of a block is softmax attention, over all tokens, some blocks of them, or a window."""
+    return isinstance(mixer_of(block), FullAttention)
+
+
+def mixer_of(block: Block) -> Part:
+    """The part of a block that mixes tokens."""
+    return next(part for part in block.parts if part.role == "mixer")
 
 
 def repeated(tensor: Tensor, copies: int, head_size: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longwave.config import ModelConfig, build
-from longwave.conversion.transfer import repeated, transferred, transfers
+from longwave.conversion.transfer import assembled, repeated, transferred, transfers
 from longwave.errors import UserError
 from longwave.model import Decoder
 from longwave.streams import Stream
@@ -130,6 +130,26 @@ def test_levels_around_blocks_change_no_block() -> None:
 
 def student_names(model: Decoder) -> list[str]:
     return [one.name for one in transfers(model.config, model.config)]
+
+
+def test_a_student_is_assembled_from_its_teacher_and_what_was_aligned() -> None:
+    source = teacher()
+    aligned = transferred(source, config(layout="4L"), seed=5)
+    with torch.no_grad():
+        for weight in aligned.parameters():
+            weight.add_(1)
+    student = assembled(source, aligned, config(layout="S 2L F", infllm=FULL))
+    for depth, block in enumerate(student.blocks):
+        origin = aligned if depth in (1, 2) else source
+        theirs = origin.blocks[depth].mixer.state_dict()
+        assert all(torch.equal(one, theirs[name]) for name, one in block.mixer.state_dict().items())
+        assert torch.equal(block.mlp.up_proj.weight, source.blocks[depth].mlp.up_proj.weight)
+    assert torch.equal(student.embed.weight, source.embed.weight)
+    with pytest.raises(UserError, match=r"blocks\.3: was not aligned, or with other sizes; align the layers that 4L"):
+        assembled(source, transferred(source, config(layout="3L F")), config(layout="4L"))
+    ungated = transferred(source, config(layout="4L", lightning={"output_gate": False}))
+    with pytest.raises(UserError, match=r"blocks\.0: was not aligned"):
+        assembled(source, ungated, config(layout="4L"))
 
 
 def test_new_weights_follow_the_seed() -> None:
