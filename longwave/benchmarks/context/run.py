@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def _prefill_row(name: str, readings: Sequence[Reading], peaks: Peaks) -> Row:
 
 
 def _decode_row(name: str, readings: Sequence[Reading], peaks: Peaks) -> Row:
-    one, timing = readings[0], Timing(tuple(reading.per_token for reading in readings))
+    one, timing = readings[0], Timing(tuple(chain.from_iterable(reading.per_token_rounds for reading in readings)))
     work, bound = sum(one.decode_work, Work(0, 0)), sum(part.seconds(peaks) for part in one.decode_work)
     figures = (timing, 1, work, bound, peaks, one.decode_retention, one.used, one.reserved)
     return Row(DECODE, one.context, 1, name, *figures, state_formula=one.formula)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import ceil, inf
 from pathlib import Path
 from statistics import fmean
@@ -28,6 +29,7 @@ from longwave.model import Decoder
 from longwave.units import short_bytes
 
 _CHECKED, _PIECES = 1 << 14, 5  # the most tokens of the check in one pass, and the chunks they make
+_GROUPS = 4  # of decoded tokens, the mean of each of which is a figure
 _SPARE, _OF_FREE = 17 / 16, 0.9  # room beyond the expected on inner levels; share of the free memory that is taken
 
 
@@ -60,6 +62,12 @@ class Reading:
     def per_token(self) -> float:
         """The mean of the steps: tokens that a level drops are quicker, so that no single step speaks for all."""
         return fmean(self.decode)
+
+    @property
+    def per_token_rounds(self) -> list[float]:
+        """The same of up to four groups of steps one after the other, whose spread tells how sure it is."""
+        ends = [len(self.decode) * place // _GROUPS for place in range(_GROUPS + 1)]
+        return [fmean(self.decode[start:end]) for start, end in pairwise(ends) if start < end]
 
 
 class Growing:
