@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from longwave.api import generate, load, save, stream
     from longwave.config import ModelConfig
     from longwave.errors import MachineError, UserError
+    from longwave.extension import extend
     from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
@@ -39,6 +40,7 @@ _HOMES = {
     "plan": "verbs",
     "prepare": "verbs",
     "train": "verbs",
+    "extend": "extension",
     "Decoder": "model",
     "ModelConfig": "model",
     "Stream": "streams",
@@ -57,6 +59,7 @@ __all__ = [
     "compare",
     "compare_results",
     "evaluate",
+    "extend",
     "generate",
     "load",
     "plan",

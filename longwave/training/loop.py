@@ -37,7 +37,7 @@ from longwave.training.objective import AnyObjective, Maker, StepLoss
 from longwave.training.optimizers import StepReport
 from longwave.training.process import deterministic, stop_signals
 from longwave.training.progress import Progress, read_progress, write_progress
-from longwave.training.recipe import Recipe
+from longwave.training.recipe import Recipe, start_notes
 from longwave.units import counted
 
 
@@ -104,7 +104,7 @@ class Run(Generic[AnyObjective]):
         frozen = freeze_notes(self.objective.weights(), self.recipe.training.freeze)
         slow = self.recipe.optimizer.kind == "muon" and self.device.type == "cpu" and not fast_bf16()
         told = ["optimizer.kind = muon: computes in bf16, which is slow on this CPU; adamw is many times faster here"]
-        return [*(told if slow else ()), *frozen, *self.data.notes()]
+        return [*(told if slow else ()), *start_notes(self.recipe), *frozen, *self.data.notes()]
 
     def complete(self) -> None:
         """Trains to the last step and writes `model/`.

@@ -20,6 +20,8 @@ from longwave import recipes, trial
 from longwave.checkpoints import load_config
 from longwave.config import ModelConfig, Strict, build
 from longwave.errors import UserError, cut, require, shown, within
+from longwave.extension import FIELDS as EXTENDING
+from longwave.extension import extended, extension_notes, require_extension
 from longwave.model import Decoder
 from longwave.training.divergence import weights_of
 from longwave.training.freezing import frozen_names, parameters_of
@@ -77,7 +79,8 @@ class TrainingConfig(Strict):
     steps: number of optimizer steps. flops: in place of it, the run ends once so many FLOPs are spent, counted at the
         tokens that every level really keeps, and schedules go by the share of them that is spent.
     start_from: a model folder whose weights to start from, and whose shape `[model]` then need not repeat; random
-        weights by default.
+        weights by default. A longer `context_window`, a `rotary.scaling` and a larger `rotary.base` in `[model]` extend
+        it: what a scaling leaves out of `original_window` and `factor` follows from the two windows.
     freeze: patterns over the names of the model's folder, such as `["embed", "blocks.*.mixer.q_proj"]`: parameters
         that stay as they are, to the bit. A pattern after `!` exempts what earlier ones froze. FLOPs are counted as if
         nothing were frozen, and the thresholds of levels, which are no parameters, still follow their scores.
@@ -247,13 +250,23 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_start(model: ModelConfig, start: ModelConfig, folder: str) -> None:
-    """Raises UserError where a model's shape differs from the model it starts from; settings of training may differ."""
+    """Raises UserError where a model's shape differs from the model it starts from.
+
+    Settings of training may differ, and those that make a context window longer (`extension`).
+    """
     ours, theirs = (flat(one.completed(model.tables).to_dict()) for one in (model, start))
     free = {f"{name}.{entry}" for name, table in model.tables.items() for entry in table.only_training}
     for name in sorted(ours.keys() - free):
         given, there = ours[name], theirs.get(name)
         has = f"{folder}, from which training.start_from starts, has {there!r}"
-        require(given == there, f"model.{name} = {given!r}: {has}; leave it out")
+        require(given == there or name.startswith(EXTENDING), f"model.{name} = {given!r}: {has}; leave it out")
+    require_extension(model, start, f"{folder}, from which training.start_from starts,")
+
+
+def start_notes(recipe: Recipe) -> list[str]:
+    """Lines for people about a model that is extended from the one it starts from."""
+    folder = recipe.training.start_from
+    return [] if folder is None else list(extension_notes(recipe.model, load_config(folder), folder))
 
 
 def _with_start(values: dict[str, Any]) -> dict[str, Any]:
@@ -262,14 +275,8 @@ def _with_start(values: dict[str, Any]) -> dict[str, Any]:
     folder = training.get("start_from") if isinstance(training, dict) else None
     if not isinstance(folder, str):
         return values
-    return {**values, "model": _merged(load_config(folder).to_dict(), values.get("model", {}))}
-
-
-def _merged(base: Any, over: Any) -> Any:
-    """Nested tables with the values of `over` in place of those of `base`."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    return base | {name: _merged(base.get(name), value) for name, value in over.items()}
+    over = values.get("model", {})
+    return {**values, "model": extended(load_config(folder), over) if isinstance(over, dict) else over}
 
 
 def _pairs(overrides: Overrides) -> Iterator[tuple[str, Any]]:

@@ -259,7 +259,7 @@ def test_a_model_table_may_repeat_the_start_but_not_contradict_it(tmp_path: Path
     same = write(tmp_path / "same.toml", start(), model="[model]\nhidden_size = 32\n[model.mlp]\nsize = 48\n")
     assert read_recipe(same) == further(start())
     assert model_config(same) == lw.load(start()).config
-    for name, value in {"hidden_size": "64", "layout": "'4F'", "norm_eps": "1e-3", "rotary": "{ base = 5e5 }"}.items():
+    for name, value in {"hidden_size": "64", "layout": "'4F'", "norm_eps": "1e-3", "rotary": "{ base = 5e3 }"}.items():
         path = write(tmp_path / "other.toml", start(), model=f"[model]\n{name} = {value}\n")
         with pytest.raises(UserError, match=rf"model\.{name}.* = .*: .*model, from which .*start_from starts, has"):
             Trainer(read_recipe(path), tmp_path / "run")
