@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longwave.data.packed import Batch, PackedTokens
 from longwave.errors import require
+from longwave.evaluation.held_out import batches
 from longwave.model import Decoder
 from longwave.streams import Stream
 from longwave.training.data import TrainingData
@@ -29,7 +30,6 @@ from longwave.training.recipe import Recipe
 Direction = Literal["forward", "reverse"]
 Rows = Literal["all", "targets"]
 _CHUNK_ELEMENTS = 1 << 24  # logits of each model that are held at a time: 64 MiB in fp32
-_WINDOWS = 8  # of held-out text that run at a time
 
 
 class Distillation(NextToken):
@@ -93,9 +93,10 @@ class Distillation(NextToken):
 
     def backward(self, own: Float[Tensor, "N D"], theirs: Float[Tensor, "N d"], targets: int) -> Tensor:
         """Adds the gradient of the loss of these rows to the student's parameters; returns that loss."""
-        pieces = [piece.detach().requires_grad_() for piece in own.split(self._chunk)]
+        chunk = _chunk(self.model)
+        pieces = [piece.detach().requires_grad_() for piece in own.split(chunk)]
         total = own.new_zeros((), dtype=torch.float32)
-        for piece, other in zip(pieces, theirs.split(self._chunk), strict=True):
+        for piece, other in zip(pieces, theirs.split(chunk), strict=True):
             total = total + plain_backward(self._loss(piece, other) / targets)
         with torch.autocast(own.device.type, enabled=False):
             own.backward(torch.cat([piece.grad for piece in pieces if piece.grad is not None]))
@@ -105,10 +106,6 @@ class Distillation(NextToken):
         """FLOPs of the teacher's forward pass."""
         read = sum(part.prefill_flops(n) for part in self.teacher.parts for n in batch.runs)
         return read + self.targets(batch) * self.teacher.head_flops()
-
-    @property
-    def _chunk(self) -> int:
-        return max(1, _CHUNK_ELEMENTS // self.model.config.vocab_size)
 
     def _loss(self, own: Float[Tensor, "N D"], theirs: Float[Tensor, "N d"]) -> Float[Tensor, ""]:
         """The loss of some rows, summed."""
@@ -121,17 +118,28 @@ class Distillation(NextToken):
     @torch.no_grad()
     def _divergence(self, data: PackedTokens) -> float:
         """The mean divergence over the first held-out windows, with tokens selected as at inference."""
-        windows = self._recipe.training.evaluate_windows
-        count, total, rows = min(windows or len(data), len(data)), 0.0, 0
+        total, rows = 0.0, 0
         with self.model.mode(training=False):
-            for start in range(0, count, _WINDOWS):
-                batch = data.batch(range(start, min(start + _WINDOWS, count)))
+            for batch in batches(data, self._recipe.training.evaluate_windows):
                 own, theirs = self.hidden_states(*self.inputs(batch))
-                for piece, other in zip(own.split(self._chunk), theirs.split(self._chunk), strict=True):
-                    logits = self.model.logits(piece)
-                    total += float(divergence(self.teacher.logits(other), logits, self._direction))
+                total += summed_divergence(self.teacher, self.model, theirs, own, self._direction)
                 rows += len(own)
         return total / max(rows, 1)
+
+
+@torch.no_grad()
+def summed_divergence(
+    teacher: Decoder,
+    student: Decoder,
+    theirs: Float[Tensor, "N d"],
+    own: Float[Tensor, "N D"],
+    direction: Direction = "forward",
+) -> float:
+    """The divergence, summed over rows, from the final hidden states of teacher and student; no gradient."""
+    chunk, total = _chunk(student), 0.0
+    for other, piece in zip(theirs.split(chunk), own.split(chunk), strict=True):
+        total += float(divergence(teacher.logits(other), student.logits(piece), direction))
+    return total
 
 
 def divergence(teacher: Float[Tensor, "N V"], student: Float[Tensor, "N V"], direction: Direction) -> Float[Tensor, ""]:
@@ -143,6 +151,11 @@ def divergence(teacher: Float[Tensor, "N V"], student: Float[Tensor, "N V"], dir
     theirs, ours = teacher.to(wide).log_softmax(-1), student.to(wide).log_softmax(-1)
     first, second = (theirs, ours) if direction == "forward" else (ours, theirs)
     return (first.exp() * (first - second)).sum()
+
+
+def _chunk(model: Decoder) -> int:
+    """The rows whose logits are held at a time."""
+    return max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
 
 
 class _Step(NextTokenStep):

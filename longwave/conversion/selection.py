@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longwave.errors import require
 
@@ -111,3 +112,21 @@ def rank_correlation(one: Sequence[int], other: Sequence[int]) -> float:
     require(sorted(one) == sorted(other) and len(one) > 1, "rankings: of the same two layers or more")
     places = np.argsort(np.asarray([one, other]), axis=1)  # of every layer, in either ranking
     return float(np.asarray(np.corrcoef(places))[0, 1])
+
+
+def importance_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Spearman's rank correlation of two importances of the same layers; layers that are alike share their mean place.
+
+    UserError for importances by which all layers are alike.
+    """
+    require(len(one) == len(other), f"importances: of {len(one)} layers and of {len(other)}; give those of the same")
+    apart = min(len(set(one)), len(set(other))) > 1
+    require(apart, "importances: all layers are alike, which agrees with no ranking")
+    places = [_mean_places(np.asarray(values, np.float64)) for values in (one, other)]
+    return float(np.asarray(np.corrcoef(places))[0, 1])
+
+
+def _mean_places(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The place of every value in ascending order, and of equal values the mean of their places."""
+    column = values[:, None]
+    return (column > values).sum(1) + (column == values).sum(1) / 2

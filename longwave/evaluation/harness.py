@@ -49,7 +49,7 @@ def harness_scores(model: Decoder, names: Sequence[str], limit: int | None = Non
     except ImportError as error:
         raise UserError(f"lm-eval: not installed ({brief(error)}): pip install 'longwave[eval]'") from None
     folders: list[str | Path] = [Path(name).parent for name in names if _is_file(name)]
-    asked = [_task_in(Path(name)) if _is_file(name) else name for name in names]
+    asked = [task_name(name) for name in names]
     options: dict[str, Any] = {"tasks": asked, "limit": limit, "bootstrap_iters": 1000, "log_samples": False}
     try:
         options["task_manager"] = TaskManager(include_path=folders or None, include_defaults=len(folders) < len(names))
@@ -61,6 +61,11 @@ def harness_scores(model: Decoder, names: Sequence[str], limit: int | None = Non
             f"tasks = {shown(', '.join(names))}: lm-eval: {brief(error) or type(error).__name__}"
         ) from error
     return tuple(_scores(found or {}))
+
+
+def task_name(name: str) -> str:
+    """What lm-eval calls a task that is given by its name, or by a file that defines it."""
+    return _task_in(Path(name)) if _is_file(name) else name
 
 
 def _is_file(name: str) -> bool:

@@ -1,9 +1,9 @@
-"""Loss on held-out text, with tokens selected as at inference (or, for comparison, as in training)."""
+"""Loss and accuracy on held-out text, with tokens selected as at inference (or, for comparison, as in training)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from longwave.data.packed import Batch, PackedTokens
 from longwave.data.prepared import PreparedInfo
 from longwave.errors import require, shown
 from longwave.evaluation.breakdown import perplexity_of
-from longwave.evaluation.likelihood import log_probabilities
+from longwave.evaluation.likelihood import log_probabilities, most_likely
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 
@@ -58,18 +58,39 @@ def held_out_loss(
     """
     known = selection in ("threshold", "training")
     require(known, f"selection = {shown(selection)}: threshold, as at inference, or training")
-    count = len(data) if windows == 0 else min(windows, len(data))
     kept = Kept.of(model.resamplers)
     with model.mode(training=selection == "training"), model.watching(kept), torch.no_grad():
         total, tokens = 0.0, 0
-        for start in range(0, count, batch_windows):
-            batch = data.batch(range(start, min(start + batch_windows, count)))
+        for batch in batches(data, windows, batch_windows):
             losses = token_losses(model, batch)
             for watcher in watchers:
                 watcher(batch, losses)
             total += float(losses.sum())
             tokens += losses.numel()
     return HeldOut(total / max(tokens, 1), tokens, kept.shares)
+
+
+def batches(data: PackedTokens, windows: int = 0, batch_windows: int = 8) -> Iterator[Batch]:
+    """The first `windows` windows of the data (0 for all), `batch_windows` at a time."""
+    count = len(data) if windows == 0 else min(windows, len(data))
+    return (data.batch(range(at, min(at + batch_windows, count))) for at in range(0, count, batch_windows))
+
+
+@torch.no_grad()
+def held_out_accuracy(model: Decoder, data: PackedTokens, windows: int = 0) -> float:
+    """The share of the tokens that have a target for which the model finds that target likeliest; windows: as above.
+
+    MachineError for logits that are not finite.
+    """
+    right, count = 0, 0
+    with model.mode(training=False):
+        for batch in batches(data, windows):
+            tokens, targets, stream = batch.inputs(model.embed.weight.device)
+            assert stream.outputs is not None
+            wanted = targets.index_select(0, stream.outputs)
+            right += int((most_likely(model, model.hidden(tokens, stream)) == wanted).sum())
+            count += len(wanted)
+    return right / max(count, 1)
 
 
 def token_losses(model: Decoder, batch: Batch) -> Float64[Tensor, " N"]:

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: of every target of a batch, and of several answers to a question.
+"""Log-probabilities of given tokens, of every target of a batch or several answers to a question; likeliest tokens.
 
 Legend: `N` rows, `D` hidden size, `V` vocabulary.
 """
@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from longwave.laws import Law
+from longwave.machine import not_finite
 from longwave.model import Decoder
 from longwave.states import State
 from longwave.streams import Stream
@@ -39,10 +40,32 @@ def log_probabilities(
     model: Decoder, hidden: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]
 ) -> Float64[Tensor, " N"]:
     """The log-probability, in nats, of a target after each row of `Decoder.hidden`; logits are made in chunks."""
-    step = max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
+    step = _rows(model)
     pieces = zip(hidden.split(step), targets.split(step), strict=True)
     found = [_chosen(model.logits(rows), chosen) for rows, chosen in pieces]
     return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float64)
+
+
+def most_likely(model: Decoder, hidden: Float[Tensor, "N D"]) -> Int64[Tensor, " N"]:
+    """The likeliest token after each row of `Decoder.hidden`; logits are made in chunks.
+
+    MachineError for logits that are not finite.
+    """
+    found = [_largest(model.logits(rows)) for rows in hidden.split(_rows(model))]
+    return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.int64)
+
+
+def _largest(logits: Float[Tensor, "N V"]) -> Int64[Tensor, " N"]:
+    largest = logits.max(-1)
+    finite = largest.values.isfinite()
+    if not bool(finite.all()):
+        raise not_finite("logits", float(largest.values[~finite][0]), logits.dtype)
+    return largest.indices
+
+
+def _rows(model: Decoder) -> int:
+    """The rows whose logits are held at a time."""
+    return max(1, _CHUNK_ELEMENTS // model.config.vocab_size)
 
 
 def _chosen(logits: Float[Tensor, "N V"], targets: Int64[Tensor, " N"]) -> Float64[Tensor, " N"]:
