@@ -42,6 +42,7 @@ class Batch:
     runs: number of tokens of each document piece, in order; they add up to T, and no piece crosses a window's border.
     windows: number of tokens of each window; they add up to T.
     samples: each window's position in the data order. documents: the number in the split of each run's document.
+    positions: what rotation goes by, where it is not each token's place in its run.
     """
 
     tokens: Int64[Tensor, " T"]
@@ -50,12 +51,14 @@ class Batch:
     windows: tuple[int, ...]
     samples: tuple[int, ...]
     documents: tuple[int, ...]
+    positions: Int64[Tensor, " T"] | None = None
 
     def inputs(self, device: torch.device | str) -> tuple[Int64[Tensor, " T"], Int64[Tensor, " T"], Stream]:
         """The arguments of `Decoder.loss`, on a device: tokens, targets and their stream, with the rows that count."""
         stream = Stream.of(self.runs, windows=Windows(self.windows, self.samples), device=device)
+        positions = stream.positions if self.positions is None else self.positions.to(device)
         rows = (self.targets != NO_TARGET).nonzero().flatten().to(device)
-        return self.tokens.to(device), self.targets.to(device), replace(stream, outputs=rows)
+        return self.tokens.to(device), self.targets.to(device), replace(stream, positions=positions, outputs=rows)
 
     @property
     def predicted(self) -> int:

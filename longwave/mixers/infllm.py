@@ -59,7 +59,7 @@ class InfllmConfig(Strict):
     denominator: the sum that block scores are divided by: over the `coarse` compressed keys (published), or the `exact`
         softmax over the fine ones.
     rotary, output_gate: whether queries and keys are rotated, and the output is gated by the input.
-    logit_scaling: base a of HypeNet's factor log_a(position + a) of the queries (arXiv 2601.22156); none by default.
+    logit_scaling: base a of HypeNet's factor log_a(place + a) of the queries (arXiv 2601.22156); none by default.
     """
 
     kernel_size: int = 32
@@ -126,13 +126,15 @@ class InfllmAttention(FullAttention):
     def queries_and_keys(
         self, hidden: Float[Tensor, "T D"], stream: Stream
     ) -> tuple[Float[Tensor, "T H K"], Float[Tensor, "T G K"]]:
-        """Queries and keys; queries times log_a(position + a) where the config gives a base a (HypeNet's HyPE)."""
+        """Queries and keys; queries times log_a(place + a) where the config gives a base a (HypeNet's HyPE).
+
+        The factor answers the number of keys that a query sees, so it goes by the order and not by positions.
+        """
         query, key = super().queries_and_keys(hidden, stream)
         base = self.config.logit_scaling
         if base is not None:
-            growth = (stream.positions.to(torch.promote_types(query.dtype, torch.float32)) + base).log() / math.log(
-                base
-            )
+            places = stream.order.to(torch.promote_types(query.dtype, torch.float32))
+            growth = (places + base).log() / math.log(base)
             query = (query * growth.view(-1, 1, 1)).to(query.dtype)
         return query, key
 

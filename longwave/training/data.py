@@ -16,6 +16,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import require
 from longwave.training.mix import MixOrder
 from longwave.training.notes import FolderWindows, notes
+from longwave.training.pose import with_jumps
 from longwave.training.recipe import MixedFolder, Recipe
 
 
@@ -52,9 +53,8 @@ class TrainingData:
 
     def batch(self, positions: range) -> Batch:
         """The training windows at positions of the data order, laid end to end."""
-        if self._order is None:
-            return self.sources[0].train.batch(positions, self.sources[0].sampler)
-        return _joined([self._window(position) for position in positions], positions)
+        run, batch = self.recipe.training, self._laid(positions)
+        return batch if run.pose is None else with_jumps(batch, run.pose, run.window, run.seed)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of a step, which is counted from 0."""
@@ -77,6 +77,11 @@ class TrainingData:
         of_folders = chain.from_iterable(one.train.notes() for one in self.sources)
         counted = [FolderWindows(one.name, one.share, len(one.train), len(one.held_out)) for one in self.sources]
         return [*of_folders, *notes(self.recipe, counted)]
+
+    def _laid(self, positions: range) -> Batch:
+        if self._order is None:
+            return self.sources[0].train.batch(positions, self.sources[0].sampler)
+        return _joined([self._window(position) for position in positions], positions)
 
     def _window(self, position: int) -> Batch:
         assert self._order is not None

@@ -260,6 +260,7 @@ class Run(Generic[AnyObjective]):
             "steps": self.step,
             "tokens": self.tokens,
             "tokens of a window": recipe.training.window,
+            "window of its positions (PoSE)": recipe.training.pose and recipe.training.pose.window,
             "optimizer": recipe.optimizer.kind,
             **(losses if self._last else {}),
         }

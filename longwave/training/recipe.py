@@ -26,6 +26,7 @@ from longwave.model import Decoder
 from longwave.training.divergence import weights_of
 from longwave.training.freezing import frozen_names, parameters_of
 from longwave.training.optimizers import OptimizerConfig, ScaledAdamConfig
+from longwave.training.pose import PoseConfig
 from longwave.training.schedules import Eden, ScheduleConfig
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -78,6 +79,8 @@ class TrainingConfig(Strict):
         time (all at once by default).
     steps: number of optimizer steps. flops: in place of it, the run ends once so many FLOPs are spent, counted at the
         tokens that every level really keeps, and schedules go by the share of them that is spent.
+    pose: in a table `[training.pose]`, positions of a longer window than the training window. Held-out text is always
+        measured at its ordinary positions.
     start_from: a model folder whose weights to start from, and whose shape `[model]` then need not repeat; random
         weights by default. A longer `context_window`, a `rotary.scaling` and a larger `rotary.base` in `[model]` extend
         it: what a scaling leaves out of `original_window` and `factor` follows from the two windows.
@@ -100,6 +103,7 @@ class TrainingConfig(Strict):
     batch_windows: int
     steps: int | None = None
     flops: float | None = None
+    pose: PoseConfig | None = None
     start_from: str | None = None
     freeze: tuple[str, ...] = ()
     micro_windows: int | None = None
@@ -127,6 +131,9 @@ class TrainingConfig(Strict):
             require(value is None or value >= 1, f"training.{name} = {value}: 1 or more")
         for name in ("evaluate_every", "evaluate_windows", "checkpoint_every"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: 0 or more")
+        if self.pose is not None:
+            longer = f"training.pose.window = {self.pose.window}: at least training.window = {self.window}"
+            require(self.pose.window >= self.window, longer)
         micro = self.micro_windows
         fits = micro is None or (micro > 0 and self.batch_windows % micro == 0)
         require(fits, f"training.micro_windows = {micro}: a divisor of training.batch_windows = {self.batch_windows}")
@@ -144,8 +151,13 @@ class Recipe(Strict):
 
     def __post_init__(self) -> None:
         fits = self.training.window <= self.model.context_window
-        window = f"training.window = {self.training.window}"
-        require(fits, f"{window}: at most model.context_window = {self.model.context_window}")
+        window, most = f"training.window = {self.training.window}", self.model.context_window
+        require(fits, f"{window}: at most model.context_window = {most}")
+        if (pose := self.training.pose) is not None:
+            fits = pose.window <= most
+            require(
+                fits, f"training.pose.window = {pose.window}: at most model.context_window = {most}; give more there"
+            )
         self.schedule.scale(0, 0, self.steps)  # refuses a warm-up that does not fit the run
 
     @property
@@ -181,6 +193,8 @@ def recipe_of(values: dict[str, Any], source: str) -> Recipe:
     with within(source), torch.device("meta"):
         model = Decoder(recipe.model)  # checks what only parts that are put together can
         frozen_names(recipe.training.freeze, parameters_of(weights_of(model)))
+        turns = recipe.training.pose is None or any(part.rotation is not None for part in model.parts)
+        require(turns, "training.pose has no effect: no part of the model rotates by position; leave it out")
     return recipe
 
 
