@@ -5,8 +5,8 @@ random number of positions. Over many windows all distances of the long window a
 short one. Every document of a window is such a piece, since attention does not leave it.
 
 Only rotation goes by these positions. Causality, sliding windows, blocks of keys, levels and decays go by the order of
-the tokens (`streams.Stream`). Draws are keyed by the window's place in the data order: each visit to a text has jumps of
-its own, which no cut into micro-batches and no resumption changes.
+the tokens (`streams.Stream`). Draws are keyed by the window's place in the data order: every time that a text comes, it
+has jumps of its own, which no cut into micro-batches and no resumption changes.
 """
 
 from __future__ import annotations

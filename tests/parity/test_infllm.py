@@ -126,11 +126,11 @@ def test_the_gate_is_a_sigmoid_of_the_input():
     assert distance(seen[0], seen[1] * torch.sigmoid(hidden @ gated.o_gate.weight.T)) <= 1e-12
 
 
-def test_check_42_queries_grow_with_the_logarithm_of_their_position():
-    """s_t = log_a(t + a): 1 at the first token, and by the position in the sequence, not in the piece."""
+def test_check_42_queries_grow_with_the_logarithm_of_their_place():
+    """s_t = log_a(t + a): 1 at the first token, and by the place in the sequence, in a piece or under PoSE as well."""
     plain, scaled = (mixer_of(one_layer(regime="dense", logit_scaling=base)) for base in (None, 500.0))
     hidden = torch.randn(2, 32, dtype=torch.float64)
-    stream = replace(Stream.of([2]), positions=torch.tensor([0, 262144]))
+    stream = replace(Stream.of([2]), order=torch.tensor([0, 262144]), positions=torch.tensor([0, 7]))
     query, key = plain.queries_and_keys(hidden, stream)
     grown, same = scaled.queries_and_keys(hidden, stream)
     assert torch.equal(key, same)
