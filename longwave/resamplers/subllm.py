@@ -10,14 +10,14 @@ the quantile of the scores, and a token's weight is its place between that thres
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from longwave.config import ModelConfig, Strict
@@ -31,7 +31,7 @@ from longwave.resamplers.selection import SAMPLERS, top_scores, window_keys
 from longwave.streams import Runs, Stream, Windows
 
 _BALANCER_DRAW, _BYPASS_DRAW, _DISCARD_DRAW = range(3)
-_CAUSAL_ONLY = ("threshold_memory",)
+_CAUSAL_ONLY = ("threshold_memory", "threshold_ramp")
 _PUBLISHED_ONLY = ("discard_sampling", "ranking", "balancer", "exact_gaussian")
 
 
@@ -48,6 +48,10 @@ class SubllmConfig(Strict):
     bypass_*: range of the per-channel bypass, whose lower end falls linearly over `bypass_steps` optimizer steps.
     score_lr_scale: learning rate of the score vector, relative to the model's.
     threshold_memory: how much of the causal threshold is kept at each optimizer step.
+    threshold_ramp: the share of the kept tokens whose causal weight lies below 1.
+    retention_steps: optimizer steps over which training comes to a level's retention, from `retention_start` on a
+        straight line; 0 for the retention at once. Inference follows: causal thresholds by themselves, published scores
+        by what training makes of them.
     """
 
     selection: Literal["published", "causal"] = "published"
@@ -67,14 +71,23 @@ class SubllmConfig(Strict):
     bypass_steps: int = 20000
     score_lr_scale: float = 0.5
     threshold_memory: float = 0.98
+    threshold_ramp: float = 0.5
+    retention_start: float = 0.9
+    retention_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("balancer_final_probability", "bypass_probability", "threshold_memory"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"subllm.{name} = {value}: between 0 and 1")
+        for name in ("threshold_ramp", "retention_start"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"subllm.{name} = {value}: more than 0, at most 1")
         for name in ("balancer_steps", "bypass_steps"):
             value = getattr(self, name)
             require(value > 0, f"subllm.{name} = {value}: 1 or more optimizer steps")
+        require(self.retention_steps >= 0, f"subllm.retention_steps = {self.retention_steps}: 0 or more")
+        idle = self.retention_start != SubllmConfig.retention_start and not self.retention_steps
+        require(not idle, "subllm.retention_start has no effect without subllm.retention_steps; give both")
         idle = _CAUSAL_ONLY if self.selection == "published" else _PUBLISHED_ONLY
         for entry in fields(self):
             changed = entry.name.startswith(idle) and getattr(self, entry.name) != entry.default
@@ -98,6 +111,9 @@ class Subllm(Resampler):
         require(len(arguments) == 1, f"layout: subllm takes one argument, its retention, not {len(arguments)}")
         self.config: SubllmConfig = config.table("subllm")
         self._retention = retention_of(arguments[0])
+        self._start = Fraction(str(self.config.retention_start)) if self.config.retention_steps else self._retention
+        starts = f"subllm.retention_start = {self.config.retention_start}"
+        require(self._start >= self._retention, f"{starts}: at least the retention of the levels, here {arguments[0]}")
         self.score = _Score(config.hidden_size, self.config.score_lr_scale)
         self.bypass = nn.Parameter(torch.full((config.hidden_size,), 0.5))
         self.threshold = _Threshold()
@@ -123,7 +139,8 @@ class Subllm(Resampler):
         if self.config.selection == "published":
             return self._top(self._balanced(scores, clock, windows), stream.runs, windows, clock)
         if torch.is_grad_enabled():
-            self.threshold.observe(scores.detach(), float(self.retention))
+            shares = [float(self.retention_at(step)) for step in (clock.step, clock.step + 1)]
+            self.threshold.observe(scores.detach(), shares, self.config.threshold_ramp)
         return self._above(scores, stream.runs, windows)
 
     def mix(
@@ -141,7 +158,7 @@ class Subllm(Resampler):
     def _above(self, scores: Tensor, runs: Runs, windows: Windows | None) -> Selection:
         """The tokens whose score exceeds the threshold: a choice that looks at each token alone."""
         rows, inner = runs_above(scores > self.threshold.low, runs)
-        weights = self._weights(scores).index_select(0, rows)
+        weights = self.weights_of(scores).index_select(0, rows)
         return Selection(rows, inner, weights, scores, None if windows is None else windows.by_run(inner))
 
     def _top(self, scores: Tensor, runs: Runs, windows: Windows, clock: Clock) -> Selection:
@@ -150,13 +167,13 @@ class Subllm(Resampler):
             windows = windows.by_run(runs)
         assert windows.ids is not None
         keys = window_keys(clock.seed, clock.step, self._draw(_DISCARD_DRAW), windows.ids)
-        sampler = SAMPLERS[self.config.discard_sampling]
-        rows, weights = top_scores(scores, self._weights(scores), windows.sizes, keys, self.retention, sampler)
-        kept = tuple([kept_count(size, self.retention) for size in windows.sizes])
+        sampler, share = SAMPLERS[self.config.discard_sampling], self.retention_at(clock.step)
+        rows, weights = top_scores(scores, self.weights_of(scores), windows.sizes, keys, share, sampler)
+        kept = tuple([kept_count(size, share) for size in windows.sizes])
         inner = runs_of(rows, runs, kept if windows.are_runs else None)
         return Selection(rows, inner, weights, scores, windows.resized(kept))
 
-    def _weights(self, scores: Tensor) -> Tensor:
+    def weights_of(self, scores: Tensor) -> Tensor:
         """The share of the body's result that a token takes, from its score."""
         if self.config.selection == "causal":
             scores = (scores - self.threshold.low) / self.threshold.width
@@ -168,7 +185,7 @@ class Subllm(Resampler):
             return scores
         if uniform(clock.seed, clock.step, self._draw(_BALANCER_DRAW), *windows.samples[:1]) >= probability:
             return scores
-        target, margin = float(self.retention), self.config.balancer_margin
+        target, margin = float(self.retention_at(clock.step)), self.config.balancer_margin
         shape = (self.config.balancer_min_abs, self.config.balancer_max_abs, self.config.balancer_grad_scale)
         return balance(scores, limits(target - margin, target + margin, *shape, self.config.exact_gaussian))
 
@@ -180,6 +197,12 @@ class Subllm(Resampler):
         if draw >= self.config.bypass_probability:
             return self.bypass
         return limit(self.bypass, self.bypass_floor(clock.step), 1.0)
+
+    def retention_at(self, step: int) -> Fraction:
+        """The share of tokens to keep at a training step: the scheduled one at first, the level's own in the end."""
+        steps = self.config.retention_steps
+        left = Fraction(max(steps - step, 0), max(steps, 1))
+        return self.retention + left * (self._start - self.retention)
 
     def balancer_probability(self, step: int) -> float:
         """The probability that the Balancer acts: 1 at first, falling linearly to its final value."""
@@ -212,7 +235,7 @@ class Subllm(Resampler):
     def metrics(self, selection: Selection) -> Mapping[str, Float[Tensor, ""]]:
         """Shares of the entering tokens: above the threshold, live (0 < w < 1), wrongly kept or dropped by top-k."""
         scores = selection.scores.detach()
-        above, weights = scores > self.threshold.low, self._weights(scores)
+        above, weights = scores > self.threshold.low, self.weights_of(scores)
         kept = torch.zeros_like(above).index_fill(0, selection.rows, True)
         dropped = ~kept
         return {
@@ -273,23 +296,31 @@ class _Threshold(nn.Module):
         """Distance of the two, kept away from zero."""
         return (self.high - self.low).clamp(min=1e-6)
 
+    def start(self, low: Tensor, high: Tensor) -> None:
+        """Puts both where they are known to lie, from which they then move gradually."""
+        self.low.copy_(low)
+        self.high.copy_(high)
+        self.following.fill_(1)
+
     @torch.no_grad()
-    def observe(self, scores: Tensor, retention: float) -> None:
-        """Notes two quantiles of a training stream: that which keeps `retention`, and that which keeps half of it."""
-        if count := scores.numel():
+    def observe(self, scores: Tensor, shares: Sequence[float], ramp: float) -> None:
+        """Notes quantiles of a training stream, for the share to keep now and for that of the next step."""
+        if scores.numel():
             ordered = scores.double().sort(descending=True).values
-            places = [min(count - 1, round(count * share)) for share in (retention, retention / 2)]
-            self._seen.append(torch.stack([ordered[place] for place in places]))
+            self._seen.append(torch.stack([quantiles(ordered, share, ramp) for share in shares]))
 
     @torch.no_grad()
     def follow(self, memory: float) -> None:
-        """Moves both towards what was observed since the last call, at once the first time."""
+        """Moves both towards what was observed since the last call, at once the first time.
+
+        What the next share changes in the quantiles is added whole, so that a schedule is followed without delay.
+        """
         if not self._seen:
             return
-        low, high = torch.stack(self._seen).mean(0)
+        now, following = torch.stack(self._seen).mean(0)
         step = 1 - memory * (self.following > 0).double()
-        self.low.lerp_(low, step)
-        self.high.lerp_(high, step)
+        self.low.lerp_(now[0], step).add_(following[0] - now[0])
+        self.high.lerp_(now[1], step).add_(following[1] - now[1])
         self.following += 1
         self._seen.clear()
 
@@ -299,6 +330,13 @@ class _Threshold(nn.Module):
         super()._apply(fn, recurse)
         self.low, self.high = _unrounded(low, self.low), _unrounded(high, self.high)
         return self
+
+
+def quantiles(ordered: Float64[Tensor, " T"], share: float, ramp: float) -> Float64[Tensor, " bounds"]:
+    """Of descending scores the one above which `share` of all lie, and the one with `ramp` of these below it."""
+    count = ordered.numel()
+    places = [min(count - 1, round(count * part)) for part in (share, share * (1 - ramp))]
+    return torch.stack([ordered[place] for place in places])
 
 
 def _unrounded(before: Tensor, after: Tensor) -> Tensor:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from longwave.training.recipe import Recipe
 from longwave.units import counted
+
+_SCHEDULES = {  # of levels, by what is the case before their last step
+    "bypass_steps": "with the bypass still held back",
+    "retention_steps": "with more tokens kept than in the end",
+}
 
 
 class FolderWindows(NamedTuple):
@@ -29,11 +35,11 @@ def notes(recipe: Recipe, folders: Sequence[FolderWindows]) -> Iterator[str]:
             f"schedule.warmup_steps = {recipe.schedule.warmup_steps}: {end} before the full "
             f"learning rate is reached; give schedule.warmup_steps below {steps}, or more training.steps"
         )
-    for table, values in recipe.model.tables.items():
-        if (bypass := getattr(values, "bypass_steps", 0)) > steps:
+    for (table, values), (key, state) in product(recipe.model.tables.items(), _SCHEDULES.items()):
+        if (last := getattr(values, key, 0)) > steps:
             yield (
-                f"model.{table}.bypass_steps = {bypass}: the run ends after {steps / bypass:.0%} of them, with the "
-                f"bypass still held back; give {steps} or fewer, or more training.steps"
+                f"model.{table}.{key} = {last}: the run ends after {steps / last:.0%} of them, {state}; "
+                f"give {steps} or fewer, or more training.steps"
             )
     for name in ("evaluate_every", "checkpoint_every"):
         if (every := getattr(run, name)) > steps:

@@ -217,7 +217,7 @@ SIZES = {
     "2S": "infllm.kernel_size infllm.kernel_stride infllm.block_size infllm.topk infllm.init_blocks infllm.window_size "
     "infllm.dense_len",
     "2W": "window.size",
-    "F subllm(0.5: 2F)": "subllm.balancer_steps subllm.threshold_memory",
+    "F subllm(0.5: 2F)": "subllm.balancer_steps subllm.threshold_memory subllm.retention_steps",
 }
 
 

@@ -88,6 +88,11 @@ def test_plain_values_make_a_config_and_a_config_makes_plain_values():
         ("subllm.bypass_probability", 1.5, "subllm.bypass_probability = 1.5: between 0 and 1"),
         ("subllm.balancer_steps", 0, "subllm.balancer_steps = 0: 1 or more optimizer steps"),
         ("subllm.threshold_memory", 0.5, "subllm.threshold_memory has no effect with selection = 'published'"),
+        ("subllm.threshold_ramp", 0.2, "subllm.threshold_ramp has no effect with selection = 'published'"),
+        ("subllm.threshold_ramp", 0, "subllm.threshold_ramp = 0.0: more than 0, at most 1"),
+        ("subllm.retention_steps", -1, "subllm.retention_steps = -1: 0 or more"),
+        ("subllm.retention_start", 1.1, "subllm.retention_start = 1.1: more than 0, at most 1"),
+        ("subllm.retention_start", 0.8, "subllm.retention_start has no effect without subllm.retention_steps"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_do(path: str, value: Any, message: str):

@@ -386,11 +386,14 @@ def test_a_setting_that_does_less_than_it_seems_to_is_told(changes: Any, schedul
     assert re.search(says, line)
 
 
-def test_a_bypass_that_outlasts_the_run_is_told():
+def test_a_schedule_of_levels_that_outlasts_the_run_is_told():
     values = runs.values("causal")
     (line,) = notes(build(Recipe, values, "tests"), [FolderWindows("data", 1.0, 100, 7)])
     assert line.startswith("model.subllm.bypass_steps = 20000: the run ends after 0% of them")
-    values["model"] = values["model"] | {"subllm": {"selection": "causal", "bypass_steps": 8}}
+    values["model"] = values["model"] | {"subllm": {"selection": "causal", "bypass_steps": 8, "retention_steps": 10}}
+    (line,) = notes(build(Recipe, values, "tests"), [FolderWindows("data", 1.0, 100, 7)])
+    assert line.startswith("model.subllm.retention_steps = 10: the run ends after 80% of them, with more tokens kept")
+    values["model"]["subllm"]["retention_steps"] = 8
     assert list(notes(build(Recipe, values, "tests"), [FolderWindows("data", 1.0, 100, 7)])) == []
 
 
