@@ -37,16 +37,17 @@ def teacher(dtype: torch.dtype = torch.float32) -> Decoder:
                 weight.mul_(5 if weight.dim() == 2 else 1)
         model.embed.weight[:, 3] = 40 + 4 * torch.rand(61, generator=torch.Generator().manual_seed(0))
         model.embed.weight[:, 17] = -25
+        model.head.weight.mul_(40)
         model.head.weight[:, [3, 17]] = 0
     return model.to(dtype).eval()
 
 
-def batches(count: int = 4, size: int = 240) -> list[Batch]:
+def batches(count: int = 2, size: int = 120) -> list[Batch]:
     """Windows of two documents each."""
     draw, made = torch.Generator().manual_seed(1), list[Batch]()
     for number in range(count):
         tokens = torch.randint(61, (4 * size,), generator=draw)
-        runs, samples = (100, size - 100) * 4, tuple(range(4 * number, 4 * number + 4))
+        runs, samples = (50, size - 50) * 4, tuple(range(4 * number, 4 * number + 4))
         made.append(Batch(tokens, tokens.roll(-1), runs, (size,) * 4, samples, tuple(range(8))))
     return made
 
@@ -79,7 +80,7 @@ def outcome(model: Decoder, source: Decoder) -> tuple[float, tuple[float, ...]]:
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inference_keeps_the_first_share_and_is_near_its_teacher(layout: str, start: str, selection: str):
-    """At once, in both modes; a new model's levels are the control."""
+    """In both modes. A new model's levels are the control: they keep all tokens or none, and take half of the body."""
     source = teacher()
     model = student(source, LAYOUTS[layout], **settings(selection), **STARTS[start])
     control, _ = outcome(model, source)
@@ -90,9 +91,9 @@ def test_inference_keeps_the_first_share_and_is_near_its_teacher(layout: str, st
     assert [one.target for one in found] == first
     assert kept == pytest.approx([one.kept for one in found], abs=1e-6)
     assert [one.live for one in found] == pytest.approx([0.15 * share for share in first], abs=0.005)
-    assert away < control * {"at once": 0.6, "from 0.9": 0.2, "from all": 0.03}[start]
+    assert away < control * {"at once": 1.6, "from 0.9": 0.8, "from all": 0.3}[start]
     trained, kept = outcome(model.train(), source)
-    assert kept == pytest.approx(first, abs=0.005)
+    assert kept == pytest.approx(first, abs=0.01)  # of each window, rounded up
     assert trained < 1.2 * away + 0.01
 
 
