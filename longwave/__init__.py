@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
-    from longwave.verbs import compare, compare_results, evaluate, plan, prepare, train
+    from longwave.verbs import compare, compare_results, convert, evaluate, plan, prepare, train
 
 _HOMES = {
     "load": "api",
@@ -36,6 +36,7 @@ _HOMES = {
     "Continuation": "inference.text",
     "compare": "verbs",
     "compare_results": "verbs",
+    "convert": "verbs",
     "evaluate": "verbs",
     "plan": "verbs",
     "prepare": "verbs",

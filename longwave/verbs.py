@@ -17,6 +17,10 @@ from longwave.comparison.runs import Candidate, distinct
 from longwave.comparison.summary import Comparison, summarised
 from longwave.comparison.trained import read_results, results_of_folders, settled
 from longwave.config import ModelConfig
+from longwave.conversion.convert import Conversion
+from longwave.conversion.plan import ConversionPlan, plan_of_conversion
+from longwave.conversion.recipe import read_conversion
+from longwave.conversion.record import Record
 from longwave.data.recall.documents import NAME as RECALL
 from longwave.data.recall.documents import recall_plan
 from longwave.data.recall.prepare import prepare_recall
@@ -34,7 +38,8 @@ from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
 from longwave.progress import TrainingProgress, say
 from longwave.reports.recall import page_to_write, write_evaluation
-from longwave.training.loop import Trainer, TrainingResult
+from longwave.training.loop import Run, Trainer, TrainingResult
+from longwave.training.metrics import Observer
 from longwave.training.recipe import read_recipe
 from longwave.units import parse_sizes
 
@@ -275,6 +280,48 @@ def _evaluate_command(model: Model, data: str | Path | None, options: Mapping[st
         usual = value in (None, False) or (name, value) == ("device", "auto")
         words += ["--ablate"] if value is True else [] if usual else [f"--{name}={one}" for one in several]
     return shlex.join(words)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    progress: bool = False,
+) -> Record:
+    """Converts a pretrained model by a recipe, or goes on with the conversion that is in the folder.
+
+    source: a folder of any supported format, or a hub id. output: folder of the conversion: `stages/`,
+    `conversion.json`, `report.html`, and `model/` (`models/` for several students). recipe: a TOML file, or the name of
+    one that comes with the package. overrides: values of it to change. progress: whether stderr tells of it.
+    Raises UserError for a source, recipe, data or a folder that do not fit, and what `train` raises.
+    """
+    conversion = Conversion(source, output, read_conversion(recipe, overrides))
+    if not progress:
+        return conversion.run()
+
+    def watching(name: str, run: Run[Any]) -> Observer:
+        if run.step:
+            say(f"{name}: resuming after step {run.step}")
+        return TrainingProgress(name, run.recipe.steps, run.step)
+
+    return conversion.run(watching, say)
+
+
+def plan_conversion(
+    source: str | Path,
+    output: str | Path,
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    measure: bool = True,
+) -> ConversionPlan:
+    """What a conversion would do and take. measure: whether the speed of its stages is measured, which takes a while.
+
+    The other arguments, and errors, are those of `convert`; nothing is written.
+    """
+    return plan_of_conversion(Conversion(source, output, read_conversion(recipe, overrides)), measure)
 
 
 def _tell(trainer: Trainer) -> None:

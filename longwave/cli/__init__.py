@@ -10,6 +10,7 @@ from longwave import trial
 from longwave.cli import (
     bench,
     compare,
+    convert,
     doctor,
     evaluate,
     generate,
@@ -34,6 +35,7 @@ VERBS = (
     prepare.VERB,
     train.VERB,
     compare.VERB,
+    convert.VERB,
     evaluate.VERB,
     generate.VERB,
     plan.VERB,
@@ -43,7 +45,7 @@ VERBS = (
     bench.VERBS,
 )
 
-_DESCRIPTION = "Builds, trains and evaluates language models whose cost does not explode with context length."
+_DESCRIPTION = "Builds, converts, trains and evaluates language models whose cost does not explode with context length."
 _FIRST = """first steps:
   longwave quickstart                       trains two small models on text of this machine, and compares them
   longwave VERB --help                      what a verb takes; most take --json, too

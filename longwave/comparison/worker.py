@@ -6,9 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,12 +27,13 @@ from longwave.training.clock import TIMES, read_seconds
 from longwave.training.divergence import RunEnded
 from longwave.training.loop import Trainer
 from longwave.training.metrics import METRICS, read_metrics, write_metrics
+from longwave.training.next_token import NextToken
+from longwave.training.pace import step_seconds
 from longwave.training.progress import adopt, completed
 from longwave.training.recipe import Recipe, flat
 
 Report = Callable[[Run, dict[str, Any]], None]
 _PLACE = "data.folder"  # of which only the content counts
-_PACE_STEPS, _WARM_UP = 4, 2
 _FEW = 2  # windows of an evaluation in a trial run
 _PATIENCE = 20.0  # seconds for which a folder may still be held by the process of a comparison that was killed
 
@@ -193,38 +193,6 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 # The speed of training ------------------------------------------------------------------------------------------------
 
 
-class _Enough(Exception):
-    """Enough steps were timed."""
-
-
-class _Stopwatch:
-    """An observer that ends a run once some of its steps are timed, and so many seconds have passed."""
-
-    def __init__(self, least: float) -> None:
-        self._least = least
-        self.seconds: list[float] = []
-        self._since = self._started = time.monotonic()
-
-    def record(self, entry: dict[str, Any]) -> None:
-        now = time.monotonic()
-        self.seconds.append(now - self._since)
-        self._since = now
-        enough = len(self.seconds) >= _WARM_UP + _PACE_STEPS
-        if enough and now - self._started > self._least:
-            raise _Enough
-
-    def close(self) -> None:
-        return
-
-
 def measure_pace(recipe: Recipe, seconds: float, report: Report) -> float:
-    """Seconds of a training step, measured for at least `seconds` on the first steps of a run that is thrown away."""
-    watch = _Stopwatch(seconds)
-    with TemporaryDirectory(prefix="longwave-pace-") as folder, suppress(_Enough):
-        run = replace(recipe.training, evaluate_every=0, checkpoint_every=0)
-        trainer = Trainer(replace(recipe, training=run), folder)
-        trainer.watch(watch)
-        trainer.run()
-    timed: Sequence[float] = watch.seconds[_WARM_UP:] or watch.seconds
-    require(bool(timed), "training.steps: too few to time; give a larger budget")
-    return sum(timed) / len(timed)
+    """Seconds of a training step (`training.pace`)."""
+    return step_seconds(recipe, NextToken, seconds)

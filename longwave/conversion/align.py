@@ -10,7 +10,7 @@ Legend: `T` tokens of the stream, `D` hidden size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from longwave import files
 from longwave.checkpoints import native
 from longwave.checkpoints.weights import WeightFiles, write
+from longwave.conversion.heads import reorder_heads
 from longwave.conversion.transfer import is_softmax, mixer_of, transferred
 from longwave.data.packed import Batch
 from longwave.errors import require
@@ -53,8 +54,9 @@ class Alignment:
 
     teacher: stays as it is. recipe: its model has the mixers that learn, in all layers where softmax attention
     becomes something else. error: a layer's squared error, `mse` as published, or `relative` to the variance of its
-    outputs, by which all layers count alike. checkpoint: the folder to go on from. Raises UserError where the models do
-    not belong together, or no layer is to learn.
+    outputs, by which all layers count alike. orders: by layer, in which order its heads begin (`conversion.heads`).
+    checkpoint: the folder to go on from. Raises UserError where the models do not belong together, or no layer is to
+    learn.
     """
 
     def __init__(
@@ -65,10 +67,13 @@ class Alignment:
         *,
         teacher: Decoder,
         error: Error = "mse",
+        orders: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self._recipe, self._data, self._error = recipe, data, error
         self.teacher = teacher.eval().requires_grad_(False)
-        self.student = _student(teacher, recipe)
+        if teacher.tokenizer is not None:
+            data.require_tokenizer(teacher.tokenizer)
+        self.student = _student(teacher, recipe, orders or {})
         self._pairs = _pairs(teacher, self.student)
         require(bool(self._pairs), f"model.layout = {recipe.model.layout}: every layer keeps softmax; convert some")
         self.trained = nn.ModuleDict({str(depth): pair.student for depth, pair in self._pairs.items()})
@@ -254,9 +259,11 @@ def _meet(
         seen(mixer.site.depth, output, own)
 
 
-def _student(teacher: Decoder, recipe: Recipe) -> Decoder:
+def _student(teacher: Decoder, recipe: Recipe, orders: Mapping[int, Sequence[int]]) -> Decoder:
     """The model whose mixers learn, which holds all else together with the teacher, so that it takes no memory."""
     student = transferred(teacher, recipe.model, recipe.training.seed)
+    for depth, order in orders.items():
+        reorder_heads(mixer_of(student.blocks[depth]), order)
     require(
         not student.brackets, f"model.layout = {recipe.model.layout}: levels are put in after the layers are aligned"
     )

@@ -20,6 +20,7 @@ from longwave.errors import require
 from longwave.mixers import FullAttention, LightningAttention
 from longwave.model import Decoder
 from longwave.ops.attention.weights import attention_weights
+from longwave.part import Part
 from longwave.streams import Stream
 
 
@@ -81,11 +82,15 @@ def order_for(distances: Sequence[float], decays: Sequence[float]) -> list[int]:
 
 
 @torch.no_grad()
-def reorder_heads(mixer: FullAttention | LightningAttention, order: Sequence[int]) -> None:
+def reorder_heads(mixer: Part, order: Sequence[int]) -> None:
     """Puts the heads of a mixer into another order, `order[place]` being the head that stands there from now on.
 
-    Softmax attention gives the same output as before. UserError where heads share keys and values: repeat these first.
+    Softmax attention gives the same output as before. UserError for a mixer without heads, and where heads share keys
+    and values: repeat these first.
     """
+    known = isinstance(mixer, FullAttention | LightningAttention)
+    require(known, f"{mixer.site.name}: {type(mixer).__name__} has no heads that could be put into another order")
+    assert isinstance(mixer, FullAttention | LightningAttention)
     require(sorted(order) == list(range(mixer.heads)), f"order = {list(order)}: each of {mixer.heads} heads once")
     shared = mixer.kv_heads != mixer.heads
     require(not shared, f"kv_heads = {mixer.kv_heads}: {mixer.heads} heads share them; repeat them first")

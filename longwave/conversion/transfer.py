@@ -73,15 +73,16 @@ def transferred(teacher: Decoder, student: ModelConfig, seed: int = 0) -> Decode
     return model
 
 
-def assembled(teacher: Decoder, aligned: Decoder, student: ModelConfig, seed: int = 0) -> Decoder:
-    """A new model whose softmax layers are the teacher's, and whose other mixers come from one that was aligned to it.
+def assembled(before: Decoder, aligned: Decoder, student: ModelConfig, seed: int = 0) -> Decoder:
+    """A new model with the weights of one before it; mixers that take the place of softmax come from an aligned model.
 
-    aligned: what `conversion.align` leaves, with all layers converted or some; several students can share it.
-    UserError where a layer was not aligned, or has another shape there, and as of `transfers`.
+    before: the teacher, or a student in which some layers have been converted already and stay as they are. aligned:
+    what `conversion.align` leaves, with all layers converted or some; several students can share it. UserError where a
+    layer was not aligned, or has another shape there, and as of `transfers`.
     """
-    model = transferred(teacher, student, seed)
-    for ours, theirs in zip(model.blocks, aligned.blocks, strict=True):
-        if not is_softmax(ours):
+    model = transferred(before, student, seed)
+    for ours, old, theirs in zip(model.blocks, before.blocks, aligned.blocks, strict=True):
+        if is_softmax(old) and not is_softmax(ours):
             fits = not is_softmax(theirs) and _shapes(mixer_of(ours)) == _shapes(mixer_of(theirs))
             advice = f"align the layers that {student.layout} converts"
             require(fits, f"{ours.site.name}: was not aligned, or with other sizes; {advice}")

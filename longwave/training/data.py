@@ -67,6 +67,10 @@ class TrainingData:
         """Raises UserError unless the data was made with this tokenizer."""
         self.sources[0].info.require_tokenizer(tokenizer)
 
+    def mean(self, of_sources: Sequence[float]) -> float:
+        """The mean of a figure over the folders, by their shares."""
+        return sum(one.share * figure for one, figure in zip(self.sources, of_sources, strict=True))
+
     def words(self) -> str:
         """The folders by name, with their shares where there are several."""
         alone = len(self.sources) == 1

@@ -11,8 +11,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
@@ -106,20 +106,23 @@ class Run(Generic[AnyObjective]):
         told = ["optimizer.kind = muon: computes in bf16, which is slow on this CPU; adamw is many times faster here"]
         return [*(told if slow else ()), *start_notes(self.recipe), *frozen, *self.data.notes()]
 
+    def measure(self) -> dict[str, Any]:
+        """The held-out measure of the objective as it is now."""
+        with self.computing():
+            return self.objective.evaluate()
+
     def complete(self) -> None:
         """Trains to the last step and writes `model/`.
 
         Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written; RunEnded once numbers are not finite
         (`training.divergence`) or data are damaged; MachineError if the machine fails, or the folder is moved away.
         """
-        with self._session():
-            self._run_steps(lambda: False)
-            self._write_result()
+        complete_together([self])
 
     def run_until(self, stop: Callable[[], bool]) -> None:
         """Trains on like `complete`, up to the step before which `stop` says so, or the last; leaves a checkpoint."""
         with self._session():
-            self._run_steps(stop)
+            _run_steps([self], stop)
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -134,19 +137,16 @@ class Run(Generic[AnyObjective]):
                 if self._lock.in_place() and not was_finished:
                     self._clock.save()
 
-    def _run_steps(self, stop: Callable[[], bool]) -> None:
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """The objective is ready for steps, and the run's own observers watch; in the end there is a checkpoint."""
         run = self.recipe.training
         self.objective.begin()
         self.objective.set_step(self.step, run.seed)
         own = self._own_observers()
         self._observers += own
         try:
-            with stop_signals() as stopped, deterministic(run.deterministic and self.device.type == "cuda"):
-                while not (self.finished or stop()):
-                    self._one_step()
-                    if stopped and not self.finished:
-                        self._checkpoint()
-                        raise Interrupted(self.step)
+            yield
             self._require_saved()
         finally:
             for observer in self._observers:
@@ -199,7 +199,7 @@ class Run(Generic[AnyObjective]):
         targets = max(sum(self.objective.targets(batch) for batch in batches), 1)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            with self._computing():
+            with self.computing():
                 loss += step.backward(batch, targets)
         scale = self.recipe.schedule.scale(self.position, self.tokens, self.recipe.steps)
         report = self.optimizer.step(scale)
@@ -207,7 +207,7 @@ class Run(Generic[AnyObjective]):
         self._advance(sum(batch.tokens.numel() for batch in batches), step.flops, report.skipped)
         return float(loss), report, scale
 
-    def _computing(self) -> torch.autocast:
+    def computing(self) -> torch.autocast:
         """The precision of the run: bf16, or that of the weights."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.training.precision == "bf16")
 
@@ -218,7 +218,7 @@ class Run(Generic[AnyObjective]):
             self.objective.set_step(self.step, self.recipe.training.seed)
 
     def _evaluation(self) -> dict[str, Any]:
-        with self._clock.during("evaluation"), self._ending(), self._computing():
+        with self._clock.during("evaluation"), self._ending(), self.computing():
             return self.objective.evaluate()
 
     def _own_observers(self) -> list[Observer]:
@@ -311,6 +311,35 @@ class Run(Generic[AnyObjective]):
             with files.OpenFolder(folder) as opened:
                 saved = WeightFiles(opened, "optimizer.safetensors")
                 self.optimizer.load_tensors({name: one.clone() for name, one in saved.load(saved.names()).items()})
+
+
+def complete_together(runs: Sequence[Run[Any]]) -> None:
+    """Completes several runs step by step in turn, so that what they share is made once for all; see `Run.complete`.
+
+    Each ends as it does alone, to the bit. A run that is behind the others catches up first. After a signal all of them
+    have a checkpoint.
+    """
+    with ExitStack() as sessions:
+        for run in runs:
+            sessions.enter_context(run._session())
+        _run_steps(runs, lambda: False)
+        for run in runs:
+            run._write_result()
+
+
+def _run_steps(runs: Sequence[Run[Any]], stop: Callable[[], bool]) -> None:
+    """Runs steps, those of the run that is least far first, until all are finished or `stop` says so."""
+    exact = any(run.recipe.training.deterministic and run.device.type == "cuda" for run in runs)
+    with ExitStack() as begun, stop_signals() as stopped, deterministic(exact):
+        for run in runs:
+            begun.enter_context(run._stepping())
+        while (going := [run for run in runs if not run.finished]) and not stop():
+            behind = min(going, key=lambda run: run.step)
+            behind._one_step()
+            if stopped and not all(run.finished for run in runs):
+                for run in runs:
+                    run._require_saved()
+                raise Interrupted(behind.step)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Every checkpoint of it is also a model folder that `longwave.load` takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,19 @@ class NextToken:
     """A decoder that learns to predict the next token (`training.objective.Objective`).
 
     checkpoint: the folder to go on from; without one the model begins with random weights, or with those of
-    `training.start_from`. Raises UserError for weights that are not finite, and for a model to start from that does not
-    fit.
+    `training.start_from`, or as `start` makes it. Raises UserError for weights that are not finite, and for a model to
+    start from that does not fit.
     """
 
-    def __init__(self, recipe: Recipe, data: TrainingData, checkpoint: Path | None) -> None:
-        self._recipe, self._data = recipe, data
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TrainingData,
+        checkpoint: Path | None,
+        *,
+        start: Callable[[], Decoder] | None = None,
+    ) -> None:
+        self._recipe, self._data, self._start = recipe, data, start
         self._device = device_of(recipe.training.device)
         self.model = self._first() if checkpoint is None else self._resumed(checkpoint)
         self.model.train().checkpoint_blocks(recipe.training.recompute)
@@ -123,23 +130,8 @@ class NextToken:
         return NextTokenStep(self.model, logged)
 
     def evaluate(self) -> dict[str, Any]:
-        """The held-out loss in nats per token, and the share of tokens that each level kept.
-
-        Of several folders, each one's loss stands beside the mean of all, which goes by their shares.
-        """
-        sources, windows = self._data.sources, self._recipe.training.evaluate_windows
-        found = [held_out_loss(self.model, one.held_out, windows=windows) for one in sources]
-        kept = [self._mean(level) for level in zip(*(one.retention for one in found), strict=True)]
-        each = {f"{HELD_OUT}/{one.name}": its.loss for one, its in zip(sources, found, strict=True)}
-        return {
-            HELD_OUT: self._mean([one.loss for one in found]),
-            **(each if len(sources) > 1 else {}),
-            **({"retention": kept} if kept else {}),
-        }
-
-    def _mean(self, of_sources: Sequence[float]) -> float:
-        """The mean of a figure over the folders of the data, by their shares."""
-        return sum(one.share * figure for one, figure in zip(self._data.sources, of_sources, strict=True))
+        """The held-out loss in nats per token, and the share of tokens that each level kept."""
+        return held_out_figures(self.model, self._data, self._recipe.training.evaluate_windows)
 
     def write(self, folder: Path, facts: Mapping[str, str | int | float | None]) -> None:
         """Writes a model folder, with facts for its card."""
@@ -163,15 +155,37 @@ class NextToken:
     def _first(self) -> Decoder:
         """The model before the first step: with random weights, or with those of `start_from` in fp32."""
         run, config = self._recipe.training, self._recipe.model
+        if self._start is not None:
+            return self._fitting(self._start().to(self._device), "the model to start from")
         if run.start_from is None:
             return Decoder(config, run.seed).to(self._device)
         start = load(run.start_from, dtype=torch.float32, device=self._device, tokenizer=True)
-        require_finite(start, f"training.start_from = {run.start_from}", "give another folder")
         require_start(config, start.config, run.start_from)
-        if start.tokenizer is not None:
-            self._data.require_tokenizer(start.tokenizer)
+        self._fitting(start, f"training.start_from = {run.start_from}")
         with torch.device("meta"):
             model = Decoder(config)
         model.adopt(start.state_dict())
         model.origin.generation = start.origin.generation
         return model
+
+    def _fitting(self, start: Decoder, named: str) -> Decoder:
+        """A model to start from, whose weights are finite and whose tokenizer, if it has one, made the data."""
+        require_finite(start, named, "give another folder")
+        if start.tokenizer is not None:
+            self._data.require_tokenizer(start.tokenizer)
+        return start
+
+
+def held_out_figures(model: Decoder, data: TrainingData, windows: int) -> dict[str, Any]:
+    """The held-out loss of a model over the first windows (0 for all) of a run's data, and what each level kept.
+
+    Of several folders, each one's loss stands beside the mean of all, which goes by their shares.
+    """
+    found = [held_out_loss(model, one.held_out, windows=windows) for one in data.sources]
+    kept = [data.mean(level) for level in zip(*(one.retention for one in found), strict=True)]
+    each = {f"{HELD_OUT}/{one.name}": its.loss for one, its in zip(data.sources, found, strict=True)}
+    return {
+        HELD_OUT: data.mean([one.loss for one in found]),
+        **(each if len(data.sources) > 1 else {}),
+        **({"retention": kept} if kept else {}),
+    }

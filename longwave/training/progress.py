@@ -18,7 +18,7 @@ from longwave.training.recipe import Recipe, flat
 
 FILE = "trainer.json"
 # Settings that may differ when a run continues, since they do not change what is learned.
-_FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic", "max_skipped"}
+FREE_TO_CHANGE = {"log_every", "checkpoint_every", "keep", "tensorboard", "device", "deterministic", "max_skipped"}
 _MOST_NAMED = 3  # files of the data that a message names
 
 
@@ -85,7 +85,7 @@ def read_progress(checkpoint: Checkpoint, recipe: Recipe, tokenizer: Tokenizer) 
 def _require_recipe(written: dict[str, Any], recipe: Recipe, path: Path, data_may_move: bool) -> None:
     written = completed({**written, "model": native.from_format_1(written["model"])})
     ours, theirs = (_identity(values, data_may_move) for values in (json.loads(json.dumps(recipe.to_dict())), written))
-    for name in sorted({*theirs, *ours} - {f"training.{name}" for name in _FREE_TO_CHANGE}):
+    for name in sorted({*theirs, *ours} - {f"training.{name}" for name in FREE_TO_CHANGE}):
         if theirs.get(name) != ours.get(name):
             values = f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} here"
             raise UserError(f"{path}: a checkpoint of another run ({values}); give another output folder, or remove it")

@@ -203,11 +203,16 @@ def read_values(path: str | Path, overrides: Overrides = ()) -> dict[str, Any]:
 
     `[model]` is completed from the folder that `training.start_from` names. UserError for a file that is not TOML.
     """
+    return _with_start(given_values(path, overrides))
+
+
+def given_values(path: str | Path, overrides: Overrides = ()) -> dict[str, Any]:
+    """The same as they are written. UserError for a file that is not TOML."""
     values = _parsed(path)
     for key, value in _pairs(overrides):
         _override(values, key, value)
     _require_shallow(values, "overrides")
-    return _with_start(values)
+    return values
 
 
 def _parsed(path: str | Path) -> dict[str, Any]:
