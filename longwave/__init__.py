@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from longwave.inference.text import Continuation
     from longwave.model import Decoder
     from longwave.streams import Stream
-    from longwave.verbs import compare, compare_results, convert, evaluate, plan, prepare, train
+    from longwave.verbs import compare, compare_results, convert, evaluate, plan, plan_conversion, prepare, train
 
 _HOMES = {
     "load": "api",
@@ -39,6 +39,7 @@ _HOMES = {
     "convert": "verbs",
     "evaluate": "verbs",
     "plan": "verbs",
+    "plan_conversion": "verbs",
     "prepare": "verbs",
     "train": "verbs",
     "extend": "extension",
@@ -59,11 +60,13 @@ __all__ = [
     "__version__",
     "compare",
     "compare_results",
+    "convert",
     "evaluate",
     "extend",
     "generate",
     "load",
     "plan",
+    "plan_conversion",
     "prepare",
     "save",
     "stream",

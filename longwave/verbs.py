@@ -37,6 +37,7 @@ from longwave.machine import dtype_of, facts, versions
 from longwave.model import Decoder
 from longwave.planning import Plan, model_config, plan_of
 from longwave.progress import TrainingProgress, say
+from longwave.reports.conversion import write_conversion
 from longwave.reports.recall import page_to_write, write_evaluation
 from longwave.training.loop import Run, Trainer, TrainingResult
 from longwave.training.metrics import Observer
@@ -298,15 +299,22 @@ def convert(
     Raises UserError for a source, recipe, data or a folder that do not fit, and what `train` raises.
     """
     conversion = Conversion(source, output, read_conversion(recipe, overrides))
+    given = [f"{key}={value}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    words = ["longwave", "convert", str(source), str(output), "--recipe", str(recipe), *given]
+    conversion.record = dataclasses.replace(conversion.record, command=shlex.join(words))
+
+    def reached(record: Record) -> None:
+        write_conversion(record, Path(output) / "report.html")
+
     if not progress:
-        return conversion.run()
+        return conversion.run(reached=reached)
 
     def watching(name: str, run: Run[Any]) -> Observer:
         if run.step:
             say(f"{name}: resuming after step {run.step}")
         return TrainingProgress(name, run.recipe.steps, run.step)
 
-    return conversion.run(watching, say)
+    return conversion.run(watching, say, reached)
 
 
 def plan_conversion(

@@ -46,6 +46,7 @@ from longwave.conversion.record import (
     require_same,
     source_facts,
 )
+from longwave.conversion.scaling import fitted_scaling
 from longwave.conversion.selection import even, kept, last
 from longwave.conversion.students import (
     converted_layout,
@@ -56,6 +57,7 @@ from longwave.conversion.students import (
     student_config,
 )
 from longwave.conversion.transfer import transfers
+from longwave.conversion.writing import DATA, written_data
 from longwave.errors import UserError, require, within
 from longwave.model import Decoder
 from longwave.training.clock import read_seconds
@@ -93,11 +95,14 @@ class Conversion:
     """
 
     def __init__(self, source: str | Path, output: str | Path, recipe: ConversionRecipe) -> None:
-        self.folder, self.output, self.recipe = checkpoints.find(source), Path(output), recipe
+        self.folder, self.output = checkpoints.find(source), Path(output)
         self.config = checkpoints.load_config(self.folder)
         require_convertible(self.config)
         self.layers = len(letters_of(self.config.parsed))
-        self.record = self._found_record()
+        self.record = self._found_record(recipe)
+        written = {"folder": str(self.output / DATA)}
+        self.recipe = recipe if recipe.written is None else dataclasses.replace(recipe, written=None, data=written)
+        self.written = recipe.written
         self._require_students()
 
     # The models ----------------------------------------------------------------------------------------------------
@@ -164,16 +169,24 @@ class Conversion:
 
     # The whole -----------------------------------------------------------------------------------------------------
 
-    def run(self, watching: Watching | None = None, say: Callable[[str], None] = lambda line: None) -> Record:
+    def run(
+        self,
+        watching: Watching | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        reached: Callable[[Record], None] = lambda record: None,
+    ) -> Record:
         """Runs all stages that are not finished, and writes the students' folders.
 
-        watching: makes an observer of the run of a stage, which is named. say: told of what is being done. Raises what
-        `Run.complete` does.
+        watching: makes an observer of the run of a stage, which is named. say: told of what is being done. reached:
+        given the record after every stage. Raises what `Run.complete` does.
         """
-        self._require_data()
+        if self.written is None:
+            self._require_data()
         with files.locked(self.output):
-            self._say, self._watching = say, watching
+            self._say, self._watching, self._reached = say, watching, reached
             self._keep(self.record)
+            if self.written is not None:
+                written_data(self.teacher, self.written, self.output, say)
             for name in self.recipe.aligning:
                 self._align(name)
             for student in self.students:
@@ -288,11 +301,11 @@ class Conversion:
             begun = self.record.stage(name, student)
             assert begun is not None
             entries = [one for one in read_metrics(run.output / METRICS) if "held_out_loss" in one]
-            reached = [{key: value for key, value in one.items() if key not in _FREE} for one in entries]
+            curve = [{key: value for key, value in one.items() if key not in _FREE} for one in entries]
             seconds = read_seconds(run.output).total
             spent = {"steps": run.step, "tokens": run.tokens, "flops": run.flops, "seconds": seconds}
-            figures = {key: value for key, value in reached[-1].items() if key not in ("step", "tokens", "flops")}
-            self._keep(self.record.with_stage(dataclasses.replace(begun, figures=figures, curve=reached, **spent)))
+            figures = {key: value for key, value in curve[-1].items() if key not in ("step", "tokens", "flops")}
+            self._keep(self.record.with_stage(dataclasses.replace(begun, figures=figures, curve=curve, **spent)))
 
     def _begun(self, name: str, stage: Stage, student: str, run: Run[Any]) -> StageRecord:
         """The record of a stage that begins, with its measure before the first step, and the teacher's."""
@@ -317,20 +330,25 @@ class Conversion:
             return
         before = self._model_after(stages[-1], student) if stages else self.teacher
         model = self._next(before, config, int(self.recipe.training.get("seed", 0)))
+        losses = dict[str, float]()
+        if self.recipe.logit_scaling is not None:
+            recipe = stage_recipe(self.recipe, stages[-1], config)
+            model, losses = fitted_scaling(model, recipe, self.recipe.logit_scaling)
+            self._say(f"{student}: logit_scaling = {model.config.table('infllm').logit_scaling}")
         model.origin.training = {
             "converted from": str(self.record.source["name"]),
             "layers with softmax": ", ".join(map(str, made.kept)) or "none",
             "tokens of the conversion": spent,
         }
         checkpoints.save(model, folder, tokenizer=self.teacher.tokenizer, format=self.recipe.format)
-        done = dataclasses.replace(made, folder=key)
+        done = dataclasses.replace(made, folder=key, scaling=losses)
         self._keep(dataclasses.replace(self.record, students={**self.record.students, student: done}))
 
     # What is refused -----------------------------------------------------------------------------------------------
 
-    def _found_record(self) -> Record:
+    def _found_record(self, asked: ConversionRecipe) -> Record:
         """The record of this conversion in the output folder, or a new one."""
-        facts, recipe = source_facts(self.folder), plain_recipe(self.recipe)
+        facts, recipe = source_facts(self.folder), plain_recipe(asked)
         found = read_record(self.output)
         if found is None:
             free = not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir()))
@@ -358,7 +376,11 @@ class Conversion:
         able = bool(self.recipe.aligning) or not (own.select.measures or own.sort_heads)
         asked = f"select.rule = {own.select.rule!r}" if own.select.measures else "sort_heads = true"
         require(able, f"{asked}: needs aligned layers; give a stage of kind align")
-        transfers(self.config, self.final_config(student, choice))
+        config = self.final_config(student, choice)
+        transfers(self.config, config)
+        if self.recipe.logit_scaling is not None:
+            able = config.infllm is not None and bool(self.recipe.stages_of(student))
+            require(able, "logit_scaling: is for students with S blocks and a stage of their own; leave it out")
         for name in self.recipe.stages_of(student):
             self._require_stage(name, self.student_config(student, name, choice))
 
@@ -390,6 +412,7 @@ class Conversion:
     def _keep(self, record: Record) -> None:
         self.record = record
         record.write(self.output)
+        self._reached(record)
 
     def _finished(self, name: str, student: str) -> bool:
         found = self.record.stage(name, student)

@@ -17,6 +17,7 @@ from longwave.conversion.distil import Distillation
 from longwave.conversion.recipe import AlignStage, DistilStage, stage_recipe
 from longwave.conversion.students import next_model
 from longwave.conversion.transfer import Transfer, is_softmax, mixer_of, transfers
+from longwave.conversion.writing import DATA
 from longwave.costs import count
 from longwave.model import Decoder
 from longwave.training.flops import trained_flops
@@ -93,6 +94,7 @@ class ConversionPlan:
 def plan_of_conversion(conversion: Conversion, measure: bool = True) -> ConversionPlan:
     """The plan of a conversion. measure: whether the speed of each stage is measured, which loads the source."""
     recipe, source = conversion.recipe, _meta(conversion.config)
+    measure = measure and (conversion.written is None or (conversion.output / DATA).is_dir())
     students, stages = dict[str, StudentPlan](), list[StagePlan]()
     for name, own in conversion.students.items():
         choice, config = conversion.choice(name), conversion.final_config(name)

@@ -107,6 +107,46 @@ class MeasureConfig(Strict):
             require(value is None or value > 0, f"measure.{name} = {value}: 1 or more")
 
 
+@dataclass(frozen=True)
+class ScalingConfig(Strict):
+    """HypeNet's factor log_a(position + a) of queries, fitted once all stages are over (arXiv 2601.22156).
+
+    window: tokens of the held-out windows on which the base a with the lowest loss is found, several times those of
+    the training. bases: that are tried, beside no factor at all. windows: held-out windows.
+    """
+
+    window: int
+    bases: tuple[float, ...] = (100, 200, 362, 500, 600, 900, 1500, 3000)
+    windows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("window", "windows"):
+            require(getattr(self, name) > 0, f"logit_scaling.{name} = {getattr(self, name)}: 1 or more")
+        require(all(base > 1 for base in self.bases), f"logit_scaling.bases = {self.bases}: numbers above 1")
+
+
+@dataclass(frozen=True)
+class WrittenConfig(Strict):
+    """Text that the source itself writes, in place of prepared data: where none of its own is at hand.
+
+    tokens: in all. length: of a text, in tokens. prompts: with which texts begin, in turn; by default with nothing but
+    the token that begins a text. temperature, top_p: of the draws. held_out: share of the texts kept from training.
+    """
+
+    tokens: float
+    length: int = 512
+    prompts: tuple[str, ...] = ("",)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    held_out: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.length > 1, f"written.length = {self.length}: 2 or more")
+        require(0 < self.tokens < 1e12, f"written.tokens = {self.tokens}: more than 0")
+        require(bool(self.prompts), "written.prompts: give one or more")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Stage(Strict):
     """The keys of every stage.
@@ -188,6 +228,7 @@ class ConversionRecipe(Strict):
     student: what is made. students: several, by name, each with the keys in which it differs from `student`.
     stages: by name, in order; `kind` may be left out where the name is one.
     source_tokens: that the source was trained with, where a plan is to say the share of them that is spent.
+    written: text that the source writes, which then stands for `[data]`. logit_scaling: fitted in the end.
     format: of the folders of the finished students.
     """
 
@@ -201,9 +242,13 @@ class ConversionRecipe(Strict):
     optimizer: Table = field(default_factory=_no_values)
     schedule: Table = field(default_factory=_no_values)
     source_tokens: float | None = None
+    written: WrittenConfig | None = None
+    logit_scaling: ScalingConfig | None = None
     format: str = "longwave"
 
     def __post_init__(self) -> None:
+        both = self.written is not None and bool(self.data)
+        require(not both, "data: is what the source writes; leave out [data], or [written]")
         require(len(self.stages) <= _MOST and len(self.students) <= _MOST, f"more than {_MOST} stages or students")
         for name in (*self.stages, *self.students):
             legal = name.replace("-", "").replace("_", "").isalnum() and name.isascii()
@@ -232,15 +277,12 @@ class ConversionRecipe(Strict):
 
     def _student(self, name: str) -> StudentConfig:
         base = {one: getattr(self.student, one) for one in StudentConfig.__dataclass_fields__}
-        select = dict(vars(self.student.select))
+        base["select"] = vars(self.student.select)
         own = dict(self.students[name])
-        if isinstance(own.get("select"), Mapping):
-            own["select"] = (select if "rule" not in own["select"] else _of_any_rule(select)) | own["select"]
-        return build(StudentConfig, {**base, "select": select, **own}, f"students.{name}")
-
-
-def _of_any_rule(select: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in select.items() if name in ("keep", "pinned")}
+        if isinstance(own.get("select"), Mapping) and "rule" in own["select"]:
+            common = () if own["select"]["rule"] == "list" else ("keep", "pinned")
+            base["select"] = {one: getattr(self.student.select, one) for one in common}
+        return build(StudentConfig, merged(base, own), f"students.{name}")
 
 
 def read_conversion(path: str | Path, overrides: Overrides = ()) -> ConversionRecipe:

@@ -57,6 +57,7 @@ class StudentRecord:
     """A student. layout: of the finished model. kept: layers with softmax. transfer: how many tensors were copied.
 
     ranking: all layers, most important first. folder: after which stage and how many tokens its folder was written.
+    scaling: the held-out loss with every base of the logit scaling that was tried.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -66,6 +67,7 @@ class StudentRecord:
     transfer: Mapping[str, int]
     ranking: list[int]
     folder: str = ""
+    scaling: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)

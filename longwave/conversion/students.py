@@ -16,6 +16,7 @@ from longwave.conversion.transfer import assembled, mixer_of, transferred
 from longwave.errors import require
 from longwave.layout import Blocks, Bracketed, Layout, parse
 from longwave.mixers import FullAttention, InfllmAttention, LightningAttention
+from longwave.mixers.lightning import slopes
 from longwave.model import Decoder
 from longwave.resamplers import BRACKETS
 
@@ -121,7 +122,12 @@ def head_orders(distances: Mapping[int, Sequence[float]], model: Decoder) -> dic
     """For each layer of linear attention with decays, which head stands where, from how far back the teacher's look."""
     mixers = {block.site.depth: mixer_of(block) for block in model.blocks}
     return {
-        depth: order_for(list(map(float, distances[depth])), mixer.log_decay.value.tolist())
+        depth: order_for(list(distances[depth]), [-slope for slope in _slopes(mixer)])
         for depth, mixer in mixers.items()
         if isinstance(mixer, LightningAttention) and depth in distances
     }
+
+
+def _slopes(mixer: LightningAttention) -> Sequence[float]:
+    """How fast each head forgets; known of a model without memory, too."""
+    return slopes(mixer.config.slopes, mixer.heads, mixer.site.depth, mixer.site.layers)

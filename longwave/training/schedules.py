@@ -87,13 +87,13 @@ class WSD:
     """Warm-up, a stable rate, and a decay to `final` over the last `decay_fraction` of the run.
 
     WSD comes from MiniCPM (arXiv 2404.06395). The `sqrt` shape, 1 - sqrt(x) after the share x of the decay, and its
-    length are the best ones of arXiv 2405.18392.
+    length are the best ones of arXiv 2405.18392. MiniCPM's is `exponential`, final ** x, which needs a `final` above 0.
     """
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: int = 100
     decay_fraction: float = 0.2
-    shape: Literal["linear", "sqrt"] = "sqrt"
+    shape: Literal["linear", "sqrt", "exponential"] = "sqrt"
     final: float = 0.0
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -102,6 +102,8 @@ class WSD:
         _check_warmup(self.warmup_steps)
         require(0 < self.decay_fraction <= 1, f"decay_fraction = {self.decay_fraction}: a fraction in (0, 1]")
         require(0 <= self.final <= 1, f"final = {self.final}: a fraction in [0, 1]")
+        grows = self.shape == "exponential" and self.final == 0
+        require(not grows, "final = 0.0: an exponential decay never ends there; give a fraction above 0, such as 0.05")
 
     def scale(self, step: float, tokens: int, total_steps: int) -> float:
         """Give the factor of the base learning rate; raises UserError if warm-up and decay do not fit the run."""
@@ -111,6 +113,8 @@ class WSD:
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
         done = min(1.0, max(0, step - stable_until) / decay_steps)
+        if self.shape == "exponential":
+            return self.final**done
         return 1 - (1 - self.final) * (math.sqrt(done) if self.shape == "sqrt" else done)
 
 

@@ -83,22 +83,24 @@ def test_gradients_are_those_of_the_whole_in_one_piece(
     found = {
         name: weight.grad.clone() for name, weight in objective.model.named_parameters() if weight.grad is not None
     }
-    own, theirs = objective.hidden_states(*objective.inputs(batch))
+    tokens, stream = objective.inputs(batch)
+    own, theirs = objective.model.hidden(tokens, stream), objective.teacher.read(tokens, stream).hidden
     assert len(own) == targets
-    whole = divergence(objective.teacher.logits(theirs).detach(), objective.model.logits(own), direction)
+    whole = divergence(objective.teacher.model.logits(theirs).detach(), objective.model.logits(own), direction)
     whole = (whole + hidden * (own - theirs).square().mean(1).sum()) / targets
     assert float(loss) == pytest.approx(float(whole.detach()), rel=1e-5)
     expected = torch.autograd.grad(whole, list(objective.model.parameters()))
     for (name, _), gradient in zip(objective.model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-8)
-    assert all(weight.grad is None for weight in objective.teacher.parameters())
+    assert all(weight.grad is None for weight in objective.teacher.model.parameters())
 
 
 def test_every_row_has_a_gradient(in_chunks: None, tmp_path: Path) -> None:
     """The loss that HALO's code had for months summed the first 512 rows of 6,144."""
     objective = Run(recipe(), tmp_path, partial(Distillation, teacher=teacher())).objective
     batch = objective._data.batch(range(4))
-    own, theirs = objective.hidden_states(*objective.inputs(batch))
+    tokens, stream = objective.inputs(batch)
+    own, theirs = objective.model.hidden(tokens, stream), objective.teacher.read(tokens, stream)
     own = own.detach().requires_grad_()
     objective.backward(own, theirs, objective.targets(batch))
     assert own.grad is not None
@@ -136,7 +138,7 @@ def test_the_teacher_itself_has_nothing_to_learn(tmp_path: Path) -> None:
     lw.save(source, tmp_path / "teacher")
     run = distilled(recipe(layout=None, start_from=str(tmp_path / "teacher")), tmp_path / "run", teacher=source)
     assert abs(losses(tmp_path / "run")[0]["loss"]) < 1e-6
-    assert differing(run.objective.teacher.state_dict(), teacher().state_dict()) == []
+    assert differing(run.objective.teacher.model.state_dict(), teacher().state_dict()) == []
 
 
 def test_a_hybrid_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
