@@ -24,12 +24,15 @@ import torch
 from longwave import checkpoints, files, machine
 from longwave.config import ModelConfig
 from longwave.conversion.align import Alignment
+from longwave.conversion.choosing import Measured, measured_layers
 from longwave.conversion.distil import Distillation, Teacher
 from longwave.conversion.heads import attention_distances
 from longwave.conversion.recipe import (
     ALONE,
     ConversionRecipe,
     DistilStage,
+    Rule,
+    SelectConfig,
     SftStage,
     Stage,
     StudentConfig,
@@ -58,7 +61,7 @@ from longwave.conversion.students import (
 )
 from longwave.conversion.transfer import transfers
 from longwave.conversion.writing import DATA, written_data
-from longwave.errors import UserError, require, within
+from longwave.errors import require, within
 from longwave.model import Decoder
 from longwave.training.clock import read_seconds
 from longwave.training.data import TrainingData
@@ -129,8 +132,8 @@ class Conversion:
     def expected_choice(self, student: str) -> Choice:
         """The layers that a student keeps; evenly spaced ones stand for those that are still to be measured."""
         select = self.students[student].select
-        count = max(1, self.layers // 4) if select.keep is None else select.keep
-        pinned = [self._layer(layer, "pinned") for layer in select.pinned]
+        count = self._count(select)
+        pinned = self._pinned(student)
         with within(f"select.keep = {count}"):
             match select.rule:
                 case "list":
@@ -229,7 +232,30 @@ class Conversion:
         self._say(f"{student}: {config.layout}")
 
     def _measured_choice(self, student: str) -> Choice:
-        raise UserError(f"select.rule = {self.students[student].select.rule!r}: not yet")
+        """The layers of a student whose rule measures; everything is measured once for all students."""
+        select = self.students[student].select
+        if "_measured" not in self.__dict__:
+            self._measured = self._measure()
+            self._keep(dataclasses.replace(self.record, selection=self._measured.record()))
+        ranking = self._measured.ranking(select.rule)
+        return Choice(tuple(kept(ranking, self._count(select), self._pinned(student))), ranking)
+
+    def _measure(self) -> Measured:
+        name, aligned = next(iter(self.recipe.aligning)), self._aligned()
+        assert aligned is not None
+        data = TrainingData(stage_recipe(self.recipe, name, self.aligned_config(name)))
+        measuring = [own.select for own in self.students.values() if own.select.measures]
+        rules: set[Rule] = {one.rule for one in measuring}
+        rounds = max(self._count(one) for one in measuring)
+        asked = self.recipe.measure
+        return measured_layers(self.teacher, aligned, data, rules, rounds, asked, self.output, self._say)
+
+    def _count(self, select: SelectConfig) -> int:
+        """The number of layers that keep softmax; a quarter by default."""
+        return max(1, self.layers // 4) if select.keep is None else select.keep
+
+    def _pinned(self, student: str) -> list[int]:
+        return [self._layer(layer, "pinned") for layer in self.students[student].select.pinned]
 
     def _learn(self, name: str, stage: Stage) -> None:
         """A stage of all students that take part: together where they learn from the teacher, else one by one."""

@@ -54,7 +54,7 @@ class TaskAccuracy:
         unset = bool(found.families) and found.asked.samples is None
         self._suite = replace(found, asked=replace(found.asked, samples=SAMPLES)) if unset else found
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """The tasks, what is asked of them, and the checksum of every file that defines one."""
         digests = {name: _digest(path) for name in self._names if (path := _path(name)).is_file()}
@@ -77,7 +77,7 @@ class NextTokenAccuracy:
     def __init__(self, texts: Sequence[PackedTokens], windows: int = WINDOWS) -> None:
         self._texts = _HeldOut(texts, windows)
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """The windows, and a checksum of their tokens."""
         return self._texts.settings()
@@ -96,7 +96,7 @@ class Divergence:
     def __init__(self, teacher: Decoder, texts: Sequence[PackedTokens], windows: int = WINDOWS) -> None:
         self._teacher, self._texts = teacher, _HeldOut(texts, windows)
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
         """The windows, and a checksum of their tokens."""
         return self._texts.settings()

@@ -10,7 +10,7 @@ from longwave import recipes
 from longwave.errors import UserError
 from longwave.training.recipe import read_values
 
-TRAINED = [name for name in recipes.names() if "training" in read_values(name)]
+TRAINED = [name for name in recipes.names() if {"training", "model"} <= {*read_values(name)} and "stages" not in read_values(name)]
 
 
 def test_names_are_those_of_the_files():

@@ -214,6 +214,33 @@ def test_fine_tuning_leaves_queries_and_keys_of_softmax_layers(source: Path, tmp
     assert changed == before.keys() - frozen - {name for name in before if "norm" in name and name not in changed}
 
 
+def test_layers_are_selected_by_measurements_that_are_made_once(source: Path, tmp_path: Path):
+    """The three rules over one set of figures; killed while it measures, it goes on and ends with the same."""
+    students = {"kl": {"select": {"rule": "kl"}}, "sense": {"select": {"rule": "halo_corrected"}}}
+    rest = {"students": students, "measure": {"recall": ["key-value"], "length": 60, "samples": 2, "windows": 2}}
+    one, said = recipe({"align": STAGES["align"]}, **rest), list[str]()
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if "divergence" in line:
+            raise ConnectionAbortedError
+
+    with pytest.raises((ConnectionAbortedError, UserError)):
+        Conversion(source, tmp_path / "out", one).run(say=stop)
+    before = json.loads((tmp_path / "out" / "selection" / "measured.json").read_text())["figures"]
+    again = list[str]()
+    with pytest.raises(UserError, match="it tells none from another"):  # this teacher recalls nothing
+        Conversion(source, tmp_path / "out", one).run(say=again.append)
+    figures = json.loads((tmp_path / "out" / "selection" / "measured.json").read_text())["figures"]
+    assert figures[: len(before)] == before
+    assert sum(line.startswith("select: ") and "replaced" in line for line in again) == len(figures) - len(before)
+    found = read_record(tmp_path / "out")
+    assert found is not None
+    assert len(found.students["kl"].kept) == 2
+    assert found.selection["layers"]["rank by kl"]
+    assert any("there is little that a conversion could lose" in line for line in again)
+
+
 def test_heads_can_be_sorted(source: Path, tmp_path: Path):
     stages = {"align": STAGES["align"]}
     found = converted(source, tmp_path / "out", recipe(stages, student={"sort_heads": True, "select": {"keep": 1}}))
