@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longwave import trial
 from longwave.conversion.figures import Figure
 from longwave.conversion.measures import Divergence, Measure, NextTokenAccuracy, TaskAccuracy
 from longwave.conversion.measuring import Greedy, Measuring
@@ -21,6 +22,7 @@ from longwave.units import counted
 
 FOLDER = "selection"
 _BY_KL = "kl"
+_FEW = 2  # windows and samples in a trial run
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ def measured_layers(
     """
     texts, swept = [one.held_out for one in data.sources], any(rule != _BY_KL for rule in rules)
     length, named = asked.length or data.recipe.training.window, [f"lm-eval:{name}" for name in asked.sense]
+    windows = trial.at_most(asked.windows, _FEW)
     recall: Measure | None = None
     sense: Measure | None = None
     if swept:
-        recall = TaskAccuracy(asked.recall, Asked(lengths=length, samples=asked.samples, seed=asked.seed))
-        sense = TaskAccuracy(named) if named else NextTokenAccuracy(texts, asked.windows)
-    divergence = Divergence(teacher, texts, asked.windows) if _BY_KL in rules else None
+        samples = trial.at_most(asked.samples, _FEW)
+        recall = TaskAccuracy(asked.recall, Asked(lengths=length, samples=samples, seed=asked.seed))
+        sense = TaskAccuracy(named) if named else NextTokenAccuracy(texts, windows)
+    divergence = Divergence(teacher, texts, windows) if _BY_KL in rules else None
 
     def told(figure: Figure) -> None:
         layers = counted(len(figure.linear), "layer")

@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from longwave import cli
+from longwave.conversion.recipe import read_conversion
 from longwave.training.recipe import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,7 +123,10 @@ def _module(path: str) -> ModuleType:
 def _read(block: Block) -> None:
     path = Path(block.title or "block.toml")
     path.write_text(block.text, encoding="utf8")
-    read_recipe(path)
+    if "student" in (values := tomllib.loads(block.text)) or "stages" in values:
+        read_conversion(path)
+    else:
+        read_recipe(path)
 
 
 def command(words: list[str], place: str) -> None:
