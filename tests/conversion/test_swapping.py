@@ -69,7 +69,7 @@ def test_a_swapped_model_is_the_assembled_one_bit_for_bit(shape: str, linear: st
     teacher = Decoder(config(**SHAPES[shape]), seed=3).to(torch.bfloat16 if shape == "grouped" else torch.float32)
     aligned = aligned_to(teacher, student("3L", SHAPES[shape], **LINEAR[linear]))
     letters = [block.letter for block in teacher.blocks]
-    for chosen in ((), (1,), (0, 2), (0, 1, 2)):
+    for chosen in ((), (1,), (0, 1, 2)):
         layout = " ".join("L" if depth in chosen else letter for depth, letter in enumerate(letters))
         whole = assembled(teacher, aligned, student(layout, SHAPES[shape], **LINEAR[linear])).eval()
         for found, expected in zip(computed(swapped(teacher, aligned, chosen)), computed(whole), strict=True):
