@@ -14,6 +14,7 @@ Its stages are runs in a folder of their own, one after the other, and every one
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from longwave.conversion.align import Alignment
 from longwave.conversion.choosing import Measured, measured_layers
 from longwave.conversion.distil import Distillation, Teacher
 from longwave.conversion.heads import attention_distances
+from longwave.conversion.insertion import insert_levels
 from longwave.conversion.recipe import (
     ALONE,
     ConversionRecipe,
@@ -61,6 +63,7 @@ from longwave.conversion.students import (
 )
 from longwave.conversion.transfer import transfers
 from longwave.conversion.writing import DATA, written_data
+from longwave.data.packed import Batch
 from longwave.errors import require, within
 from longwave.model import Decoder
 from longwave.training.clock import read_seconds
@@ -72,6 +75,7 @@ from longwave.training.recipe import Recipe
 
 STAGES, MODEL, MODELS = "stages", "model", "models"
 _FREE = ("tokens_per_second", "seconds", "training_seconds", "grad_norm", "clip", "lr_scale")
+_TOKENS_A_CHANNEL = 32
 _DISTANCE_WINDOWS = 16  # of training text, by which it is known how far back heads look
 Watching = Callable[[str, Run[Any]], Observer]
 
@@ -299,7 +303,11 @@ class Conversion:
         stages = list(self.recipe.stages_of(student))
         at, seed = stages.index(name), recipe.training.seed
         before = self._model_after(stages[at - 1], student) if at else self.teacher
-        return self._next(before, recipe.model, seed)
+        model = self._next(before, recipe.model, seed)
+        if model.resamplers and not before.resamplers and self.students[student].levels == "placed":
+            for level in insert_levels(model, [_some_text(recipe)]):
+                self._say(f"{name}: {level.name} begins with {level.kept:.0%} kept (target {level.target:.0%})")
+        return model
 
     def _next(self, before: Decoder, config: ModelConfig, seed: int) -> Decoder:
         return next_model(before, self._aligned(), config, self.recipe.student.gate, seed)
@@ -447,6 +455,12 @@ class Conversion:
     def _stage_folder(self, name: str, student: str) -> Path:
         own = self.output / STAGES / name
         return own if student in ("", ALONE) else own / student
+
+
+def _some_text(recipe: Recipe) -> Batch:
+    """Training windows of several times as many tokens as the model has channels, by which levels are placed."""
+    windows = max(1, math.ceil(_TOKENS_A_CHANNEL * recipe.model.hidden_size / recipe.training.window))
+    return TrainingData(recipe).batch(range(windows))
 
 
 def _with_pinned(found: Sequence[int], pinned: Sequence[int], layers: int) -> list[int]:

@@ -72,6 +72,8 @@ class StudentConfig(Strict):
     layout: the source's layout with brackets around some of its blocks, such as `"2F subllm(0.64: 4F) 2F"`.
     gate: how gates that the source does not have begin: `open`, which changes nothing, or `random` as published.
     sort_heads: whether heads are dealt to decays by how far back they look (`conversion.heads`).
+    levels: how levels that the source does not have begin: `placed` by a little text, so that they break little, or
+        `new` as in a model that is trained from the start (`conversion.insertion`).
     select: which layers keep softmax.
     """
 
@@ -80,6 +82,7 @@ class StudentConfig(Strict):
     layout: str | None = None
     gate: Literal["open", "random"] = "open"
     sort_heads: bool = False
+    levels: Literal["placed", "new"] = "placed"
     select: SelectConfig = SelectConfig()
 
 

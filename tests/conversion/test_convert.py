@@ -205,6 +205,18 @@ def test_layers_can_be_replaced_in_stages(source: Path, tmp_path: Path):
     assert "stack.layers.0.mixer.o_gate.weight" in half
 
 
+def test_levels_begin_where_they_break_little(source: Path, tmp_path: Path):
+    """Those that are placed by some text lose less at first than those of a new model."""
+    lost = dict[str, float]()
+    for levels in ("placed", "new"):
+        student = {"layout": "F subllm(0.9: 2F) F", "select": {"keep": 4}, "levels": levels}
+        one = recipe({"train": {"kind": "train", "training": {"steps": 2}}}, student=student, model={})
+        [stage] = converted(source, tmp_path / levels, one).stages
+        lost[levels] = stage.start["held_out_loss"] - stage.teacher["held_out_loss"]
+        assert len(stage.start["retention"]) == 1
+    assert lost["placed"] < lost["new"]
+
+
 def test_fine_tuning_leaves_queries_and_keys_of_softmax_layers(source: Path, tmp_path: Path):
     stages = {**STAGES, "sft": {"kind": "sft", "training": {"steps": 2}}}
     converted(source, tmp_path / "out", recipe(stages))
