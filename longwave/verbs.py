@@ -60,6 +60,8 @@ def prepare(
     families: str | Sequence[str] | None = None,
     lengths: int | str | Sequence[int | str] | None = None,
     tokens: str | float | None = None,
+    questions: int | None = None,
+    for_recall: bool = False,
     seed: int = 0,
 ) -> PreparedInfo:
     """Turns text or conversations into a new folder of tokenised shards, which appears whole or not at all.
@@ -71,18 +73,21 @@ def prepare(
     text_field: the field of the text in rows. ignore: keys of rows and messages to pass over.
     loss_on: what is learned of conversations and recall tasks; the answers by default.
     families: of recall tasks, such as `"key-value,copy"`. lengths: of their documents in tokens, such as `"256,1k"`.
-    tokens: of recall tasks in all, such as `"2.5M"`.
+    tokens: of recall tasks in all, such as `"2.5M"`. questions: that a recall task asks in turn, all of whose answers
+    are learned; 1 by default. for_recall: whether the tokenizer that is trained has an entry for every word of recall
+    tasks.
     Raises UserError for a source that cannot be read or used, and for a folder that exists.
     """
     given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     if str(source) == RECALL:
         _require_idle(f"the source {RECALL}", vocab_size=vocab_size, text_field=text_field, ignore=ignored or None)
-        plan = recall_plan(families, lengths, tokens, seed)
+        _require_idle(f"the source {RECALL}", for_recall=for_recall or None)
+        plan = recall_plan(families, lengths, tokens, seed, questions)
         require(given is not None, f"tokenizer: the source {RECALL} needs one; name a prepared folder or a model's")
         assert given is not None
         return prepare_recall(plan, output, given, held_out=held_out, loss_on=loss_on)
-    _require_idle(f"any source but {RECALL}", families=families, lengths=lengths, tokens=tokens)
+    _require_idle(f"any source but {RECALL}", families=families, lengths=lengths, tokens=tokens, questions=questions)
     return write_shards(
         standard_library if source == "stdlib" else source,
         output,
@@ -93,6 +98,7 @@ def prepare(
         loss_on=loss_on,
         text_field=text_field,
         ignore=ignored,
+        for_recall=for_recall,
     )
 
 

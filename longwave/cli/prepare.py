@@ -31,6 +31,8 @@ class Prepare(Options):
     families: str | None = option("of recall tasks (key-value,multi-key,copy,variables)", metavar="NAME,...")
     lengths: str | None = option("of the documents of recall tasks, in tokens: 256,1k", metavar="N,...")
     tokens: str | None = option("of recall tasks in all: 2.5M", metavar="N")
+    questions: int | None = option("that a recall task asks in turn, every answer learned (1)", metavar="N")
+    for_recall: bool = option("the tokenizer to train gets an entry for every word of recall tasks", default=False)
     seed: int = option("of the draw of what is held out, and of recall tasks", default=0)
 
 

@@ -32,10 +32,11 @@ from longwave.data.prepared import (
     tokens_file,
 )
 from longwave.data.recall.documents import RecallDocument, RecallEncoder
+from longwave.data.recall.words import spelled
 from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError, cut
+from longwave.errors import UserError, cut, require
 
 __all__ = ["PreparedInfo", "SplitTokens", "prepare"]
 
@@ -61,6 +62,7 @@ def prepare(
     loss_on: LossOn | None = None,
     text_field: str | None = None,
     ignore: tuple[str, ...] = (),
+    for_recall: bool = False,
     progress: Progress | None = None,
 ) -> PreparedInfo:
     """Turns documents into a prepared folder, in memory that does not grow with the source.
@@ -72,11 +74,13 @@ def prepare(
     loss_on: which tokens of a conversation are learned; only the assistant's by default, and of recall tasks only the
         answers.
     text_field, ignore: how the rows of a path are read (`sources.documents`).
+    for_recall: whether the new tokenizer has an entry for every word of recall tasks.
     Raises UserError when `out` exists, for a source that cannot be read, for conversations or a chat template that
     cannot be used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
     """
-    if tokenizer is not None and vocab_size is not None:
-        raise UserError(f"vocab_size = {vocab_size}: has no effect beside a given tokenizer; leave one of the two out")
+    for name, value in (("vocab_size", vocab_size), ("for_recall", for_recall or None)):
+        idle = tokenizer is not None and value is not None
+        require(not idle, f"{name} = {value}: has no effect beside a given tokenizer; leave one of the two out")
     census = Census()
 
     def found(census: Census | None = None) -> Iterator[Document]:
@@ -94,7 +98,7 @@ def prepare(
     with files.folder(out, overwrite=False) as folder:
         if tokenizer is None:
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
-            tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size)
+            tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size, spelled() if for_recall else "")
         encoder = _encoder_of(first, tokenizer, loss_on)
         info = replace(_write(folder, read("tokens", census), encoder), not_read=census.found())
         (folder / META_FILE).write_bytes(info.to_json())

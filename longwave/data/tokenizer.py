@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ _CLEANED = {**_PUNCTUATION, " ' ": "'", **{f" {end}": end for end in ("n't", "'m
 """What decoding with `clean_up_tokenization_spaces` replaces, in this order."""
 SMALLEST_VOCABULARY = 256 + 2  # every byte, bos and eos
 _LONG = 1000  # letters of a word
+_LETTERS_OF_WORDS = 2000  # of text, for each time that words which get entries are counted
 _BLANKS = re.compile(rf"\s{{{_LONG}}}")
 _RUNS = re.compile(rf"\w{{{_LONG}}}|[^\w\s]{{{_LONG}}}|\s{{{_LONG}}}")
 _PROBE, _PROBES = "a 1 一", 100  # texts that show what is put around a text
@@ -83,22 +84,26 @@ class Tokenizer:
         self._forbidden = self._never_said(unk_of(definition["model"]))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train(cls, texts: Iterable[str], vocab_size: int, words: str = "") -> Tokenizer:
         """A byte-level BPE with `<|bos|>` as id 0 and `<|eos|>` as id 1; the same texts always give the same tokenizer.
 
         Padding is `<|eos|>`. vocab_size: the largest number of entries, special tokens included; a short text gives
-        fewer. Raises UserError for a vocab_size that cannot hold every byte, or that no machine could train.
+        fewer. words: a text of which every word gets an entry, as it is written there.
+        Raises UserError for a vocab_size that cannot hold every byte or these words, or that no machine could train.
         """
         size = f"vocab_size = {vocab_size}: a byte-level vocabulary has"
         require(vocab_size >= SMALLEST_VOCABULARY, f"{size} at least {SMALLEST_VOCABULARY} entries")
         require(vocab_size <= LARGEST_VOCABULARY, f"{size} at most {LARGEST_VOCABULARY:,} entries here")
         backend = _untrained()
-        backend.train_from_iterator(chain.from_iterable(map(_in_words, texts)), _trainer(vocab_size))
+        backend.train_from_iterator(chain.from_iterable(map(_in_words, _with(words, texts))), _trainer(vocab_size))
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
         )
         named = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
-        return cls(backend, {"tokenizer_class": tokenizer_folder.OWN_CLASS, **named})
+        made = cls(backend, {"tokenizer_class": tokenizer_folder.OWN_CLASS, **named})
+        parts = [part for part in re.findall(r" ?\w+", words) if len(made.encode(part)) > 1]
+        require(not parts, f"vocab_size = {vocab_size}: too few for all the words that get entries; give more")
+        return made
 
     @classmethod
     def load(cls, folder: str | Path | OpenFolder) -> Tokenizer:
@@ -309,6 +314,15 @@ def _in_words(text: str) -> Iterator[str]:
         yield text[begin : found.end()]
         begin = found.end()
     yield text[begin:]
+
+
+def _with(words: str, texts: Iterable[str]) -> Iterator[str]:
+    """The texts, and the words more often than the rarest pair of letters that becomes an entry."""
+    letters = 0
+    for text in texts:
+        letters += len(text)
+        yield text
+    yield from repeat(words, 1 + letters // _LETTERS_OF_WORDS if words else 0)
 
 
 def _untrained() -> tokenizers.Tokenizer:

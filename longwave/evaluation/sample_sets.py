@@ -20,7 +20,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
 from longwave.ops.compiled import cache
 
-VERSION = 1  # of what the generators make: a change to any sample is a new one
+VERSION = 2  # of what the generators make and how it is kept: a change to any sample is a new one
 _EVALUATION = 0  # the first part of the keys of samples; training has another
 _SAMPLES = TypeAdapter(list[Sample])
 

@@ -12,6 +12,8 @@ from recall_solver import is_solved
 import longwave as lw
 from longwave.data.packed import NO_TARGET, PackedTokens
 from longwave.data.prepared import PreparedInfo, SplitTokens, iter_documents
+from longwave.data.recall import FAMILIES as ALL
+from longwave.data.recall import sample
 from longwave.data.recall.documents import FAMILIES, recall_plan
 from longwave.data.tokenizer import Tokenizer
 
@@ -61,6 +63,42 @@ def test_the_answers_alone_are_learned_and_string_search_gives_them(data: Path):
     assert seen == PreparedInfo.read(data).train.documents > 20
 
 
+ASKS = {"single": 3, "multi-key": 3, "multi-value": 2, "multi-query": 2, "variables": 2, "key-value": 9, "copy": 1}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_every_question_of_a_document_is_learned_and_has_an_answer_of_its_own(tmp_path: Path, name: str):
+    """Asked one at a time after the text, as an evaluation would, each of them has the answer that is learned."""
+    asked = {"tokenizer": runs.prepared(), "lengths": 900, "tokens": 9000, "held_out": 0.2}
+    info = lw.prepare("recall", tmp_path / "a", families=name, questions=9 if name == "copy" else ASKS[name], **asked)
+    assert info.train.tokens % 900 == 0
+    tokenizer, packed = Tokenizer.load(tmp_path / "a"), PackedTokens(tmp_path / "a", "train", 900)
+    for number in range(len(packed)):
+        batch = packed.batch([number])
+        turns = _turns(batch.tokens.tolist(), batch.targets.tolist())
+        texts = [(tokenizer.decode(prompt), tokenizer.decode(said)) for prompt, said in turns]
+        text, blanks, _ = texts[0][0].rpartition("\n\n" if name == "key-value" else "\n")
+        for prompt, said in texts:
+            question, answers = prompt.rpartition("\n")[2], said.strip().replace(" and ", ", ").split(", ")
+            assert is_solved(text + blanks + question, answers)
+            assert said.endswith("\n")
+        assert len(texts) == ASKS[name]
+        assert len({prompt.rpartition("\n")[2] for prompt, _ in texts}) == len(texts)
+
+
+def _turns(tokens: list[int], targets: list[int]) -> list[tuple[list[int], list[int]]]:
+    """What comes before each run of targets, and the run."""
+    learned = [place for place, target in enumerate(targets) if target != NO_TARGET]
+    starts = [place for place in learned if place - 1 not in learned]
+    ends = [next(end for end in range(start, len(targets) + 1) if end not in learned) for start in starts]
+    return [(tokens[: start + 1], targets[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_a_document_asks_one_question_unless_told_otherwise(data: Path, tmp_path: Path):
+    asked = {"tokenizer": data, "lengths": "256,401", "tokens": 20_000, "held_out": 0.3, "seed": 5}
+    assert lw.prepare("recall", tmp_path / "one", questions=1, **asked) == PreparedInfo.read(data)
+
+
 def test_the_same_seed_gives_the_same_folder_and_another_none_of_its_documents(data: Path, tmp_path: Path):
     asked = {"tokenizer": data, "lengths": "256,401", "tokens": 20_000, "held_out": 0.3}
     same = lw.prepare("recall", tmp_path / "same", families=list(FAMILIES), seed=5, **asked)
@@ -107,6 +145,9 @@ BAD = {
     "too short": (["--lengths", "30"], "length = 30: key-value takes "),
     "too few tokens": (["--tokens", "600"], "tokens = 600: two documents of every family and length have 2,048 tokens"),
     "an amount that is none": (["--tokens", "-3"], "'-3' is no amount above 0"),
+    "zero questions": (["--questions", "0"], "questions = 0: from 1 to 1,000 in a document"),
+    "questions without end": (["--questions", "2000000000"], "questions = 2000000000: from 1 to 1,000"),
+    "more questions than fit": (["--questions", "1000"], "length = 256: key-value takes "),
     "a vocabulary": (["--vocab-size", "300"], "vocab_size = 300: has no effect on the source recall"),
     "a field of text": (["--text-field", "a"], "text_field = 'a': has no effect on the source recall"),
     "keys to ignore": (["--ignore", "a"], "ignore = ('a',): has no effect on the source recall"),
@@ -126,9 +167,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, tmp_path: Path, name:
 
 def test_options_of_recall_tasks_have_no_effect_on_text(refuses, tmp_path: Path):
     (tmp_path / "a.txt").write_text("text\n")
-    for name in ("families", "lengths", "tokens"):
-        says = [f"{name} = '9': has no effect on any source but recall"]
+    for name, shown in {"families": "'9'", "lengths": "'9'", "tokens": "'9'", "questions": "9"}.items():
+        says = [f"{name} = {shown}: has no effect on any source but recall"]
         refuses("prepare", tmp_path / "a.txt", tmp_path / "b", f"--{name}", "9", says=says)
+
+
+def test_a_tokenizer_made_for_recall_has_an_entry_for_every_word(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("def apple_pie(flour): return flour + 17  # and an apple\n" * 2000)
+    lw.prepare(tmp_path / "a.txt", tmp_path / "data", vocab_size=1600, for_recall=True, held_out=0)
+    tokenizer = Tokenizer.load(tmp_path / "data")
+    for number in range(20):
+        pairs, copied = (sample(ALL[name], tokenizer, 300, None, number) for name in ("key-value", "copy"))
+        lines = [line for line in pairs.prompt.split("\n") if ": " in line]
+        assert len(lines) > 50
+        assert {len(tokenizer.encode(f"\n{line}")) for line in lines} == {4}  # line end, key, colon, value
+        assert len(tokenizer.encode(f" {copied.answers[0]}")) == 8
+
+
+def test_entries_for_words_are_refused_where_they_are_none(refuses, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text\n")
+    few = "vocab_size = 300: too few for all the words that get entries; give more"
+    refuses("prepare", tmp_path / "a.txt", tmp_path / "b", "--vocab-size", "300", "--for-recall", says=[few])
+    given = ["--tokenizer", runs.prepared(), "--for-recall"]
+    idle = "for_recall = True: has no effect"
+    refuses("prepare", tmp_path / "a.txt", tmp_path / "b", *given, says=[f"{idle} beside a given tokenizer"])
+    refuses(
+        "prepare",
+        "recall",
+        tmp_path / "b",
+        *given,
+        "--lengths",
+        "256",
+        "--tokens",
+        "9k",
+        says=[f"{idle} on the source recall"],
+    )
 
 
 def test_a_plan_of_many_documents_is_made_as_it_is_read():

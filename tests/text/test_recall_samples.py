@@ -52,7 +52,7 @@ def test_samples_have_their_length_and_one_answer_that_string_search_finds(token
         assert len(prompt) == found.prompt_tokens
         assert stored.ids[: len(prompt)] == prompt
         assert is_solved(found.prompt, found.answers), found.prompt
-        assert found_in(found.answers, found.target) == 1
+        assert found_in(found.answers, found.targets[-1]) == 1
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.has_depth])

@@ -1,14 +1,14 @@
 """The families of recall tasks: for each, what stands in the text, what is asked, and what answers.
 
-A family makes a `Plan`: lines of filler without end, the needles among them, and the question. `fitting.py` takes as
-many lines as give the length that is wanted.
+A family makes a `Plan`: lines of filler without end, the needles among them, and after the text a question, or several
+in turn. `fitting.py` takes as many lines as give the length that is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from longwave import draws
 from longwave.data.recall.words import ADJECTIVES, NOUNS, Draws, Names, sentence
@@ -24,13 +24,21 @@ _STEPS = (1, 3, 7, 9)  # through a block, each of which meets every word of it
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+class Turn(NamedTuple):
+    """A question after the text, and what has to be said to it: all of the answers, or any one of them."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A task before it is brought to a length.
 
     head: the text before the lines. line: the lines of filler by their number. lines: how many there are of them, and
     `least` of which the task needs. needles: what is hidden, and `places`, where: shares of the filler before them.
-    question: the end of the prompt. answers: what has to be said, all of it, or any one of it. joint: between lines.
+    turns: the questions in order; the last one's answer ends the text. joint: between lines. opening: between the lines
+    and the first question. needed: whether a question needs all of its answers or any one.
     padding: a text whose beginning fills a rest that is large because the lines are long. chance: that a guess is right
     which knows what an answer looks like and not which is asked for; of the lines of a text, where they decide it.
     """
@@ -39,33 +47,41 @@ class Plan:
     line: Callable[[int], str]
     needles: Sequence[str]
     places: Sequence[float]
-    question: str
-    answers: tuple[str, ...]
+    turns: Sequence[Turn]
     lines: int = 1 << 31
     least: int = 0
     joint: str = "\n"
+    opening: str = "\n"
     needed: Literal["all", "any"] = "all"
     padding: str = ""
     chance: Callable[[Sequence[str]], float] = field(default=lambda lines: 0.0)
 
     @property
-    def target(self) -> str:
-        """The answer as a text goes on with it, and its line end."""
-        said = self.answers if self.needed == "all" else self.answers[:1]
-        return f" {_listed(said)}\n"
+    def targets(self) -> list[str]:
+        """The answer to each question as a text goes on with it, and its line end."""
+        said = [turn.answers if self.needed == "all" else turn.answers[:1] for turn in self.turns]
+        return [f" {_listed(answers)}\n" for answers in said]
+
+    @property
+    def asked(self) -> str:
+        """The text from the last line to the end, every answer in it."""
+        pairs = zip(self.turns, self.targets, strict=True)
+        return self.opening + "".join(turn.question + target for turn, target in pairs)
 
 
 @dataclass(frozen=True)
 class Family:
     """A kind of recall task. has_depth: whether one needle is asked for, whose depth can be chosen.
 
-    plan: makes a task from draws, a length in tokens and, where there is a depth, the share of the text before the
-    needle; a depth of None is drawn.
+    plan: makes a task from draws, a length in tokens, where there is a depth the share of the text before the (first)
+    needle that is asked for, and the number of questions; a depth of None is drawn. asks_many: whether a text can be
+    asked several questions, each of which has needles of its own; others ask one, however many are wanted.
     """
 
     name: str
     has_depth: bool
-    plan: Callable[[Draws, int, float | None], Plan]
+    plan: Callable[[Draws, int, float | None, int], Plan]
+    asks_many: bool = False
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -81,37 +97,44 @@ def _needle(name: str, code: str) -> str:
     return f"The code of the {name} is {code}."
 
 
-def _single(drawn: Draws, length: int, depth: float | None) -> Plan:
-    return _asked(drawn, depth, keys=1)
+def _single(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    return _codes(drawn, depth, questions, questions)
 
 
-def _multi_key(drawn: Draws, length: int, depth: float | None) -> Plan:
-    return _asked(drawn, depth, keys=_KEYS)
+def _multi_key(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    return _codes(drawn, depth, questions, questions + _KEYS - 1)
 
 
-def _asked(drawn: Draws, depth: float | None, keys: int) -> Plan:
-    """One code is asked for; the others stand anywhere."""
+def _codes(drawn: Draws, depth: float | None, questions: int, keys: int) -> Plan:
+    """As many codes are asked for as there are questions; the others stand anywhere."""
     names, codes, place = _names(drawn, keys), drawn.numbers(keys, DIGITS), _drawn(drawn, depth)
     needles = [_needle(*pair) for pair in zip(names, codes, strict=True)]
     places = [place, *(drawn.share() for _ in names[1:])]
-    question = f"\nWhat is the code of the {names[0]}? The code of the {names[0]} is"
+    pairs = list(zip(names, codes, strict=True))[:questions]
+    turns = [Turn(f"What is the code of the {name}? The code of the {name} is", (code,)) for name, code in pairs]
     chance = 1 / keys if keys > 1 else 1 / (9 * 10 ** (DIGITS - 1))
-    return Plan(_HEAD, _filler(drawn), needles, places, question, (codes[0],), chance=lambda lines: chance)
+    return Plan(_HEAD, _filler(drawn), needles, places, turns, chance=lambda lines: chance)
 
 
-def _multi_value(drawn: Draws, length: int, depth: float | None) -> Plan:
-    [name], codes = _names(drawn, 1), drawn.numbers(_VALUES, DIGITS)
-    needles = [_needle(name, code) for code in codes]
-    question = f"\nWhat are all the codes of the {name}? The codes of the {name} are"
-    return Plan(_HEAD, _filler(drawn), needles, _anywhere(drawn, _VALUES), question, tuple(codes))
+def _multi_value(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    names, codes = _names(drawn, questions), _grouped(drawn.numbers(_VALUES * questions, DIGITS), _VALUES)
+    needles = [_needle(name, code) for name, own in zip(names, codes, strict=True) for code in own]
+    asked = [f"What are all the codes of the {name}? The codes of the {name} are" for name in names]
+    turns = list(map(Turn, asked, codes))
+    return Plan(_HEAD, _filler(drawn), needles, _anywhere(drawn, len(needles)), turns)
 
 
-def _multi_query(drawn: Draws, length: int, depth: float | None) -> Plan:
-    names, codes = _names(drawn, _QUERIES), drawn.numbers(_QUERIES, DIGITS)
+def _multi_query(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    names, codes = _names(drawn, _QUERIES * questions), drawn.numbers(_QUERIES * questions, DIGITS)
     needles = [_needle(*pair) for pair in zip(names, codes, strict=True)]
-    asked = _listed([f"the {name}" for name in names])
-    question = f"\nWhat are the codes of {asked}? In this order, the codes are"
-    return Plan(_HEAD, _filler(drawn), needles, _anywhere(drawn, _QUERIES), question, tuple(codes))
+    groups = [_listed([f"the {name}" for name in group]) for group in _grouped(names, _QUERIES)]
+    asked = [f"What are the codes of {group}? In this order, the codes are" for group in groups]
+    turns = list(map(Turn, asked, _grouped(codes, _QUERIES)))
+    return Plan(_HEAD, _filler(drawn), needles, _anywhere(drawn, len(needles)), turns)
+
+
+def _grouped(items: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _names(drawn: Draws, count: int) -> list[str]:
@@ -135,62 +158,60 @@ def _anywhere(drawn: Draws, count: int) -> list[float]:
 # Lines of their own form ----------------------------------------------------------------------------------------------
 
 
-def _key_value(drawn: Draws, length: int, depth: float | None) -> Plan:
-    """Nothing but pairs, each on a line; the key of one of them stands once more at the end."""
+def _key_value(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    """Nothing but pairs, each on a line; the keys that are asked for stand once more at the end."""
     names, key = Names(drawn.below(1 << 62), 1 if length <= SHORT_TEXT else 2), drawn.below(1 << 62)
 
     def value(number: int) -> str:
         return Draws(key, number).one(ADJECTIVES)
 
-    answer, question = value(0), f"\n\n{names[0]}:"
+    turns = [Turn(f"{names[number]}:", (value(number),)) for number in range(questions)]
+    answer = value(0)
     return Plan(
         "",
-        lambda number: f"{names[number + 1]}: {value(number + 1)}",
-        [f"{names[0]}: {answer}"],
-        [_drawn(drawn, depth)],
-        question,
-        (answer,),
-        lines=len(names) - 1,
+        lambda number: f"{names[number + questions]}: {value(number + questions)}",
+        [f"{turn.question} {turn.answers[0]}" for turn in turns],
+        [_drawn(drawn, depth), *(drawn.share() for _ in turns[1:])],
+        turns,
+        lines=len(names) - questions,
+        opening="\n\n",
         chance=lambda lines: sum(line.endswith(f": {answer}") for line in lines) / len(lines),
     )
 
 
-def _copy(drawn: Draws, length: int, depth: float | None) -> Plan:
+def _copy(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
     """A line of words to be written once more."""
     words = " ".join(drawn.several((*NOUNS, *ADJECTIVES), _COPIED))
-    needle, question = f"Copy this line: {words}", "\nThe line to copy:"
-    return Plan("", _filler(drawn), [needle], [_drawn(drawn, depth)], question, (words,))
+    turns = [Turn("The line to copy:", (words,))]
+    return Plan("", _filler(drawn), [f"Copy this line: {words}"], [_drawn(drawn, depth)], turns)
 
 
-def _variables(drawn: Draws, length: int, depth: float | None) -> Plan:
-    """Two chains of variables, each of which takes the value of the one before it; all of one chain are asked for."""
-    size = (2 if length <= SHORT_TEXT else 4) + 1
-    names = ["".join(_LETTERS[code // 26**place % 26] for place in range(3)) for code in _codes(drawn, 2 * size)]
-    values, needles, places = drawn.numbers(2, DIGITS), list[str](), list[float]()
-    for chain, value in zip((names[:size], names[size:]), values, strict=True):
+def _variables(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+    """Chains of variables, each of which takes the value of the one before it; of all chains but one, all are asked."""
+    size, count = (2 if length <= SHORT_TEXT else 4) + 1, questions + 1
+    codes = drawn.several(range(26**3), count * size)
+    chains = _grouped(["".join(_LETTERS[code // 26**place % 26] for place in range(3)) for code in codes], size)
+    values, needles, places = drawn.numbers(count, DIGITS), list[str](), list[float]()
+    for chain, value in zip(chains, values, strict=True):
         needles += [f"{name} = {source}" for name, source in zip(chain, [value, *chain], strict=False)]
         places += _anywhere(drawn, size)
-    question = f"\nWhich variables have the value {values[0]}? The variables with the value {values[0]} are"
-    return Plan("", _filler(drawn), needles, places, question, tuple(names[:size]))
-
-
-def _codes(drawn: Draws, count: int) -> list[int]:
-    return drawn.several(range(26**3), count)
+    asked = [f"Which variables have the value {value}? The variables with the value {value} are" for value in values]
+    return Plan("", _filler(drawn), needles, places, list(map(Turn, asked[:questions], chains)))
 
 
 # Counting words -------------------------------------------------------------------------------------------------------
 
 
-def _common(drawn: Draws, length: int, depth: float | None) -> Plan:
+def _common(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
     """A list of words of which five stand there eight times, and all others once."""
     words, order = drawn.several(NOUNS, _COMMON), _others(drawn)
-    question = f"\nWhich {_COMMON} words come most often in this list? The words are"
+    turn = Turn(f"Which {_COMMON} words come most often in this list? The words are", tuple(words))
     needles = [word for word in words for _ in range(_TIMES)]
     places = [drawn.share() for _ in needles]
-    return Plan(_LIST, order.__getitem__, needles, places, question, tuple(words), len(order), joint=" ")
+    return Plan(_LIST, order.__getitem__, needles, places, [turn], len(order), joint=" ")
 
 
-def _frequent(drawn: Draws, length: int, depth: float | None) -> Plan:
+def _frequent(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
     """A list of words of which three make 40, 30 and 20 % of it."""
     words, order, key = drawn.several(NOUNS, 3), _others(drawn), drawn.below(1 << 62)
 
@@ -200,9 +221,8 @@ def _frequent(drawn: Draws, length: int, depth: float | None) -> Plan:
         kind = _BLOCK[(first + place * _STEPS[step]) % len(_BLOCK)]
         return order[block] if kind == len(words) else words[kind]
 
-    question = "\nWhich 3 words come most often in this list? The words are"
-    lines = len(order) * len(_BLOCK)
-    return Plan(_LIST, line, [], [], question, tuple(words), lines, len(_BLOCK), joint=" ")
+    turn = Turn("Which 3 words come most often in this list? The words are", tuple(words))
+    return Plan(_LIST, line, [], [], [turn], len(order) * len(_BLOCK), len(_BLOCK), joint=" ")
 
 
 _LIST = "A list of words, some of which come more often than others:\n"
@@ -222,14 +242,14 @@ def _others(drawn: Draws) -> _Compounds:
 FAMILIES = {
     family.name: family
     for family in (
-        Family("single", True, _single),
-        Family("multi-key", True, _multi_key),
-        Family("multi-value", False, _multi_value),
-        Family("multi-query", False, _multi_query),
-        Family("variables", False, _variables),
+        Family("single", True, _single, asks_many=True),
+        Family("multi-key", True, _multi_key, asks_many=True),
+        Family("multi-value", False, _multi_value, asks_many=True),
+        Family("multi-query", False, _multi_query, asks_many=True),
+        Family("variables", False, _variables, asks_many=True),
         Family("common-words", False, _common),
         Family("frequent-words", False, _frequent),
-        Family("key-value", True, _key_value),
+        Family("key-value", True, _key_value, asks_many=True),
         Family("copy", True, _copy),
     )
 }

@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from longwave.data.encoding import around
+from longwave.data.marks import Span
 from longwave.data.recall.families import Family, Plan
 from longwave.data.recall.words import PADDING, Draws
 from longwave.data.tokenizer import Tokenizer
@@ -34,38 +35,47 @@ _NEAR = 40  # characters on either side by which padding is measured
 class Sample:
     """A recall task of exact length.
 
-    length: tokens of the whole: what the tokenizer puts around a text, prompt, and `target`, the answer with its line
-    end. prompt_tokens: of the prompt, with what the tokenizer puts before it. answers: what has to be found in what a
-    model says: all of it, or any one (`needed`). depth: the share of the filler before the needle; None without one.
-    chance: that a guess is right.
+    length: tokens of the whole: what the tokenizer puts around a text, prompt, and the answer with its line end.
+    prompt: up to the last question, earlier ones with their answers. targets: the answer to each question with its line
+    end; spans: the tokens of each, from its first to the one after its last, of the text as it is stored.
+    answers: what has to be found in what a model says to the last question: all of it, or any one (`needed`).
+    depth: the share of the filler before the needle; None without one. chance: that a guess is right.
     """
 
     family: str
     length: int
     depth: float | None
     prompt: str
-    target: str
+    targets: tuple[str, ...]
     answers: tuple[str, ...]
     needed: Literal["all", "any"]
-    prompt_tokens: int
+    spans: tuple[Span, ...]
     chance: float
 
     @property
     def text(self) -> str:
         """The prompt and its answer."""
-        return self.prompt + self.target
+        return self.prompt + self.targets[-1]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, with what the tokenizer puts before it."""
+        return self.spans[-1][0]
 
 
-def sample(family: Family, tokenizer: Tokenizer, length: int, depth: float | None, *key: int) -> Sample:
+def sample(
+    family: Family, tokenizer: Tokenizer, length: int, depth: float | None, *key: int, questions: int = 1
+) -> Sample:
     """The sample of a key. depth: from 0, at the beginning, to 1; drawn where it is None.
 
+    questions: how many are asked in turn, of a family that asks many.
     Raises UserError for a length too short for the task, longer than it has words for, or that no text of this
     tokenizer has, and for a tokenizer that cannot write the answer.
     """
     require(0 < length <= LAST_PLACE, f"length = {length}: 1 to {LAST_PLACE:,} tokens")
     problems = list[_NotFound]()
     for number in range(_TRIES):
-        plan = family.plan(Draws(*key, length, number), length, depth)
+        plan = family.plan(Draws(*key, length, number), length, depth, questions)
         try:
             return _Fit(family, tokenizer, plan, length, depth).sample()
         except _NotFound as error:
@@ -84,7 +94,7 @@ class _NotFound(Exception):
 
 
 class _Text(NamedTuple):
-    """A prompt by its parts: before the padding, the padding, and after it."""
+    """A text by its parts: before the padding, the padding, and after it."""
 
     before: str
     padding: str
@@ -122,7 +132,8 @@ class _Fit:
         opening, closing = around(tokenizer)
         self._opening, self._fixed = len(opening), len(opening) + len(closing)
         self._lines, self._ends = list[str](), [0]
-        _require_written(tokenizer, plan.target)
+        for target in plan.targets:
+            _require_written(tokenizer, target)
 
     @property
     def least(self) -> int:
@@ -188,14 +199,14 @@ class _Fit:
         return [max(1, size - bare) for size in sizes]
 
     def _composed(self, number: int) -> _Text:
-        """The prompt of so many lines of filler, with every needle at its place.
+        """The text of so many lines of filler, with every needle at its place, and every question answered.
 
         Padding comes where it moves the needle least: after the first line, if the needle stands in the second half.
         """
         plan, lines = self._plan, self._placed(number)
         cut = 1 if self._family.has_depth and plan.places[0] >= 0.5 and len(lines) > 1 else len(lines)
         after = "".join(plan.joint + line for line in lines[cut:])
-        return _Text(plan.head + plan.joint.join(lines[:cut]), "", after + plan.question)
+        return _Text(plan.head + plan.joint.join(lines[:cut]), "", after + plan.asked)
 
     def _placed(self, number: int) -> list[str]:
         """Lines and needles in order: where one is asked for, its share of the tokens of all others comes before it."""
@@ -216,7 +227,7 @@ class _Fit:
 
     def _size(self, text: _Text) -> int:
         """Tokens of a whole sample."""
-        return self._fixed + len(self._tokenizer.encode(text.whole + self._plan.target))
+        return self._fixed + len(self._tokenizer.encode(text.whole))
 
     def _padded(self, text: _Text) -> _Text | None:
         """The text with words that take exactly what is left of the length; None where none are found."""
@@ -254,14 +265,22 @@ class _Fit:
         return len(padded) - len(bare)
 
     def _checked(self, text: _Text, number: int) -> Sample | None:
-        """The sample, if the joined text has the length and begins with the tokens of its prompt."""
-        plan, prompt = self._plan, text.whole
-        asked, whole = self._tokenizer.encode_batch([prompt, prompt + plan.target])
-        if self._fixed + len(whole) != self._length or whole[: len(asked)] != asked:
+        """The sample, if the joined text has the length, and breaks into tokens where every answer begins and ends."""
+        plan, whole, edges = self._plan, text.whole, self._edges(text.whole)
+        ids, *parts = self._tokenizer.encode_batch([whole, *(whole[:edge] for edge in edges)])
+        if self._fixed + len(ids) != self._length or any(ids[: len(part)] != part for part in parts):
             return None
         depth = self._depth if self._family.has_depth else None
-        known = self._family.name, self._length, depth, prompt, plan.target, plan.answers, plan.needed
-        return Sample(*known, self._opening + len(asked), plan.chance(self._placed(number)))
+        known = self._family.name, self._length, depth, whole[: edges[-2]], tuple(plan.targets), plan.turns[-1].answers
+        starts, ends = ([self._opening + len(part) for part in parts[first::2]] for first in (0, 1))
+        spans = tuple(zip(starts, ends, strict=True))
+        return Sample(*known, plan.needed, spans, plan.chance(self._placed(number)))
+
+    def _edges(self, whole: str) -> list[int]:
+        """The characters at which each answer begins and ends, in order; the last answer ends the text."""
+        pairs = zip(self._plan.turns, self._plan.targets, strict=True)
+        sizes = [len(piece) for turn, target in pairs for piece in (turn.question, target)]
+        return list(accumulate(sizes, initial=len(whole) - sum(sizes)))[1:]
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longwave.data import formats
-from longwave.data.recall.families import Family, Plan
+from longwave.data.recall.families import Family, Plan, Turn
 from longwave.data.recall.scoring import stands_in
 from longwave.data.recall.words import Draws, Order
 from longwave.data.rows import Rules
@@ -53,25 +53,25 @@ def family_of_questions(questions: Sequence[Question]) -> Family:
     return Family(NAME, True, _planner(questions))
 
 
-def _planner(questions: Sequence[Question]) -> Callable[[Draws, int, float | None], Plan]:
-    texts = list(dict.fromkeys(one.text for one in questions))
+def _planner(rows: Sequence[Question]) -> Callable[[Draws, int, float | None, int], Plan]:
+    texts = list(dict.fromkeys(one.text for one in rows))
 
-    def plan(drawn: Draws, length: int, depth: float | None) -> Plan:
-        asked = drawn.one(questions)
+    def plan(drawn: Draws, length: int, depth: float | None, questions: int) -> Plan:
+        asked = drawn.one(rows)
         # A text that happens to hold an answer would make the question easier than its depth says.
         others = [text for text in texts if not any(stands_in(answer, text) for answer in asked.answers)]
         order = Order(max(len(others), 1), drawn.below(1 << 62))
-        end = f"\n\nQuestion: {asked.question}\nAnswer:"
+        turn = Turn(f"Question: {asked.question}\nAnswer:", asked.answers)
         place = drawn.share() if depth is None else depth
         return Plan(
             "",
             lambda number: others[order[number]],
             [asked.text],
             [place],
-            end,
-            asked.answers,
+            [turn],
             lines=max(len(others) - 1, 0),
             joint="\n\n",
+            opening="\n\n",
             needed="any",
             padding=others[order[len(others) - 1]] if others else "",
         )

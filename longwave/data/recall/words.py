@@ -43,6 +43,11 @@ PADDING = (*VERBS, *_SHORT.split())
 """Words of which some take together any number of tokens, by which a text gets its exact length."""
 
 
+def spelled() -> str:
+    """A text with every word as recall tasks write it: after a blank, and what names a line at its beginning too."""
+    return "\n".join(["", *NOUNS, ""]) + "".join(f" {word}" for word in dict.fromkeys((*NOUNS, *ADJECTIVES, *VERBS)))
+
+
 class Draws:
     """Draws one after the other, from a key that its parts alone decide."""
 
