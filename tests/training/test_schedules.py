@@ -11,7 +11,7 @@ from longwave.config import build
 from longwave.errors import UserError
 from longwave.training.schedules import WSD, Constant, Cosine, Eden, Schedule, ScheduleConfig
 
-ALL: list[Schedule] = [Eden(), Cosine(), WSD(), WSD(shape="linear"), Constant(), Constant(warmup_steps=30)]
+ALL: list[Schedule] = [Eden(), Cosine(), WSD(), WSD(shape="linear"), WSD(shape="exponential", final=0.1), Constant(), Constant(warmup_steps=30)]
 
 
 def curve(schedule: Schedule, total_steps: int, tokens_per_step: int = 1000) -> list[float]:
@@ -63,6 +63,14 @@ def test_wsd_rises_stays_and_decays(shape: Any, quarter: float):
     assert half.scale(70, 0, 100) == pytest.approx(0.5 + 0.5 * quarter, rel=1e-12)
 
 
+def test_wsd_can_decay_as_minicpm_does():
+    """Acceptance check 43: from 7.5e-3 to 3.75e-4, by equal factors."""
+    rates = [7.5e-3 * rate for rate in curve(WSD(warmup_steps=0, decay_fraction=1.0, shape="exponential", final=0.05), 1000)]
+    assert rates[0] == 7.5e-3
+    assert rates[500] == pytest.approx(7.5e-3 * 0.05**0.5)
+    assert rates[-1] == pytest.approx(3.75e-4, rel=0.01)
+
+
 def test_wsd_may_decay_from_the_end_of_the_warmup():
     rates = curve(WSD(warmup_steps=20, decay_fraction=0.8, shape="linear"), 100)
     assert max(rates) == rates[20] == 1.0
@@ -88,6 +96,7 @@ def test_every_rate_is_usable(schedule: Schedule):
         (lambda: Eden(warmup_steps=-1), "warmup_steps", "-1"),
         (lambda: Cosine(warmup_steps=-2), "warmup_steps", "-2"),
         (lambda: Cosine(final=-0.1), "final", "-0.1"),
+        (lambda: WSD(shape="exponential"), "final", "0.0"),
         (lambda: WSD(decay_fraction=0.0), "decay_fraction", "0.0"),
         (lambda: WSD(decay_fraction=1.1), "decay_fraction", "1.1"),
         (lambda: WSD(final=math.nan), "final", "nan"),
@@ -113,5 +122,5 @@ def test_a_recipe_picks_the_schedule_by_kind_and_refuses_unknown_keys():
 
 
 def test_a_shape_that_does_not_exist_is_refused_in_a_recipe():
-    with pytest.raises(UserError, match=r"^recipe\.toml: shape = 'cubic': input should be 'linear' or 'sqrt'$"):
+    with pytest.raises(UserError, match=r"^recipe\.toml: shape = 'cubic': input should be 'linear', 'sqrt' or 'exponential'$"):
         build(WSD, {"shape": "cubic"}, "recipe.toml")
