@@ -11,7 +11,8 @@ from longwave.config import build
 from longwave.errors import UserError
 from longwave.training.schedules import WSD, Constant, Cosine, Eden, Schedule, ScheduleConfig
 
-ALL: list[Schedule] = [Eden(), Cosine(), WSD(), WSD(shape="linear"), WSD(shape="exponential", final=0.1), Constant(), Constant(warmup_steps=30)]
+SHAPES = (WSD(), WSD(shape="linear"), WSD(shape="exponential", final=0.1))
+ALL: list[Schedule] = [Eden(), Cosine(), *SHAPES, Constant(), Constant(warmup_steps=30)]
 
 
 def curve(schedule: Schedule, total_steps: int, tokens_per_step: int = 1000) -> list[float]:
@@ -65,7 +66,8 @@ def test_wsd_rises_stays_and_decays(shape: Any, quarter: float):
 
 def test_wsd_can_decay_as_minicpm_does():
     """Acceptance check 43: from 7.5e-3 to 3.75e-4, by equal factors."""
-    rates = [7.5e-3 * rate for rate in curve(WSD(warmup_steps=0, decay_fraction=1.0, shape="exponential", final=0.05), 1000)]
+    decay = WSD(warmup_steps=0, decay_fraction=1.0, shape="exponential", final=0.05)
+    rates = [7.5e-3 * rate for rate in curve(decay, 1000)]
     assert rates[0] == 7.5e-3
     assert rates[500] == pytest.approx(7.5e-3 * 0.05**0.5)
     assert rates[-1] == pytest.approx(3.75e-4, rel=0.01)
@@ -122,5 +124,6 @@ def test_a_recipe_picks_the_schedule_by_kind_and_refuses_unknown_keys():
 
 
 def test_a_shape_that_does_not_exist_is_refused_in_a_recipe():
-    with pytest.raises(UserError, match=r"^recipe\.toml: shape = 'cubic': input should be 'linear', 'sqrt' or 'exponential'$"):
+    says = r"^recipe\.toml: shape = 'cubic': input should be 'linear', 'sqrt' or 'exponential'$"
+    with pytest.raises(UserError, match=says):
         build(WSD, {"shape": "cubic"}, "recipe.toml")
