@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
+from longwave.cli.tables import print_table
 from longwave.errors import UserError, require, shown
 from longwave.units import short
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from longwave.reports.content import Speed
 
 
+_WORDS = ("model", "setting", "budget")  # columns of words
 _FORWARDED = ("output", "tokens", "flops", "minutes", "grid", "jobs")
 
 
@@ -87,15 +89,15 @@ def _planned(found: Expectation) -> Expectation:
     for one in found.models:
         sizes = f"{one.steps:,}", short(one.tokens), short(one.flops), f"{one.seconds / 60:.1f} min"
         rows.append([one.model, one.budget.words(), str(one.runs), *sizes])
-    _print_table(("model", "budget", "runs", "steps", "tokens each", "FLOPs each", "time each"), rows)
+    print_table(("model", "budget", "runs", "steps", "tokens each", "FLOPs each", "time each"), rows, _WORDS)
     print(f"in all: {short(found.flops)} FLOPs, {found.seconds / 3600:.2f} hours of runs at the speed measured here")
     return found
 
 
 def _shown(found: Comparison, output: Path) -> Comparison:
-    _print_table(_columns(found), [_cells(row, found) for row in found.rows])
+    print_table(_columns(found), [_cells(row, found) for row in found.rows], _WORDS)
     if found.speed.rows:
-        _print_table(*_speed_table(found.speed))
+        print_table(*_speed_table(found.speed), _WORDS)
     for choice in found.choices:
         print(choice.words())
     for statement in found.statements:
@@ -135,19 +137,6 @@ def interval_words(found: Interval | None, form: str) -> str:
         return "diverged"
     half = "" if found.high is None else f" ± {format(found.high - found.mean, form.replace('+', ''))}"
     return f"{format(found.mean, form)}{half}"
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, never narrower than its figures."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "setting", "budget") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=max(Console().width, 160)).print(table)
 
 
 VERB = Verb("compare", "train models at equal budgets and say which is better", Compare, run)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longwave.cli.options import Options, argument, option
 from longwave.cli.parser import Verb
+from longwave.cli.tables import print_table
 from longwave.errors import require
 from longwave.units import counted, short, short_bytes
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from longwave.conversion.plan import ConversionPlan, StagePlan, StudentPlan
     from longwave.conversion.record import Record, StageRecord
 
+_WORDS = ("stage", "student", "model")  # columns of words
 _MOST_NAMES = 6  # of tensors that are told by name
 
 
@@ -47,7 +48,7 @@ def _planned(plan: ConversionPlan) -> ConversionPlan:
     for name, student in plan.students.items():
         _tell(name, student)
     columns = ("stage", "student", "model", "window", "steps", "tokens", "FLOPs", "memory", "time")
-    _print_table(columns, [_planned_row(one) for one in plan.stages])
+    print_table(columns, [_planned_row(one) for one in plan.stages], _WORDS)
     hours = "" if plan.seconds is None else f", {plan.seconds / 3600:.2f} hours at the speed measured here"
     share = "" if plan.share is None else f", {plan.share:.2%} of the source's"
     print(f"in all: {plan.tokens / 1e9:,.4g} G tokens{share}, {short(plan.flops)} FLOPs{hours}")
@@ -73,7 +74,7 @@ def _planned_row(one: StagePlan) -> list[str]:
 
 def _shown(found: Record, output: Path) -> Record:
     columns = ("stage", "student", "tokens", "minutes", "begins at", "ends at", "KL", "teacher")
-    _print_table(columns, [_row(one) for one in found.stages])
+    print_table(columns, [_row(one) for one in found.stages], _WORDS)
     for name, student in found.students.items():
         print(f"{name}: {student.layout}")
     print(f"{output / 'report.html'}: open it in a browser; {output / 'conversion.json'} has the figures")
@@ -90,19 +91,6 @@ def _row(one: StageRecord) -> list[str]:
 def _figure(table: Any, name: str) -> str:
     value = table.get(name)
     return "-" if value is None else f"{value:.4f}"
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table, never narrower than its figures."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("stage", "student", "model") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    Console(width=max(Console().width, 160)).print(table)
 
 
 VERB = Verb("convert", "turn a pretrained model into an efficient one; the same command resumes", Convert, run)
