@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,7 @@ from longwave.conversion.record import Record
 from longwave.data.recall.documents import NAME as RECALL
 from longwave.data.recall.documents import recall_plan
 from longwave.data.recall.prepare import prepare_recall
+from longwave.data.selection import parse_keep
 from longwave.data.shards import PreparedInfo
 from longwave.data.shards import prepare as write_shards
 from longwave.data.sources import standard_library
@@ -42,7 +44,7 @@ from longwave.reports.recall import page_to_write, write_evaluation
 from longwave.training.loop import Run, Trainer, TrainingResult
 from longwave.training.metrics import Observer
 from longwave.training.recipe import read_recipe
-from longwave.units import parse_sizes
+from longwave.units import parse_amount, parse_sizes
 
 _MOST_CONTEXTS = 100
 
@@ -62,6 +64,7 @@ def prepare(
     tokens: str | float | None = None,
     questions: int | None = None,
     for_recall: bool = False,
+    keep: str | None = None,
     seed: int = 0,
 ) -> PreparedInfo:
     """Turns text or conversations into a new folder of tokenised shards, which appears whole or not at all.
@@ -73,21 +76,23 @@ def prepare(
     text_field: the field of the text in rows. ignore: keys of rows and messages to pass over.
     loss_on: what is learned of conversations and recall tasks; the answers by default.
     families: of recall tasks, such as `"key-value,copy"`. lengths: of their documents in tokens, such as `"256,1k"`.
-    tokens: of recall tasks in all, such as `"2.5M"`. questions: that a recall task asks in turn, all of whose answers
+    tokens: of recall tasks in all, such as `"2.5M"`; of a source of documents, the training tokens to take in all, of
+    each source among them its share of what there is. questions: that a recall task asks in turn, all of whose answers
     are learned; 1 by default. for_recall: whether the tokenizer that is trained has an entry for every word of recall
     tasks.
+    keep: lengths of documents to take, in tokens, with a probability: `"0-4k:0.1,4k-"` takes a tenth of the short ones.
     Raises UserError for a source that cannot be read or used, and for a folder that exists.
     """
     given = Tokenizer.load(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
     ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     if str(source) == RECALL:
-        _require_idle(f"the source {RECALL}", vocab_size=vocab_size, text_field=text_field, ignore=ignored or None)
-        _require_idle(f"the source {RECALL}", for_recall=for_recall or None)
+        idle = {"vocab_size": vocab_size, "text_field": text_field, "ignore": ignored or None, "keep": keep}
+        _require_idle(f"the source {RECALL}", **idle, for_recall=for_recall or None)
         plan = recall_plan(families, lengths, tokens, seed, questions)
         require(given is not None, f"tokenizer: the source {RECALL} needs one; name a prepared folder or a model's")
         assert given is not None
         return prepare_recall(plan, output, given, held_out=held_out, loss_on=loss_on)
-    _require_idle(f"any source but {RECALL}", families=families, lengths=lengths, tokens=tokens, questions=questions)
+    _require_idle(f"any source but {RECALL}", families=families, lengths=lengths, questions=questions)
     return write_shards(
         standard_library if source == "stdlib" else source,
         output,
@@ -99,6 +104,8 @@ def prepare(
         text_field=text_field,
         ignore=ignored,
         for_recall=for_recall,
+        keep=() if keep is None else parse_keep(keep),
+        tokens=None if tokens is None else math.ceil(parse_amount(str(tokens))),
     )
 
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from longwave.data.prepared import PreparedInfo
 
 
+_SHOWN = 20  # sources
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prepare(Options):
     """Options of `longwave prepare`."""
@@ -30,10 +33,11 @@ class Prepare(Options):
     loss_on: Literal["assistant", "all"] | None = option("what is learned of chats and recall tasks (assistant)")
     families: str | None = option("of recall tasks (key-value,multi-key,copy,variables)", metavar="NAME,...")
     lengths: str | None = option("of the documents of recall tasks, in tokens: 256,1k", metavar="N,...")
-    tokens: str | None = option("of recall tasks in all: 2.5M", metavar="N")
     questions: int | None = option("that a recall task asks in turn, every answer learned (1)", metavar="N")
     for_recall: bool = option("the tokenizer to train gets an entry for every word of recall tasks", default=False)
-    seed: int = option("of the draw of what is held out, and of recall tasks", default=0)
+    tokens: str | None = option("of recall tasks, or of training with each source's share, in all: 2.5M", metavar="N")
+    keep: str | None = option("documents by tokens, with a probability: 0-4k:0.1,4k- (all)", metavar="RANGE,...")
+    seed: int = option("of the draws of what is held out and kept, and of recall tasks", default=0)
 
 
 def run(options: Prepare) -> PreparedInfo:
@@ -53,8 +57,22 @@ def _show(info: PreparedInfo, output: str) -> None:
         print(f"conversations: {learned}; left out, for want of an answer: {info.left_out:,}")
     if info.kind == "recall" and info.train.learned is not None:
         print(f"recall tasks: {info.train.targets / info.train.tokens:.1%} of the training tokens are learned: answers")
+    _show_shares(info)
     for one in info.not_read:
         print(f"left out: {one}")
+
+
+def _show_shares(info: PreparedInfo) -> None:
+    """Prints what was taken of each source, the largest first, and which run out."""
+    before = sum(one.of_tokens for one in info.shares)
+    for one in sorted(info.shares, key=lambda one: -one.of_tokens)[:_SHOWN]:
+        now = (
+            f"{one.tokens:,} of {one.of_tokens:,} tokens, {one.documents:,} of {counted(one.of_documents, 'document')}"
+        )
+        print(f"{one.name}: {now}; {one.tokens / info.train.tokens:.1%} of all, {one.of_tokens / before:.1%} before")
+    for one in info.shares:
+        if one.missing:
+            print(f"{one.name}: {one.missing:,} tokens fewer than its share of {one.wanted:,}; it has no more to keep")
 
 
 VERB = Verb("prepare", "turn text, conversations or recall tasks into tokenised shards", Prepare, run)

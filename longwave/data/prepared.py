@@ -28,6 +28,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from longwave import files
 from longwave.data.encoding import Kind
 from longwave.data.intact import Intact
+from longwave.data.selection import SourceShare
 from longwave.data.sources import LeftOut
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError, require
@@ -73,6 +74,7 @@ class PreparedInfo:
     left_out: number of conversations left out, since they have no answer that is learned.
     not_read: the files and rows that hold nothing to learn, by the reason.
     sources: the names of the documents' sources; empty in folders that were written before sources were kept.
+    shares: what was taken of each source, where documents were chosen by length or up to a number of tokens.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -87,6 +89,7 @@ class PreparedInfo:
     left_out: int = 0
     not_read: list[LeftOut] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    shares: list[SourceShare] = field(default_factory=list)
 
     @property
     def documents(self) -> int:

@@ -33,6 +33,7 @@ from longwave.data.prepared import (
 )
 from longwave.data.recall.documents import RecallDocument, RecallEncoder
 from longwave.data.recall.words import spelled
+from longwave.data.selection import Chooser, Counts, Lengths, Selection
 from longwave.data.sources import Census, Source, documents
 from longwave.data.splitting import default_share, split_held_out
 from longwave.data.tokenizer import Tokenizer
@@ -45,10 +46,15 @@ SHARD_TOKENS = 1 << 28  # half a GiB of uint16: few open files for a large corpu
 TRAINING_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary, and its training holds every word in memory
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 2 << 20, 1024  # of text encoded in one call, in parallel over documents
 MOST_SOURCES = 1000  # that are told apart; beyond them a table of losses says nothing
+_NONE_KEPT = "keep: no training document has such a length; give other ranges, or longer documents"
+_NONE_HELD_OUT = "keep: no held-out document has such a length; hold out more (--held-out 0.1), or none (--held-out 0)"
 _SLICE = 1 << 20  # characters: of a text that a tokenizer is trained on, since the library gathers 256 of them
 
 Progress = Callable[[str, int], None]
-"""Called with the stage ("tokenizer", then "tokens") and the bytes of text that the stage has read so far."""
+"""Called with the stage and the bytes of text that it has read so far.
+
+Stages are "tokenizer", then "counting" where tokens are asked for, then "tokens".
+"""
 
 
 def prepare(
@@ -63,6 +69,8 @@ def prepare(
     text_field: str | None = None,
     ignore: tuple[str, ...] = (),
     for_recall: bool = False,
+    keep: tuple[Lengths, ...] = (),
+    tokens: int | None = None,
     progress: Progress | None = None,
 ) -> PreparedInfo:
     """Turns documents into a prepared folder, in memory that does not grow with the source.
@@ -75,6 +83,7 @@ def prepare(
         answers.
     text_field, ignore: how the rows of a path are read (`sources.documents`).
     for_recall: whether the new tokenizer has an entry for every word of recall tasks.
+    keep, tokens: which documents are taken, by length and of each source up to its share (`selection`); `seed` draws.
     Raises UserError when `out` exists, for a source that cannot be read, for conversations or a chat template that
     cannot be used, and for settings without effect: a `vocab_size` beside a tokenizer, `loss_on` for texts.
     """
@@ -99,8 +108,11 @@ def prepare(
         if tokenizer is None:
             size = DEFAULT_VOCABULARY if vocab_size is None else vocab_size
             tokenizer = Tokenizer.train(_training_texts(read("tokenizer")), size, spelled() if for_recall else "")
-        encoder = _encoder_of(first, tokenizer, loss_on)
-        info = replace(_write(folder, read("tokens", census), encoder), not_read=census.found())
+        encoder, selection = _encoder_of(first, tokenizer, loss_on), Selection(keep, tokens, seed)
+        counts = None if tokens is None else _counted(read("counting"), encoder, selection)
+        chooser = Chooser(selection, counts)
+        info = replace(_write(folder, read("tokens", census), encoder, chooser), not_read=census.found())
+        require(share == 0 or bool(info.held_out.tokens) or selection.takes_all, _NONE_HELD_OUT)
         (folder / META_FILE).write_bytes(info.to_json())
         return info
 
@@ -184,23 +196,46 @@ class _Sources(dict[str, int]):
         return self.setdefault(known or "not named", len(self))
 
 
-def _write(folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any]) -> PreparedInfo:
+def _counted(pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any], selection: Selection) -> Counts:
+    """The tokens of every source that training could have."""
+    counts, sources = Counts(selection), _Sources()
+    for document, is_held_out, parts in _encoded(pairs, encoder):
+        for part in parts:
+            source = sources[document.source]  # numbered as they are when documents are written
+            if not is_held_out:
+                counts.add(source, document.name, len(part.ids))
+    return counts
+
+
+def _write(
+    folder: Path, pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any], chooser: Chooser
+) -> PreparedInfo:
     tokenizer, left_out, sources = encoder.tokenizer, 0, _Sources()
     dtype: DType = "uint16" if tokenizer.vocab_size <= 65535 else "uint32"
     train, held_out = (_Writer(folder / split, dtype, encoder.by_answer) for split in ("train", "held_out"))
-    for chunk in _chunks(pairs):
-        encoded = encoder.encode([document for document, _ in chunk])
-        for (document, is_held_out), parts in zip(chunk, encoded, strict=True):
-            left_out += not parts
-            for part in parts:
-                (held_out if is_held_out else train).add(part, sources[document.source])
+    for document, is_held_out, parts in _encoded(pairs, encoder):
+        left_out += not parts
+        for part in parts:
+            source = sources[document.source]
+            if chooser.takes(source, document.name, len(part.ids), is_held_out):
+                (held_out if is_held_out else train).add(part, source)
     tokenizer.save(folder)
     splits = train.finish(), held_out.finish()
     info = PreparedInfo(FORMAT, tokenizer.vocab_size, dtype, tokenizer.fingerprint, *splits, encoder.kind, left_out)
-    info = replace(info, sources=list(sources))
+    info = replace(info, sources=list(sources), shares=chooser.shares(sources))
+    require(bool(info.train.tokens or not info.shares), _NONE_KEPT)
     if not info.train.targets:
         raise UserError(f"nothing to learn: {left_out} of the conversations have no answer of the assistant")
     return info
+
+
+def _encoded(
+    pairs: Iterator[tuple[Document, bool]], encoder: Encoder[Any]
+) -> Iterator[tuple[Document, bool, list[Encoded]]]:
+    """Each document, whether it is held out, and the documents to store of it."""
+    for chunk in _chunks(pairs):
+        encoded = encoder.encode([document for document, _ in chunk])
+        yield from ((document, held, parts) for (document, held), parts in zip(chunk, encoded, strict=True))
 
 
 def _chunks(pairs: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
