@@ -167,7 +167,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, tmp_path: Path, name:
 
 def test_options_of_recall_tasks_have_no_effect_on_text(refuses, tmp_path: Path):
     (tmp_path / "a.txt").write_text("text\n")
-    for name, shown in {"families": "'9'", "lengths": "'9'", "tokens": "'9'", "questions": "9"}.items():
+    for name, shown in {"families": "'9'", "lengths": "'9'", "questions": "9"}.items():
         says = [f"{name} = {shown}: has no effect on any source but recall"]
         refuses("prepare", tmp_path / "a.txt", tmp_path / "b", f"--{name}", "9", says=says)
 
