@@ -110,6 +110,7 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/benchmarks.md", "long"),
         ("docs/benchmarks.md", "long"),
         ("docs/conversion.md", "long"),
+        ("docs/conversion.md", "long"),
         ("docs/get-started.md", "network"),
         ("docs/get-started.md", "network"),
         ("docs/how-to/compare.md", "long"),
