@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ from longwave.training.recipe import Recipe
 
 STAGES, MODEL, MODELS = "stages", "model", "models"
 _FREE = ("tokens_per_second", "seconds", "training_seconds", "grad_norm", "clip", "lr_scale")
-_TOKENS_A_CHANNEL = 32
+_TOKENS_A_CHANNEL = 32  # of the hidden size, by which levels are placed
 _DISTANCE_WINDOWS = 16  # of training text, by which it is known how far back heads look
 Watching = Callable[[str, Run[Any]], Observer]
 
@@ -238,13 +238,12 @@ class Conversion:
     def _measured_choice(self, student: str) -> Choice:
         """The layers of a student whose rule measures; everything is measured once for all students."""
         select = self.students[student].select
-        if "_measured" not in self.__dict__:
-            self._measured = self._measure()
-            self._keep(dataclasses.replace(self.record, selection=self._measured.record()))
         ranking = self._measured.ranking(select.rule)
         return Choice(tuple(kept(ranking, self._count(select), self._pinned(student))), ranking)
 
-    def _measure(self) -> Measured:
+    @cached_property
+    def _measured(self) -> Measured:
+        """What is measured of the layers, which then stands in the record."""
         name, aligned = next(iter(self.recipe.aligning)), self._aligned()
         assert aligned is not None
         data = TrainingData(stage_recipe(self.recipe, name, self.aligned_config(name)))
@@ -252,7 +251,9 @@ class Conversion:
         rules: set[Rule] = {one.rule for one in measuring}
         rounds = max(self._count(one) for one in measuring)
         asked = self.recipe.measure
-        return measured_layers(self.teacher, aligned, data, rules, rounds, asked, self.output, self._say)
+        found = measured_layers(self.teacher, aligned, data, rules, rounds, asked, self.output, self._say)
+        self._keep(dataclasses.replace(self.record, selection=found.record()))
+        return found
 
     def _count(self, select: SelectConfig) -> int:
         """The number of layers that keep softmax; a quarter by default."""
@@ -265,13 +266,18 @@ class Conversion:
         """A stage of all students that take part: together where they learn from the teacher, else one by one."""
         taking = [one for one in self.students if name in self.recipe.stages_of(one) and not self._finished(name, one)]
         if isinstance(stage, DistilStage):
-            self._complete(name, stage, {one: self._run_of(name, one, len(taking) > 1) for one in taking})
-            self.__dict__.pop("_shared", None)
+            teacher = Teacher(self.teacher, self._batches_a_step(name, taking) if len(taking) > 1 else 0)
+            self._complete(name, stage, {one: self._run_of(name, one, teacher) for one in taking})
             return
         for one in taking:
             self._complete(name, stage, {one: self._run_of(name, one)})
 
-    def _run_of(self, name: str, student: str, shared: bool = False) -> Run[NextToken]:
+    def _batches_a_step(self, name: str, students: Sequence[str]) -> int:
+        """Micro-batches of a step, which a teacher remembers for the next student."""
+        run = stage_recipe(self.recipe, name, self.student_config(students[0], name)).training
+        return run.batch_windows // (run.micro_windows or run.batch_windows)
+
+    def _run_of(self, name: str, student: str, teacher: Teacher | None = None) -> Run[NextToken]:
         """The run of a stage of a student."""
         stage = self.recipe.stages_of(student)[name]
         recipe = stage_recipe(self.recipe, name, self.student_config(student, name))
@@ -280,18 +286,10 @@ class Conversion:
             recipe = dataclasses.replace(recipe, training=training)
         start = partial(self._start, name, student, recipe)
         make = partial(NextToken, start=start)
-        if isinstance(stage, DistilStage):
+        if isinstance(stage, DistilStage) and teacher is not None:
             options = {"direction": stage.direction, "rows": stage.rows, "hidden": stage.hidden}
-            teacher = self._shared_teacher(recipe) if shared else self.teacher
             make = partial(Distillation, teacher=teacher, start=start, **options)
         return Run(recipe, self._stage_folder(name, student), make)
-
-    def _shared_teacher(self, recipe: Recipe) -> Teacher:
-        """One teacher for the students of a stage, which remembers the micro-batches of a step."""
-        if "_shared" not in self.__dict__:
-            run = recipe.training
-            self._shared = Teacher(self.teacher, run.batch_windows // (run.micro_windows or run.batch_windows))
-        return self._shared
 
     def _frozen(self, student: str) -> tuple[str, ...]:
         """The projections of queries and keys in the layers that keep softmax."""
@@ -401,6 +399,14 @@ class Conversion:
         for student, own in self.students.items():
             with within(f"students.{student}") if student != ALONE else within("student"):
                 self._require_student(student, own)
+        read = {table for config in self._configs() for table in config.tables}
+        for table in self.recipe.model.keys() - {entry.name for entry in dataclasses.fields(ModelConfig)}:
+            require(table in read, f"model.{table} has no effect: no layer of any student reads it; leave it out")
+
+    def _configs(self) -> Iterator[ModelConfig]:
+        """The configs of all finished students, and of the aligned model."""
+        yield from map(self.final_config, self.students)
+        yield from map(self.aligned_config, self.recipe.aligning)
 
     def _require_student(self, student: str, own: StudentConfig) -> None:
         choice, common = self.choice(student), self.recipe.student

@@ -171,7 +171,8 @@ def test_students_side_by_side_end_as_each_does_alone(source: Path, tmp_path: Pa
     for name in STUDENTS:
         own = {**values()["student"], **STUDENTS[name]}
         own["select"] = {"keep": 2, **own.get("select", {})}
-        alone = recipe(stages, student={k: v for k, v in own.items() if v is not None}, model=model)
+        read = "subllm" if "layout" in own else "infllm"
+        alone = recipe(stages, student={k: v for k, v in own.items() if v is not None}, model={read: model[read]})
         converted(source, tmp_path / name, alone)
         ours, theirs = weights(tmp_path / "all" / "models" / name), weights(tmp_path / name / "model")
         assert differing(ours, theirs) == [], name
@@ -353,6 +354,7 @@ def test_the_speed_is_measured_and_nothing_is_written(source: Path, tmp_path: Pa
         ({"stages": {"x": {"kind": "train", "students": ["nobody"]}}}, "students: student"),
         ({"data": {}, "stages": {"distil": STAGES["distil"]}}, "no data"),
         ({"data": {"folder": "nowhere"}}, "nowhere"),
+        ({"model": {"window": {"size": 8}}, "student": {}}, "model.window has no effect"),
         ({"format": "gguf"}, "format = 'gguf'"),
         ({"students": {"a": {"linear": "W"}}}, "is the same for all students"),
         ({"written": {"tokens": 100}}, "leave out [data], or [written]"),
