@@ -256,7 +256,9 @@ def test_layers_are_selected_by_measurements_that_are_made_once(source: Path, tm
 
 def test_heads_can_be_sorted(source: Path, tmp_path: Path):
     stages = {"align": STAGES["align"]}
-    found = converted(source, tmp_path / "out", recipe(stages, student={"sort_heads": True, "select": {"keep": 1}}))
+    found = converted(
+        source, tmp_path / "out", recipe(stages, student={"sort_heads": True, "select": {"keep": 1}}, model={})
+    )
     assert found.stages[0].finished
 
 
