@@ -20,6 +20,7 @@ import longwave as lw
 from longwave import cli
 from longwave.api import GenerateOptions
 from longwave.cli.compare import VERB as COMPARE
+from longwave.cli.convert import VERB as CONVERT
 from longwave.cli.evaluate import VERB as EVALUATE
 from longwave.cli.generate import VERB as GENERATE
 from longwave.cli.options import Options
@@ -250,16 +251,21 @@ def _values(layout: str, key: str, value: Any) -> dict[str, Any]:
 
 
 def test_every_verb_that_is_a_function_is_held_to_it():
-    """All but `generate`, whose function takes a loaded model, and `compare`, whose words are recipes and overrides."""
+    """All but `generate`, whose function takes a loaded model, and `compare` and `convert`, which can also plan."""
     verbs = {"evaluate" if verb.name == "eval" else verb.name for verb in cli.VERBS}
     functions = {name for name in lw.__all__ if inspect.isfunction(getattr(lw, name))}
-    assert verbs & functions == {*VERBS, "compare", "generate"}
+    assert verbs & functions == {*VERBS, "compare", "convert", "generate"}
 
 
 def test_compare_has_the_options_of_its_verb():
     options = {field.name for field in dataclasses.fields(COMPARE.options)} - OF_VERBS
     taken = inspect.signature(lw.compare).parameters.keys() - OF_FUNCTIONS
     assert taken - {"overrides"} == options - {"results", "dry_run"}
+
+
+def test_convert_has_the_options_of_its_verb():
+    options = {field.name for field in dataclasses.fields(CONVERT.options)} - OF_VERBS
+    assert inspect.signature(lw.convert).parameters.keys() - OF_FUNCTIONS == options - {"dry_run"}
 
 
 def test_generate_has_the_options_of_its_verb():
