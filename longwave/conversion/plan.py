@@ -20,6 +20,7 @@ from longwave.conversion.transfer import Transfer, is_softmax, mixer_of, transfe
 from longwave.conversion.writing import DATA
 from longwave.costs import count
 from longwave.model import Decoder
+from longwave.part import Part
 from longwave.training.flops import trained_flops
 from longwave.training.next_token import NextToken
 from longwave.training.pace import step_seconds
@@ -121,7 +122,7 @@ def _stage(
     stage, recipe = conversion.recipe.stages[name], stage_recipe(conversion.recipe, name, config)
     run, model = recipe.training, _meta(recipe.model)
     step_tokens, steps = run.batch_windows * run.window, recipe.steps
-    trained = _aligned_weights(source, model) if isinstance(stage, AlignStage) else count(model)
+    trained = sum(map(count, _learning(source, model))) if isinstance(stage, AlignStage) else count(model)
     read = isinstance(stage, AlignStage | DistilStage)
     held = trained * (2 + _MOMENTS) + (count(source) if read else 0)
     pace = step_seconds(recipe, _maker(conversion, stage, config), _PACE_SECONDS) if measure else None
@@ -154,17 +155,16 @@ def _step_flops(stage: Any, source: Decoder, model: Decoder, recipe: Recipe) -> 
     window, windows = recipe.training.window, recipe.training.batch_windows
     read = sum(part.prefill_flops(window) for part in source.parts)
     if isinstance(stage, AlignStage):
-        pairs = zip(source.blocks, model.blocks, strict=True)
-        changed = [mixer_of(ours) for theirs, ours in pairs if is_softmax(theirs) and not is_softmax(ours)]
-        return windows * (read + sum(trained_flops(mixer, Counter({window: 1})) for mixer in changed))
+        learning = _learning(source, model)
+        return windows * (read + sum(trained_flops(mixer, Counter({window: 1})) for mixer in learning))
     taught = read + window * source.head_flops() if isinstance(stage, DistilStage) else 0
     return windows * (model.training_flops(window) + taught)
 
 
-def _aligned_weights(source: Decoder, model: Decoder) -> int:
-    """Weights of the mixers that learn in an alignment."""
+def _learning(source: Decoder, model: Decoder) -> list[Part]:
+    """The mixers that learn in an alignment."""
     pairs = zip(source.blocks, model.blocks, strict=True)
-    return sum(count(mixer_of(ours)) for theirs, ours in pairs if is_softmax(theirs) and not is_softmax(ours))
+    return [mixer_of(ours) for theirs, ours in pairs if is_softmax(theirs) and not is_softmax(ours)]
 
 
 def _meta(config: ModelConfig) -> Decoder:

@@ -253,6 +253,7 @@ class ConversionRecipe(Strict):
         both = self.written is not None and bool(self.data)
         require(not both, "data: is what the source writes; leave out [data], or [written]")
         require(len(self.stages) <= _MOST and len(self.students) <= _MOST, f"more than {_MOST} stages or students")
+        require(ALONE not in self.students, f"students.{ALONE}: is what one alone is called; choose another name")
         for name in (*self.stages, *self.students):
             legal = name.replace("-", "").replace("_", "").isalnum() and name.isascii()
             require(legal and len(name) <= 64, f"{shown(name)}: a name of letters, digits, - and _, for a folder")

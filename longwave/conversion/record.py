@@ -92,8 +92,8 @@ class Record:
     def with_stage(self, stage: StageRecord) -> Record:
         """The record with a stage, in place of what it said of that stage before."""
         key = (stage.stage, stage.student)
-        kept = [one for one in self.stages if (one.stage, one.student) != key]
-        return dataclasses.replace(self, stages=[*kept, stage])
+        found = {(one.stage, one.student): one for one in self.stages} | {key: stage}
+        return dataclasses.replace(self, stages=list(found.values()))
 
     def write(self, folder: Path) -> None:
         """Writes the file, whole or not at all."""

@@ -359,6 +359,7 @@ def test_the_speed_is_measured_and_nothing_is_written(source: Path, tmp_path: Pa
         ({"model": {"window": {"size": 8}}, "student": {}}, "model.window has no effect"),
         ({"format": "gguf"}, "format = 'gguf'"),
         ({"students": {"a": {"linear": "W"}}}, "is the same for all students"),
+        ({"students": {"student": {}}}, "students.student: is what one alone is called"),
         ({"written": {"tokens": 100}}, "leave out [data], or [written]"),
         ({"logit_scaling": {"window": 64}, "student": {}, "model": {}}, "is for students with S blocks"),
     ],
@@ -406,7 +407,8 @@ def test_data_of_another_tokenizer_are_refused(source: Path, tmp_path: Path):
 
 
 def test_free_settings_may_change(source: Path, straight: Path):
-    Conversion(source, straight, recipe(training={**TRAINING, "evaluate_windows": 4, "log_every": 3}))
+    again = Conversion(source, straight, recipe(training={**TRAINING, "evaluate_windows": 4, "log_every": 3}))
+    assert [one.finished for one in again.record.stages] == [True, True, True]
 
 
 @pytest.mark.parametrize("name", ["convert-hybrid", "convert-hypenet", "convert-sala"])
