@@ -27,7 +27,19 @@ from longwave.files.jsonfile import read_object
 from longwave.model import Decoder
 from longwave.origin import Origin
 
-__all__ = ["FORMATS", "Format", "find", "format_of", "is_hub_id", "load", "load_config", "origin_of", "read", "save"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "find",
+    "format_of",
+    "is_hub_id",
+    "load",
+    "load_config",
+    "origin_of",
+    "read",
+    "require_format",
+    "save",
+]
 
 CONFIG = "config.json"
 _Values = dict[str, Any]  # of a parsed config.json
@@ -39,12 +51,14 @@ class Format:
 
     config: parsed `config.json` and where it comes from -> the model's config.
     read: the opened folder, parsed `config.json` and the dtype that is asked for -> model.
-    write: model, folder and the ids of special tokens.
+    write: model, folder and the ids of special tokens. describe: model and these ids -> the values of `config.json`;
+    UserError for a model that the format cannot hold.
     """
 
     config: Callable[[_Values, str], ModelConfig]
     read: Callable[[OpenFolder, _Values, torch.dtype | None], Decoder]
     write: Callable[[Decoder, Path, _Values], None]
+    describe: Callable[[Decoder, _Values], _Values]
 
 
 def _of_family(family: Family) -> Format:
@@ -52,13 +66,14 @@ def _of_family(family: Family) -> Format:
         partial(huggingface.config_from, family),
         partial(huggingface.read_model, family),
         partial(huggingface.write_model, family),
+        partial(huggingface.config_json, family),
     )
 
 
 FORMATS: dict[str, Format] = {
-    native.MODEL_TYPE: Format(native.config_from, native.read_model, native.write_model),
+    native.MODEL_TYPE: Format(native.config_from, native.read_model, native.write_model, native.config_json),
     **{family.model_type: _of_family(family) for family in FAMILIES},
-    subllm.MODEL_TYPE: Format(subllm.config_from, subllm.read_model, subllm.write_model),
+    subllm.MODEL_TYPE: Format(subllm.config_from, subllm.read_model, subllm.write_model, subllm.config_json),
 }
 
 
@@ -118,6 +133,13 @@ def save(
         write_card(model, staging, Path(path), format)
         if tokenizer is not None:
             tokenizer.save(staging)
+
+
+def require_format(model: Decoder, format: str) -> None:
+    """Raises UserError for a format that does not exist, or cannot hold the model, which may lie on `meta`."""
+    if format not in FORMATS:
+        raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
+    FORMATS[format].describe(model, {})
 
 
 def load_config(path: str | Path) -> ModelConfig:

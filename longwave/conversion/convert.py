@@ -391,8 +391,6 @@ class Conversion:
 
     def _require_students(self) -> None:
         """Raises UserError for what cannot be run, before anything is."""
-        known = checkpoints.FORMATS
-        require(self.recipe.format in known, f"format = {self.recipe.format!r}; use one of {', '.join(known)}")
         require(len(self.recipe.aligning) < 2, "stages: more than one of kind align; one serves all students")
         for name in self.recipe.aligning:
             self._require_stage(name, self.aligned_config(name))
@@ -418,6 +416,8 @@ class Conversion:
         require(able, f"{asked}: needs aligned layers; give a stage of kind align")
         config = self.final_config(student, choice)
         transfers(self.config, config)
+        with torch.device("meta"):
+            checkpoints.require_format(Decoder(config), self.recipe.format)
         if self.recipe.logit_scaling is not None:
             able = config.infllm is not None and bool(self.recipe.stages_of(student))
             require(able, "logit_scaling: is for students with S blocks and a stage of their own; leave it out")

@@ -359,6 +359,7 @@ def test_the_speed_is_measured_and_nothing_is_written(source: Path, tmp_path: Pa
         ({"model": {"window": {"size": 8}}, "student": {}}, "model.window has no effect"),
         ({"format": "gguf"}, "format = 'gguf'"),
         ({"students": {"a": {"linear": "W"}}}, "is the same for all students"),
+        ({"format": "hypenet"}, "format = 'hypenet' cannot hold this model"),
         ({"students": {"student": {}}}, "students.student: is what one alone is called"),
         ({"written": {"tokens": 100}}, "leave out [data], or [written]"),
         ({"logit_scaling": {"window": 64}, "student": {}, "model": {}}, "is for students with S blocks"),
