@@ -12,8 +12,8 @@ import torch
 from longwave import checkpoints
 from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
+from longwave.engine.sampling import Sampling
 from longwave.errors import UserError, require, shown
-from longwave.inference.sampling import Sampling
 from longwave.inference.text import Continuation, generate_text, joined
 from longwave.machine import device_of, dtype_of
 from longwave.model import Decoder

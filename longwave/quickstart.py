@@ -32,9 +32,9 @@ from longwave.data.prepared import PreparedInfo, iter_documents
 from longwave.data.shards import prepare
 from longwave.data.sources import Source, documents, standard_library
 from longwave.data.tokenizer import Tokenizer
+from longwave.engine.sampling import Sampling
 from longwave.errors import MachineError, UserError, require
 from longwave.files.jsonfile import to_json
-from longwave.inference.sampling import Sampling
 from longwave.inference.text import complete
 from longwave.inspection.source import pieces
 from longwave.inspection.trace import by_token, trace_levels

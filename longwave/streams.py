@@ -261,12 +261,15 @@ class Stream:
         """T, the rows of the stream."""
         return self.runs.tokens
 
-    def last_rows(self) -> Stream:
-        """A copy in which outputs are needed at the last row of each run that has one, as for the next token."""
+    def last_rows(self, of: Sequence[bool] | None = None) -> Stream:
+        """A copy in which outputs are needed at the last row of each run that has one, as for the next token.
+
+        of: whether they are needed of each run; by default of all.
+        """
         rows = self.runs.bounds[1:] - 1
-        if 0 in self.lengths:
-            filled = [run for run, length in enumerate(self.lengths) if length]
-            rows = rows[torch.tensor(filled, dtype=torch.int64, device=rows.device)]
+        wanted = [run for run, length in enumerate(self.lengths) if length and (of is None or of[run])]
+        if len(wanted) < self.runs.count:
+            rows = rows[torch.tensor(wanted, dtype=torch.int64, device=rows.device)]
         return replace(self, outputs=rows)
 
     def carrying(self, **passengers: Tensor) -> Stream:

@@ -37,7 +37,7 @@ class Generate(OnDevice, OfModel):
 def run(options: Generate) -> dict[str, Any]:
     """Generates a text for every prompt, and prints them."""
     from longwave.api import load, stream
-    from longwave.inference.sampling import Sampling
+    from longwave.engine.sampling import Sampling
     from longwave.progress import say
 
     draws = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p, "seed": options.seed}

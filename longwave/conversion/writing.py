@@ -11,8 +11,8 @@ from pathlib import Path
 from longwave import draws, files
 from longwave.conversion.recipe import WrittenConfig
 from longwave.data.shards import prepare
+from longwave.engine.sampling import Sampling
 from longwave.errors import require
-from longwave.inference.sampling import Sampling
 from longwave.inference.text import generate_text, joined
 from longwave.model import Decoder
 

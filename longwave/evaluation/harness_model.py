@@ -15,9 +15,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longwave.data.tokenizer import Tokenizer
+from longwave.engine.sampling import Sampling
 from longwave.errors import require
 from longwave.evaluation.likelihood import log_probabilities
-from longwave.inference.sampling import Sampling
 from longwave.inference.text import generate_text, joined
 from longwave.model import Decoder
 from longwave.streams import Stream

@@ -14,9 +14,9 @@ from longwave.checkpoints.generation import end_ids
 from longwave.data.recall import Family, Sample
 from longwave.data.recall.scoring import found_in
 from longwave.data.tokenizer import StreamDecoder
+from longwave.engine.generation import Generation
 from longwave.errors import require
 from longwave.evaluation.sample_sets import sample_set
-from longwave.inference.generate import Generation
 from longwave.intervals import wilson
 from longwave.model import Decoder
 from longwave.units import LAST_PLACE

@@ -8,9 +8,10 @@ from itertools import compress
 
 from longwave.checkpoints.generation import end_ids
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.engine.generation import Generation
+from longwave.engine.request import Ended
+from longwave.engine.sampling import Sampling
 from longwave.errors import require, shown
-from longwave.inference.generate import Ended, Generation
-from longwave.inference.sampling import Sampling
 from longwave.model import Decoder
 
 

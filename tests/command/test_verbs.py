@@ -30,8 +30,8 @@ from longwave.cli.plan import VERB as PLAN
 from longwave.cli.prepare import VERB as PREPARE
 from longwave.cli.train import VERB as TRAIN
 from longwave.config import ModelConfig, build
+from longwave.engine.sampling import Sampling
 from longwave.errors import UserError
-from longwave.inference.sampling import Sampling
 from longwave.inference.text import generate_text
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig

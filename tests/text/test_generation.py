@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 import longwave as lw
 from longwave.config import build
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.engine import generation
+from longwave.engine.generation import Emitted, Generation
+from longwave.engine.sampling import Sampling, choose_token
+from longwave.engine.scheduler import Piece, Scheduler
 from longwave.errors import UserError
-from longwave.inference import generate
-from longwave.inference.generate import Emitted, Generation
-from longwave.inference.sampling import Sampling, choose_token
 from longwave.inference.text import _Writer, complete, generate_text
 from longwave.model import Decoder
 from longwave.resamplers import Kept
@@ -155,21 +156,19 @@ def test_a_caller_can_end_one_sequence():
 @pytest.mark.parametrize("chunk", [3, 29])
 def test_prefill_in_chunks_is_prefill_at_once(kind: str, chunk: int, monkeypatch):
     model = tiny(kind)
-    whole = Generation(model, PROMPTS, max_new_tokens=1)._next_logits()
-    expected = continued(model, PROMPTS)
-    pieces: list[int] = []
-    run = generate.run
+    expected, steps = continued(model, PROMPTS), list[int]()
+    plan = Scheduler.plan
 
-    def noted(model, state, tokens, slots):
-        pieces.extend(map(len, tokens))
-        return run(model, state, tokens, slots)
+    def noted(scheduler: Scheduler) -> list[Piece]:
+        pieces = plan(scheduler)
+        steps.append(sum(piece.length for piece in pieces))
+        return pieces
 
-    monkeypatch.setattr(generate, "run", noted)
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
-    assert (Generation(model, PROMPTS, max_new_tokens=1)._next_logits() - whole).abs().max() < 1e-10
-    assert max(pieces) == chunk
-    assert sum(pieces) == sum(map(len, PROMPTS))
+    monkeypatch.setattr(Scheduler, "plan", noted)
+    monkeypatch.setattr(generation, "STEP_TOKENS", chunk)
     assert continued(model, PROMPTS) == expected
+    assert max(steps) == max(chunk, len(PROMPTS) + 1)
+    assert sum(steps) == sum(map(len, PROMPTS)) + len(PROMPTS) * (20 - 1)
 
 
 @pytest.mark.parametrize(("length", "count"), [(WINDOW, 1), (WINDOW - 1, 2), (WINDOW - 10, 11)])
@@ -267,8 +266,14 @@ def test_draws_differ_by_seed_sequence_and_place_and_repeat():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"top_k": 5}, "top_k and top_p have no effect at temperature = 0"),
-        ({"top_p": 0.9}, "top_k and top_p have no effect at temperature = 0"),
+        ({"top_k": 5}, "top_k, top_p and min_p have no effect at temperature = 0"),
+        ({"top_p": 0.9}, "top_k, top_p and min_p have no effect at temperature = 0"),
+        ({"min_p": 0.1}, "top_k, top_p and min_p have no effect at temperature = 0"),
+        ({"temperature": 1.0, "min_p": 2.0}, r"min_p = 2\.0"),
+        ({"presence_penalty": float("inf")}, "presence_penalty = inf"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty = nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty = 0\.0"),
+        ({"logit_bias": {3: float("inf")}}, "logit_bias of token 3 = inf"),
         ({"temperature": -0.5}, r"temperature = -0\.5"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k = 0"),

@@ -21,10 +21,10 @@ from tokenizers import Tokenizer as Backend
 import longwave as lw
 from longwave.config import build
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
+from longwave.engine import choosing
+from longwave.engine.generation import Generation
+from longwave.engine.sampling import Sampling, choose_token
 from longwave.errors import MachineError, UserError, one_line
-from longwave.inference import generate
-from longwave.inference.generate import Generation
-from longwave.inference.sampling import Sampling, choose_token
 from longwave.model import Decoder
 from longwave.streams import Stream
 from longwave.training.recipe import Recipe
@@ -60,7 +60,8 @@ def says(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> Callable[[str
         def scripted(logits: Any, sampling: Any, prompt: int, place: int) -> int:
             return ids[place - starts.setdefault(prompt, place)]
 
-        monkeypatch.setattr(generate, "choose_token", scripted)
+        monkeypatch.setattr(choosing, "choose_token", scripted)
+        monkeypatch.setattr(choosing.Chooser, "is_plain", False)
 
     return say
 
@@ -140,7 +141,8 @@ def test_a_model_in_training_stays_in_training(model: Decoder):
 def test_half_a_character_before_a_stop_token_is_shown(model: Decoder, monkeypatch: pytest.MonkeyPatch):
     half, end = model.tokenizer.encode("日")[0], model.tokenizer.twin().token_to_id(END)
     ids = iter([half, end, half, half, end])
-    monkeypatch.setattr(generate, "choose_token", lambda *_: next(ids))
+    monkeypatch.setattr(choosing, "choose_token", lambda *_: next(ids))
+    monkeypatch.setattr(choosing.Chooser, "is_plain", False)
     assert lw.generate(model, "def", stop=END) == model.tokenizer.decode([half])
     assert lw.generate(model, "def", stop=END) == model.tokenizer.decode([half, half])
 

@@ -16,10 +16,10 @@ import longwave as lw
 from longwave.config import ModelConfig
 from longwave.data.recall import FAMILIES, Sample
 from longwave.data.tokenizer import Tokenizer
+from longwave.engine.generation import Emitted
 from longwave.evaluation import recall as recall_module
 from longwave.evaluation import sample_sets
 from longwave.evaluation.recall import RecallAsked, recall, said, sets_of
-from longwave.inference.generate import Emitted
 from longwave.layers.mlp import MLPConfig
 from longwave.mixers import AttentionConfig
 from longwave.model import Decoder
