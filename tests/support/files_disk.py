@@ -1,5 +1,6 @@
-"""Disks that die, for tests/folders/test_files.py."""
+"""Disks that die, fail or are full."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +141,24 @@ class FailingDisk(storage.Disk):
     def remove(self, path: Path) -> None:
         self._step(path)
         super().remove(path)
+
+
+class FullDisk(storage.Disk):
+    """The real disk with room for `room` things more; what lies there can still be moved and removed."""
+
+    def __init__(self, room: float) -> None:
+        self.room, self.count = room, 0
+
+    def take(self, path: Path) -> None:
+        """Takes room for one thing, or raises what the system does where there is none."""
+        self.count += 1
+        if self.count > self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def mkdir(self, path: Path) -> None:
+        self.take(path)
+        super().mkdir(path)
+
+    def write(self, path: Path, data: bytes) -> None:
+        self.take(path)
+        super().write(path, data)
