@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 # Where there is no NVIDIA GPU, PyTorch's CPU build is taken from here if it answers; TORCH_CPU= takes what pip finds.
 TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: quickstart setup setup-dev test test-slow test-lowest test-attack test-gpu test-mixins check docs clean
+.PHONY: quickstart setup setup-dev test test-slow test-lowest test-attack test-gpu test-mixins proof-cut proof check docs clean
 
 quickstart: setup
 	$(BIN)/longwave quickstart $(TEXT)
@@ -50,6 +50,13 @@ test-gpu: setup-dev
 # transformers' own test mixins on longwave's classes; pip fetches them once (tests/mixins/run.py).
 test-mixins: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mixins/run.py
+
+# The conversion proof (docs/conversion.md): its cut with a teacher of its own, or parts of it: make proof PARTS="rules".
+proof-cut: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tools/proof.py teacher cut
+
+proof: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tools/proof.py $(PARTS)
 
 check: setup-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longwave.benchmarks.measure.memory import Meter
 from longwave.config import ModelConfig
 from longwave.conversion.align import Alignment
 from longwave.conversion.convert import Conversion
@@ -23,6 +24,7 @@ from longwave.model import Decoder
 from longwave.part import Part
 from longwave.training.flops import trained_flops
 from longwave.training.next_token import NextToken
+from longwave.training.objective import AnyObjective, Maker
 from longwave.training.pace import step_seconds
 from longwave.training.recipe import Recipe
 
@@ -35,8 +37,9 @@ _MOMENTS = 2  # of a weight in the optimizer, the most that any of them keeps
 class StagePlan:
     """A stage of one student, or the alignment that all share (student ""). flops, tokens: of all of its steps.
 
-    bytes: of weights, gradients and the optimizer's state, the teacher's weights among them where it is read, without
-    activations. seconds: at the speed measured here; None where it was not measured.
+    bytes: the most that is held at a time, the teacher's weights among it where it is read. Where the stage is measured
+    that is the peak of its first steps; otherwise weights, gradients and the optimizer's state, without activations.
+    seconds: at the speed measured here; None where it was not measured.
     """
 
     stage: str
@@ -93,7 +96,10 @@ class ConversionPlan:
 
 
 def plan_of_conversion(conversion: Conversion, measure: bool = True) -> ConversionPlan:
-    """The plan of a conversion. measure: whether the speed of each stage is measured, which loads the source."""
+    """The plan of a conversion.
+
+    measure: whether the speed and the memory of each stage are measured, which loads the source.
+    """
     recipe, source = conversion.recipe, _meta(conversion.config)
     measure = measure and (conversion.written is None or (conversion.output / DATA).is_dir())
     students, stages = dict[str, StudentPlan](), list[StagePlan]()
@@ -123,9 +129,11 @@ def _stage(
     run, model = recipe.training, _meta(recipe.model)
     step_tokens, steps = run.batch_windows * run.window, recipe.steps
     trained = sum(map(count, _learning(source, model))) if isinstance(stage, AlignStage) else count(model)
-    read = isinstance(stage, AlignStage | DistilStage)
-    held = trained * (2 + _MOMENTS) + (count(source) if read else 0)
-    pace = step_seconds(recipe, _maker(conversion, stage, config), _PACE_SECONDS) if measure else None
+    read = count(source) if isinstance(stage, AlignStage | DistilStage) else 0
+    held, pace = trained * (2 + _MOMENTS) * _FP32, None
+    if measure:
+        peak, pace = _measured(recipe, _maker(conversion, stage, config), conversion.teacher)
+        held = max(held, peak)  # a process that has freed memory before may need no more of it
     return StagePlan(
         name,
         stage.kind,
@@ -135,15 +143,22 @@ def _stage(
         steps,
         steps * step_tokens,
         steps * _step_flops(stage, source, model, recipe),
-        held * _FP32,
+        held + read * _FP32,
         None if pace is None else steps * pace,
     )
+
+
+def _measured(recipe: Recipe, make: Maker[AnyObjective], teacher: Decoder) -> tuple[int, float]:
+    """The most bytes that the first steps of a stage hold, beside the teacher, and the seconds of a step."""
+    meter = Meter(teacher.embed.weight.device)
+    seconds = step_seconds(recipe, make, _PACE_SECONDS)
+    return meter.peak(), seconds
 
 
 def _maker(conversion: Conversion, stage: Any, config: ModelConfig) -> Callable[..., Any]:
     """The objective of a stage, from weights that were not aligned: its speed is that of any others."""
     if isinstance(stage, AlignStage):
-        return partial(Alignment, teacher=conversion.teacher)
+        return partial(Alignment, teacher=conversion.teacher, error=stage.error)
     start = partial(next_model, conversion.teacher, None, config, "random", 0)
     if isinstance(stage, DistilStage):
         return partial(Distillation, teacher=conversion.teacher, start=start)
