@@ -20,6 +20,7 @@ from longwave.cli import (
     prepare,
     quickstart,
     recipes,
+    serve,
     train,
 )
 from longwave.cli.console import standard_streams
@@ -38,6 +39,7 @@ VERBS = (
     convert.VERB,
     evaluate.VERB,
     generate.VERB,
+    serve.VERB,
     plan.VERB,
     recipes.VERB,
     init.VERB,

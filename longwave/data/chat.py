@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from longwave.data.conversations import ASSISTANT, is_label
@@ -40,6 +41,7 @@ LossOn = Literal["assistant", "all"]
 # is rendered on its own, the time grows with the square of the messages.
 LONGEST_CHARACTERS = 2 << 20
 _MOST_RENDERED = 1 << 20  # renderings times messages
+_LEAVE_OUT = "leave it out"
 
 
 class Chat:
@@ -54,14 +56,37 @@ class Chat:
         self.tokenizer, self._eos_id, self._marks = tokenizer, tokenizer.eos_id, Marks(tokenizer)
         self._template = Template(tokenizer, self._marks)
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of the variables that the template reads, such as `tools`."""
+        return self._template.variables
+
     def prompt(self, messages: Sequence[Message], where: str = "prompt") -> list[int]:
         """The ids of a conversation and of the beginning of the assistant's next turn.
 
         Raises UserError for a conversation that the template refuses, or does not read all fields of.
         """
-        rendered = self._template.render(messages, where, prompt=True)
-        _require_asked(messages, rendered.asked, where)
-        [encoded] = self._marks.encode([rendered.text])
+        return self.ids(self.written(messages, where))
+
+    def written(
+        self,
+        messages: Sequence[Message],
+        where: str = "prompt",
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        """The same as text with marks for special tokens, which `ids` reads.
+
+        variables: for the template to read. Raises UserError like `prompt`, and for variables that it does not read.
+        """
+        unread = [plain(name) for name in variables if name not in self.variables]
+        require(not unread, f"{', '.join(unread[:5])}: not read by the chat template; leave it out")
+        rendered = self._template.render(messages, where, prompt=True, variables=variables)
+        _require_asked(messages, rendered.asked, where, remedy=_LEAVE_OUT)
+        return rendered.text
+
+    def ids(self, written: str) -> list[int]:
+        """The ids of a text with marks for special tokens."""
+        [encoded] = self._marks.encode([written])
         return encoded.ids
 
     @cached_property
@@ -169,12 +194,17 @@ def _learned(conversation: Conversation, answers: list[Span]) -> list[Span]:
     return [span for place, span in zip(places, answers, strict=True) if place not in conversation.unlearned]
 
 
-def _require_asked(messages: Sequence[Message], asked: frozenset[tuple[str, str]], where: str) -> None:
-    """Raises UserError for fields of messages that the template did not look for, unless they are labels."""
+def _require_asked(
+    messages: Sequence[Message], asked: frozenset[tuple[str, str]], where: str, remedy: str | None = None
+) -> None:
+    """Raises UserError for fields of messages that the template did not look for, unless they are labels.
+
+    remedy: what to do about them; by default the ways of `longwave prepare`.
+    """
     for place, message in enumerate(messages):
         others = (key for key in message if key not in ("role", "content") and not is_label(key))
         unread = [key for key in others if (message["role"], key) not in asked]
-        require(not unread, _unread(f"{where}: messages[{place}]", unread))
+        require(not unread, _unread(f"{where}: messages[{place}]", unread, remedy))
 
 
 def _require_size(conversation: Conversation, renderings: int) -> None:
@@ -199,10 +229,11 @@ def _together(texts: Iterable[Rendered]) -> Iterator[list[Rendered]]:
         yield group
 
 
-def _unread(where: str, names: Sequence[str]) -> str:
+def _unread(where: str, names: Sequence[str], remedy: str | None = None) -> str:
     some = [plain(name) for name in names[:5]]
     ways = " ".join(f"--ignore {name}" for name in some)
-    return f"{where}: {', '.join(some)}: not read by the chat template; leave it out, or pass it over ({ways})"
+    remedy = remedy or f"{_LEAVE_OUT}, or pass it over ({ways})"
+    return f"{where}: {', '.join(some)}: not read by the chat template; {remedy}"
 
 
 class ChatEncoder:

@@ -35,6 +35,17 @@ def ending_the_process() -> Iterator[None]:
 
 
 @contextmanager
+def sparing_the_process() -> Iterator[None]:
+    """While the block runs, no text ends this process: a server outlives what one client sends."""
+    global _ends
+    before, _ends = _ends, False
+    try:
+        yield
+    finally:
+        _ends = before
+
+
+@contextmanager
 def watching(characters: int) -> Iterator[None]:
     """Watches the encoding of a text of so many characters, if this process may be ended; UserError for a panic."""
     done = threading.Event()
