@@ -29,7 +29,6 @@ class Serve(OnDevice):
     running: int = option("requests that a model advances together", default=16)
     waiting: int = option("requests of a model that wait; more are refused", default=256)
     step_tokens: int = option("tokens of one step of a model", default=512)
-    memory: str | None = option("for the states of requests, such as 8G (from what is free)", metavar="BYTES")
     timeout: float | None = option("of a request", metavar="SECONDS")
     grace: float = option("for running requests when the server ends", default=30.0, metavar="SECONDS")
     max_body: str = option("of a request", default="16M", metavar="BYTES")
@@ -68,8 +67,7 @@ def _setup(options: Serve) -> Any:
 
     key = options.api_key if options.api_key is not None else os.environ.get(KEY)
     require(key is None or bool(key.strip()), f"{KEY}: empty; give a key, or unset it")
-    memory = None if options.memory is None else parse_bytes(options.memory)
-    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens")} | {"memory": memory}
+    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens")}
     limits = {"request_seconds": options.timeout, "grace_seconds": options.grace, "body": parse_bytes(options.max_body)}
     return Setup(
         folders=options.models,

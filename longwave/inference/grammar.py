@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError
+from longwave.errors import MachineError, UserError
 from longwave.files.jsonfile import brief
 
 Kind = Literal["json", "regex", "choice", "lark"]
@@ -87,8 +87,11 @@ class Grammar:
         return Grammar(self._matcher.deep_copy(), self._vocabulary)
 
     def allowed(self) -> Bool[np.ndarray, " V"]:
-        """Which tokens may come next."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        """Which tokens may come next. Raises MachineError for a grammar that takes too much."""
+        try:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        except Exception as error:  # the library raises bare Exceptions, as for a grammar with too many states
+            raise MachineError(f"the grammar cannot go on: {brief(error)}") from None
         return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
 
     def accept(self, token: int) -> None:

@@ -31,7 +31,7 @@ class Continuation(str):
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Decodes the tokens of one sequence, and holds back text that may be the beginning of a stop string.
 
     names: special tokens by their ids; stop strings can name them, though no text shows them.
@@ -47,6 +47,7 @@ class _Writer:
     stopped: bool = False
 
     def push(self, token: int) -> str:
+        """The text that a token brings; after a stop string, `stopped` is true and nothing more should come."""
         if token not in self.names:
             return self._release(self.decoder.push(token))
         name, rest = self.names[token], self.decoder.rest
@@ -55,6 +56,7 @@ class _Writer:
         return self._release(name, shown=False)
 
     def finish(self) -> str:
+        """The text that is still held back, once no token follows."""
         if self.stopped:
             return ""
         text = self._release(self.decoder.finish())
@@ -104,11 +106,11 @@ def generate_text(
     encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, _texts(prompts))
     ends = end_ids(model.origin.generation, tokenizer) | turn_ends
     generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
-    writers = [_Writer(StreamDecoder(tokenizer, after=ids), stops, tokenizer.special_tokens) for ids in encoded]
+    writers = [Writer(StreamDecoder(tokenizer, after=ids), stops, tokenizer.special_tokens) for ids in encoded]
     return _written(generation, writers)
 
 
-def _written(generation: Generation, writers: Sequence[_Writer]) -> Iterator[Continuation]:
+def _written(generation: Generation, writers: Sequence[Writer]) -> Iterator[Continuation]:
     for prompt, token in generation:
         writer = writers[prompt]
         text = writer.push(token)

@@ -97,22 +97,23 @@ class Runner:
         """Ends a request whose text is complete, as by a stop string; nothing more is told of it."""
         if (number := batch.running.pop(index, None)) is not None:
             self._owners.pop(number, None)
-            self._order(self._engine.stop, number)
+            self._cancel(number)
 
     def cancel(self, batch: Batch) -> None:
         """Ends requests that nobody waits for; nothing more is told of them."""
         for number in batch.running.values():
             self._owners.pop(number, None)
-            self._order(self._engine.cancel, number)
+            self._cancel(number)
         batch.running.clear()
 
     def cancel_all(self) -> None:
         """Ends all requests; each is told so by its last event."""
         for number in self._owners:
-            self._order(self._engine.cancel, number)
+            self._cancel(number)
+        self._deliver([Event(number, None, "cancelled") for number in self._owners])
 
-    def _order(self, function: Callable[[int], object], number: int) -> None:
-        self._orders.put(lambda: None if self.failure else (function(number), None)[1])
+    def _cancel(self, number: int) -> None:
+        self._orders.put(lambda: None if self.failure else self._engine.cancel(number))
 
     def _submit(self, requests: Sequence[Request], batch: Batch) -> None:
         numbers = list[int]()

@@ -49,6 +49,8 @@ def _draw(body: Sampled) -> Mapping[str, Any]:
 def grammar_of(body: Sampled, form: AnyFormat | Held | None, grammars: Grammars) -> Grammar | None:
     """What the output is held to; None for text of any kind. Raises ApiError where two things are asked for."""
     asked = [name for name in _GUIDES if getattr(body, name) is not None]
+    if body.min_tokens and (asked or form is not None):
+        raise ApiError(400, "min_tokens: output that is held to a format ends where that does", param="min_tokens")
     held = None if isinstance(form, AnyFormat) else form
     if len(asked) + (held is not None) > 1:
         raise ApiError(400, "the output can be held to one thing: a response format or one guided_ field")
