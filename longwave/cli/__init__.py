@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from longwave import trial
 from longwave.cli import (
     bench,
+    chat,
     compare,
     convert,
     doctor,
@@ -39,6 +40,7 @@ VERBS = (
     convert.VERB,
     evaluate.VERB,
     generate.VERB,
+    chat.VERB,
     serve.VERB,
     plan.VERB,
     recipes.VERB,

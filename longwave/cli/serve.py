@@ -20,7 +20,7 @@ KEY = "LONGWAVE_API_KEY"
 class Serve(OnDevice):
     """Options of `longwave serve`."""
 
-    models: tuple[str, ...] = argument("model folders", metavar="DIR")
+    models: tuple[str, ...] = argument("model folders", default=(), metavar="DIR")
     name: tuple[str, ...] = option("of the first model, the second, ... (the folder's, or that of its run)", default=())
     host: str = option("address to listen on; 0.0.0.0 for all", default="127.0.0.1")
     port: int = option("to listen on; 0 for any that is free", default=8000)

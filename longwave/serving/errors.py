@@ -60,7 +60,7 @@ def api_error(error: Exception) -> ApiError:
 def invalid(error: ValidationError, body: type[BaseModel]) -> ApiError:
     """What a client is told of a body that does not fit; of several faults, the first."""
     problems = error.errors(include_url=False)
-    problem = min(problems, key=lambda one: (one["type"] != "extra_forbidden", -len(one["loc"])))  # the deepest
+    problem = min(problems, key=_rank)
     param = _place(problem["loc"])
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['msg'].removeprefix('Invalid JSON: ')}", code="bad_json")
@@ -69,6 +69,16 @@ def invalid(error: ValidationError, body: type[BaseModel]) -> ApiError:
     if problem["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     return ApiError(400, f"{param or 'the body'} {_fault(problem)}", param=param or None, code="invalid_value")
+
+
+def _rank(problem: ErrorDetails) -> tuple[bool, bool, int, int]:
+    """Which of several faults is told: an unknown field first, then what fits a member of a union best.
+
+    That is the member of which the type is right, or else the one that fails at the deepest and last place.
+    """
+    kind, place = problem["type"], problem["loc"]
+    last = max((step for step in place if isinstance(step, int)), default=0)
+    return kind != "extra_forbidden", kind.endswith("_type"), -len(place), -last
 
 
 def _place(steps: tuple[int | str, ...]) -> str:

@@ -19,7 +19,6 @@ from longwave.serving.limits import Limits
 
 T = TypeVar("T")
 B = TypeVar("B", bound=Body)
-_DRAIN = 8  # times the largest body that is read and forgotten, so that a client gets to read why it is refused
 _SMALL = 1 << 16  # bytes of a body that is parsed at once; a larger one would hold up the loop
 
 
@@ -46,17 +45,15 @@ async def _content(request: Request, limits: Limits) -> bytes:
 
 
 async def _whole(request: Request, most: int) -> bytes:
-    content, size = bytearray(), 0
+    """The bytes of a body; one that is too large is refused before it is read, and uvicorn lets go of what follows."""
+    refusal, content = ApiError(413, f"a body of more than {most:,} bytes", code="body_too_large"), bytearray()
+    told = request.headers.get("content-length", "")
+    if told.isdigit() and int(told[:20]) > most:
+        raise refusal
     async for chunk in request.stream():
-        size += len(chunk)
-        if size <= most:
-            content += chunk
-        else:
-            content.clear()
-        if size > _DRAIN * most:
-            break
-    if size > most:
-        raise ApiError(413, f"a body of more than {most:,} bytes", code="body_too_large")
+        content += chunk
+        if len(content) > most:
+            raise refusal
     return bytes(content)
 
 

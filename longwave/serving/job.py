@@ -86,6 +86,8 @@ class Job:
             for prompt in self.prompts
             for copy in range(self.wish.copies)
         ]
+        for one in requests:
+            served.engine.check(one)
         writers = [Writer(self._decoder(one), self.wish.stops, served.tokenizer.special_tokens) for one in requests]
         self._writers = writers
         self._batch: Batch = await served.runner.submit(requests)
