@@ -33,7 +33,7 @@ from longwave.layout import Blocks, Bracketed, Layout, check_names
 from longwave.origin import Origin
 from longwave.part import InitialDraws, Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
-from longwave.states import State
+from longwave.states import PageOptions, State
 from longwave.streams import Stream
 
 if TYPE_CHECKING:
@@ -150,11 +150,11 @@ class Decoder(nn.Module):
         """The parts of every block, and every bracket."""
         return [*(part for block in self.blocks for part in block.parts), *self.brackets]
 
-    def state(self, slots: int = 1) -> State:
-        """An empty state for `slots` sequences."""
+    def state(self, slots: int = 1, *, pages: PageOptions | None = None) -> State:
+        """An empty state for `slots` sequences; with `pages`, one that keeps tokens in pages (see `State`)."""
         specs = {part.site.name: part.state_spec() for part in self.parts}
         kept = {name: spec for name, spec in specs.items() if spec.per_token or spec.per_sequence}
-        return State(kept, slots, dtype=self._activation_dtype(), device=self.embed.weight.device)
+        return State(kept, slots, dtype=self._activation_dtype(), device=self.embed.weight.device, pages=pages)
 
     def set_step(self, step: int, seed: int = 0) -> None:
         """Tells every step-driven schedule the optimizer step about to run, and every draw its seed."""

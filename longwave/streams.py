@@ -11,14 +11,19 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from jaxtyping import Int32, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longwave.errors import UserError
 
 T = TypeVar("T")
 Spans: TypeAlias = "Sequence[tuple[int, int]]"  # first entry and end of each run, on the host
+
+
+_CPU = torch.device("cpu")
 
 
 def to_host(numbers: Int64[Tensor, " n"]) -> tuple[int, ...]:
@@ -117,10 +122,93 @@ class Runs:
             return self.bounds.clone().to(torch.int32)
 
 
-class Places:
-    """Where the entries of each run lie in an array of N entries: run `r` has those from begins[r] to ends[r].
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The pages of one run, in order: page p of an array has `size` entries, from number p * size on.
 
-    spans: the same as host integers, where they are known; otherwise they are read when first asked for.
+    numbers: of the pages, on the host. The place of an entry in its run, divided by the size, says which page it is in.
+    """
+
+    numbers: NDArray[np.int32]
+
+    @cached_property
+    def follow(self) -> bool:
+        """Whether the pages follow each other, so that the run's entries do."""
+        return _follow(self.numbers)
+
+    def entries(self, size: int, begin: int, end: int, device: torch.device) -> slice | Int64[Tensor, " n"]:
+        """The numbers of the entries at places begin ... end - 1: as a slice of the array where they follow each other.
+
+        size: entries of a page.
+        """
+        first = begin // size
+        numbers = self.numbers[first : -(-end // size)]
+        if self.follow or _follow(numbers):
+            offset = (int(numbers[0]) - first) * size if len(numbers) else -begin
+            return slice(offset + begin, offset + max(begin, end))
+        every = numbers[:, None].astype(np.int64) * size + np.arange(size)
+        return _on(device, every.ravel()[begin - first * size : end - first * size])
+
+
+def _on(device: torch.device, numbers: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(numbers).to(device)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _follow(numbers: NDArray[np.int32]) -> bool:
+    return bool((numbers[1:] - numbers[:-1] == 1).all())
+
+
+class Located:
+    """Where the entries of each run lie in an array of N entries, as the host knows it.
+
+    spans: run `r` has the entries at places spans[r][0] to spans[r][1] - 1. A place is the number of an entry. Where
+    there are tables (one for each run) and a page size, it is counted in the run's own pages instead, and `entries`
+    says which entries those are.
+    """
+
+    def __init__(
+        self,
+        spans: Spans | None,
+        tables: Sequence[Table] | None = None,
+        size: int = 0,
+        device: torch.device = _CPU,
+    ) -> None:
+        self._spans: Spans | None = spans
+        self.tables, self.size, self.device = tables, size, device
+
+    @property
+    def spans(self) -> Spans:
+        """First place and end of each run, on the host."""
+        assert self._spans is not None
+        return self._spans
+
+    @cached_property
+    def pages(self) -> Int32[Tensor, "R M"] | None:
+        """The numbers of each run's pages, on the device, filled up with 0; None where places are entries."""
+        if self.tables is None:
+            return None
+        found = np.zeros((len(self.tables), max([len(one.numbers) for one in self.tables], default=0)), np.int32)
+        for row, table in zip(found, self.tables, strict=True):
+            row[: len(table.numbers)] = table.numbers
+        return _on(self.device, found)
+
+    def entries(self, run: int, span: tuple[int, int] | None = None) -> slice | Int64[Tensor, " n"]:
+        """The numbers of a run's entries, or of those in a span of its places: a slice where they follow each other."""
+        begin, end = self.spans[run] if span is None else span
+        if self.tables is None:
+            return slice(begin, end)
+        return self.tables[run].entries(self.size, begin, end, self.device)
+
+    def of(self, array: Tensor, run: int) -> Tensor:
+        """The entries (G, n, K) of a run in an array (G, N, K): a view where they follow each other, else a copy."""
+        return chosen(array, self.entries(run))
+
+
+class Places(Located):
+    """Where the entries of each run lie (see `Located`): run `r` has those at places begins[r] to ends[r] - 1.
+
+    begins, ends: on the stream's device. spans: the same as host integers, where they are known; otherwise they are
+    read when first asked for.
     """
 
     def __init__(
@@ -128,15 +216,32 @@ class Places:
         begins: Int64[Tensor, " R"],
         ends: Int64[Tensor, " R"],
         spans: Spans | None = None,
+        tables: Sequence[Table] | None = None,
+        size: int = 0,
     ) -> None:
-        self.begins, self.ends, self._spans = begins, ends, spans
+        super().__init__(spans, tables, size, begins.device)
+        self.begins, self.ends = begins, ends
 
     @property
     def spans(self) -> Spans:
-        """First entry and end of each run, on the host."""
         if self._spans is None:
             self._spans = list(zip(to_host(self.begins), to_host(self.ends), strict=True))
         return self._spans
+
+    def at(self, run: Int64[Tensor, " n"], place: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+        """The number of the entry at each of these places of these runs."""
+        if self.pages is None:
+            return place
+        return self.pages[run, place // self.size].long() * self.size + place % self.size
+
+    def until(self, ends: Int64[Tensor, " R"], spans: Spans) -> Places:
+        """The same runs up to other ends, which `spans` tells the host."""
+        return Places(self.begins, ends, spans, self.tables, self.size)
+
+
+def chosen(array: Tensor, entries: slice | Int64[Tensor, " n"]) -> Tensor:
+    """Entries (G, n, K) of an array (G, N, K): a view for a slice, a copy for numbers."""
+    return array[:, entries] if isinstance(entries, slice) else array.index_select(1, entries)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from longwave.ops.block_sparse import (
 from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
 from longwave.part import Site
 from longwave.states import Memory, PerToken, StateSpec
-from longwave.streams import Places, Runs, Stream
+from longwave.streams import Located, Places, Runs, Stream
 from longwave.units import counted
 
 _LONGER_THAN_ANY = 1 << 62  # tokens; as the threshold below which queries attend densely, it makes all of them dense
@@ -180,7 +180,7 @@ class InfllmAttention(FullAttention):
 
     def _compressed(self, key: Tensor, runs: int, memory: Memory) -> Compressed:
         """The compressed keys of every run; the memory adds those whose windows the newest keys have completed."""
-        none = (key[:, :0], [(0, 0)] * runs)
+        none = (key[:, :0], Located([(0, 0)] * runs))
         found = {
             name: memory.sum_up(name, "key", partial(compress, width=width, stride=stride))
             for name, (width, stride) in self._compressed_sizes().items()

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from longwave.states.spec import StateSpec
-from longwave.streams import Places, Spans, Stream
+from longwave.streams import Located, Places, Stream
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Memory(Protocol):
 
     def sum_up(
         self, name: str, of: str, make: Callable[[Float[Tensor, "G n K"]], Float[Tensor, "G m K"]]
-    ) -> tuple[Float[Tensor, "G N K"], Spans]:
+    ) -> tuple[Float[Tensor, "G N K"], Located]:
         """Completes an array whose entries sum up tokens of the array `of`; that array, and where each run's lie.
 
         make: the entries of the tokens that exactly these sum up.
@@ -79,7 +79,7 @@ class NoMemory:
     def append(self, **entries: Shaped[Tensor, "T _G _K"]) -> tuple[Shaped[Tensor, "_G T _K"], ...]:
         return tuple(entry.transpose(0, 1) for entry in entries.values())
 
-    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Spans]:
+    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Located]:
         raise LookupError("nothing is summed up without a state")
 
     def recall(self, name: str) -> None:

@@ -32,6 +32,11 @@ class PerToken:
         """Whether entries are made of several tokens, or not of all."""
         return (self.width, self.every) != (1, 1)
 
+    @property
+    def ahead(self) -> int:
+        """How many strides (of `every` tokens) lie between an entry's first token and its last."""
+        return (self.width - 1) // self.every
+
     def count(self, tokens: int) -> int:
         """Entries of `tokens` tokens."""
         return max(0, (tokens - self.width) // self.every + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from longwave.errors import UserError
 from longwave.states.extents import Extents
 from longwave.states.memory import Memory, NoMemory, Store
+from longwave.states.pages import Kept, PageOptions, Pages, Usage
 from longwave.states.spec import StateSpec
 from longwave.streams import Continued, Stream
 from longwave.units import LAST_PLACE
@@ -38,11 +40,40 @@ class Snapshot:
     copies: tuple[Any, ...]
 
 
+@dataclass(eq=False)
+class Branch:
+    """A token boundary of a state, kept for any slot to continue from, also after its sequence is gone.
+
+    seen: its tokens. kept: what every store keeps of it; empty once it was dropped.
+    """
+
+    state: State
+    seen: int
+    kept: tuple[Kept, ...]
+
+    def reaches(self, length: int) -> bool:
+        """Whether a slot can continue from fewer tokens of it: where nothing recurs and no window has forgotten."""
+        forgets = any(spec.forgets for spec in self.state.specs.values())
+        return length == self.seen or (0 <= length < self.seen and not forgets)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it copies; what it shares is in pages."""
+        return sum(kept.nbytes for kept in self.kept)
+
+    def drop(self) -> None:
+        """Lets go of its pages; dropping it again does nothing."""
+        for kept in self.kept:
+            kept.drop()
+        self.kept = ()
+
+
 class State:
     """The memory of a model for `slots` sequences.
 
     specs: what each part declares, by the part's name. Parts that grow alike (one kind of store, level and window)
-    share a store.
+    share a store. pages: keeps tokens in pages, with room for so many; by default each sequence has an extent that
+    grows.
     """
 
     def __init__(
@@ -52,11 +83,13 @@ class State:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        pages: PageOptions | None = None,
     ) -> None:
+        usual: Any = Extents if pages is None else partial(Pages, options=pages)
         self.specs, self.dtype, self.device = dict(specs), dtype, torch.device(device)
         alike: dict[Any, dict[str, StateSpec]] = {}
         for part, spec in specs.items():
-            alike.setdefault((spec.store or Extents, spec.level, spec.window), {})[part] = spec
+            alike.setdefault((spec.store or usual, spec.level, spec.window), {})[part] = spec
         self._stores: list[Store] = []
         self._store_of: dict[str, Store] = {}
         self._levels: dict[int, list[Store]] = {}
@@ -164,6 +197,42 @@ class State:
             store.load(sequence.row, saved, length)
         sequence.seen = snapshot.seen
         sequence.cuts.append(snapshot.seen)
+
+    def branch(self, slot: int) -> Branch:
+        """Keeps the token boundary at which a slot stands, for any slot to continue from (`continue_from`).
+
+        Pages are shared, what recurs is copied. UserError unless all of the state is in pages.
+        """
+        one = self._sequences[slot]
+        return Branch(self, one.seen, tuple(store.keep(one.row) for store in self._paged()))
+
+    def continue_from(self, slot: int, branch: Branch, length: int | None = None) -> None:
+        """Makes an empty slot stand at a branch, or at fewer tokens of it, if `branch.reaches(length)`.
+
+        ValueError if the slot is not empty, the branch dropped or of another state, or the length out of reach.
+        """
+        one, length = self._sequences[slot], branch.seen if length is None else length
+        if branch.state is not self or not branch.kept:
+            raise ValueError("the branch is not of this state, or was dropped")
+        if one.seen:
+            raise ValueError(f"slot {slot} has {one.seen} tokens; release it first")
+        if not branch.reaches(length):
+            raise ValueError(f"the branch at {branch.seen} tokens does not reach length {length}")
+        for store, kept in zip(self._paged(), branch.kept, strict=True):
+            store.continue_from(one.row, kept)
+        one.seen = branch.seen
+        if length < branch.seen:
+            self.truncate(slot, length)
+
+    def usage(self) -> tuple[Usage, ...]:
+        """How many pages every store has and how many are free; UserError unless all of the state is in pages."""
+        return tuple(store.usage for store in self._paged())
+
+    def _paged(self) -> Sequence[Pages]:
+        paged = [store for store in self._stores if isinstance(store, Pages)]
+        if len(paged) < len(self._stores):
+            raise UserError("state: not in pages; make it by model.state(slots, pages=PageOptions(...))")
+        return paged
 
     def hold(self, slot: int) -> None:
         """From now on `truncate` can return to any place that does not lie before the present one of a slot.

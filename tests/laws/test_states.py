@@ -1,14 +1,15 @@
 """States: what is remembered of a sequence is its own, no more than is declared, and never memory not written.
 
-Extents are compared with plain Python lists, over several rows at once.
+Stores are compared with plain Python lists, over several rows at once.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -44,7 +45,17 @@ from longwave.mixers import FullAttention
 from longwave.model import Decoder
 from longwave.part import Part
 from longwave.resamplers.subllm import Subllm
-from longwave.states import Extents, Memory, PerSequence, PerToken, State, StateSpec
+from longwave.states import (
+    Extents,
+    Memory,
+    PageOptions,
+    Pages,
+    PerSequence,
+    PerToken,
+    State,
+    StateSpec,
+    Store,
+)
 from longwave.streams import Continued, Stream
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -99,7 +110,14 @@ def allocated(state: State) -> int:
     return sum(storages.values())
 
 
-# --- extents against lists --------------------------------------------------------------------------------------------
+# --- stores against lists ---------------------------------------------------------------------------------------------
+
+PLENTY = 10_000  # tokens that fit into pages
+
+STORES: dict[str, Callable[..., Store]] = {
+    "extents": Extents,
+    **{f"pages of {size}": partial(Pages, options=PageOptions(PLENTY, size)) for size in (2, 4, 64)},
+}
 
 
 @dataclass
@@ -136,14 +154,19 @@ def summed(keys: Tensor) -> Tensor:
     return keys.unfold(1, 3, 2).sum(-1)
 
 
-class ExtentsAreLists(RuleBasedStateMachine):
+class StoresAreLists(RuleBasedStateMachine):
     """Two parts that share a store of several rows: what each row holds is a list of its own.
 
     Every token has a number of its own, ascending, so an entry of another row, or of an earlier time, shows.
     """
 
-    @initialize(window=st.none() | st.integers(1, 9), pools=st.booleans(), rows=st.integers(1, 3))
-    def begin(self, window: int | None, pools: bool, rows: int) -> None:
+    @initialize(
+        kind=st.sampled_from([*STORES]),
+        window=st.none() | st.integers(1, 9),
+        pools=st.booleans(),
+        rows=st.integers(1, 3),
+    )
+    def begin(self, kind: str, window: int | None, pools: bool, rows: int) -> None:
         self.window, self.pools, self.numbers = window, pools, 0
         arrays = {"key": KEY} if window else {"key": KEY, "sums": SUMS}
         fixed = {"total": PerSequence((2,))} if pools else {}
@@ -151,7 +174,7 @@ class ExtentsAreLists(RuleBasedStateMachine):
             "a": StateSpec(arrays, window, per_sequence=fixed),
             "b": StateSpec({"order": ORDER}, window, places="order"),
         }
-        self.store = Extents(specs, rows, dtype=torch.float64, device=torch.device("cpu"))
+        self.store = STORES[kind](specs, rows, dtype=torch.float64, device=torch.device("cpu"))
         self.rows = [Plain() for _ in range(rows)]
         self.saved: list[tuple[int, Any, Plain]] = []
 
@@ -178,17 +201,18 @@ class ExtentsAreLists(RuleBasedStateMachine):
         (keys,), (orders,) = first.append(key=new.double().expand(-1, 2, 3)), second.append(order=new)
         after = [self.rows[row].continued(piece) for row, piece in zip(rows, pieces, strict=True)]
         assert first.fresh.tolist() == [not self.rows[row].numbers for row in rows]
-        spans = list(first.places.spans)
-        assert spans == list(zip(first.places.begins.tolist(), first.places.ends.tolist(), strict=True))
-        for (begin, end), one, piece in zip(spans, after, pieces, strict=True):
+        places = first.places
+        assert list(places.spans) == list(zip(places.begins.tolist(), places.ends.tolist(), strict=True))
+        for run, (one, piece) in enumerate(zip(after, pieces, strict=True)):
             seen = min(len(one.numbers), len(piece) + (self.window or len(one.numbers) + 1) - 1)
-            assert end - begin >= seen
-            assert torch.equal(keys[:, end - seen : end], one.keys[:, len(one.numbers) - seen :])
-            assert orders[0, end - seen : end, 0].tolist() == one.numbers[len(one.numbers) - seen :]
+            held = places.of(keys, run), places.of(orders, run)
+            assert held[0].shape[1] >= seen
+            assert torch.equal(held[0][:, held[0].shape[1] - seen :], one.keys[:, len(one.numbers) - seen :])
+            assert held[1][0, held[1].shape[1] - seen :, 0].tolist() == one.numbers[len(one.numbers) - seen :]
         if self.window is None:
             sums, places = first.sum_up("sums", "key", summed)
-            for (begin, end), one in zip(places, after, strict=True):
-                assert torch.equal(sums[:, begin:end], one.sums)
+            for run, one in enumerate(after):
+                assert torch.equal(places.of(sums, run), one.sums)
         if self.pools:
             assert first.recall("total").tolist() == [list(self.rows[row].total) for row in rows]
             first.replace(total=torch.tensor([one.total for one in after], dtype=torch.float64))
@@ -285,8 +309,8 @@ class ExtentsAreLists(RuleBasedStateMachine):
         assert self.store.reserved_bytes() >= self.store.reserved_bytes(row) >= self.store.used_bytes(row)
 
 
-TestExtentsAreLists = ExtentsAreLists.TestCase
-TestExtentsAreLists.settings = settings(max_examples=max(60, settings().max_examples), stateful_step_count=25)
+TestStoresAreLists = StoresAreLists.TestCase
+TestStoresAreLists.settings = settings(max_examples=max(100, settings().max_examples), stateful_step_count=25)
 
 
 def test_new_memory_is_poisoned():
@@ -386,8 +410,8 @@ def test_entries_that_sum_up_tokens_are_the_same_in_any_pieces_and_after_a_cut()
             assert SUMS.count(length) == count
             expected = summed(keys[:length].transpose(0, 1)) if count else keys[:0].transpose(0, 1)
             if makes:
-                sums, ((begin, end),) = memory.sum_up("sums", "key", summed)
-                assert torch.equal(sums[:, begin:end], expected)
+                sums, places = memory.sum_up("sums", "key", summed)
+                assert torch.equal(places.of(sums, 0), expected)
         if makes:
             extents.copy([(0, 1)])
             assert torch.equal(extents.view("part", "sums", 1), expected)

@@ -106,7 +106,7 @@ def _block_sparse(setting: Setting) -> Example:
     own = all_compressed(keys, TINY)
 
     def run(form: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        rounded = Compressed(own.fine.to(query), own.fine_spans, own.coarse.to(query), own.coarse_spans)
+        rounded = Compressed(own.fine.to(query), own.fine_places, own.coarse.to(query), own.coarse_places)
         options = {"scale": SCALE, "compressed": rounded, "form": form}
         return (block_sparse_attention(query, key, value, runs, places, TINY, **options),)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longwave.states import StateSpec
-from longwave.streams import Places, Spans, Stream
+from longwave.streams import Located, Places, Stream
 
 
 class ListStore:
@@ -119,7 +119,7 @@ class ListMemory:
             held[name] = torch.cat([held[name], piece.to(held[name])], 1)
         return torch.cat([held[name] for held in self.after], 1)
 
-    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Spans]:
+    def sum_up(self, name: str, of: str, make: Callable[[Tensor], Tensor]) -> tuple[Tensor, Located]:
         raise NotImplementedError
 
     def recall(self, name: str) -> Tensor:

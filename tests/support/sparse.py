@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, Geometry, compress, select
 from longwave.ops.forms import REFERENCE
-from longwave.streams import Spans
+from longwave.streams import Located, Spans
 
 PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 TINY = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
@@ -56,7 +56,7 @@ def all_compressed(keys: Sequence[Tensor], geometry: Geometry) -> Compressed:
     (fine, fine_spans), (coarse, coarse_spans) = (
         _joined([compress(key, *size) for key in keys]) for size in (geometry.fine, geometry.coarse)
     )
-    return Compressed(fine, fine_spans, coarse, coarse_spans)
+    return Compressed(fine, Located(fine_spans), coarse, Located(coarse_spans))
 
 
 def _joined(pieces: Sequence[Tensor]) -> tuple[Tensor, Spans]:

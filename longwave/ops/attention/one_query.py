@@ -54,10 +54,10 @@ def _mixed(
     mixed = _one_query(torch.cat([outputs[run] for run in single]), key, value, places, chosen, window, scale)
     for run, output in zip(single, mixed.split(1), strict=True):
         outputs[run] = output
-    for run, (begin, end) in enumerate(places.spans):
-        if lengths[run] > 1:
-            piece = [(key[:, begin:end], value[:, begin:end])]
-            outputs[run] = sdpa.by_run(outputs[run], (lengths[run],), piece, window, scale)
+    for run, length in enumerate(lengths):
+        if length > 1:
+            piece = [(places.of(key, run), places.of(value, run))]
+            outputs[run] = sdpa.by_run(outputs[run], (length,), piece, window, scale)
     return torch.cat(outputs)
 
 
@@ -82,18 +82,30 @@ def _one_query(
         begins, ends = begins.index_select(0, of_query), ends.index_select(0, of_query)
     if window is not None:
         begins = torch.maximum(begins, ends - window)
-    return torch.ops.longwave.one_query_attention.default(query, key, value, begins, ends, scale)
+    where = (begins, ends, places.pages, of_query, places.size)
+    return torch.ops.longwave.one_query_attention.default(query, key, value, *where, scale)
 
 
 # A registered torch op, so that torch.compile can trace past the call into C.
 torch.library.define(
     "longwave::one_query_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor begins, Tensor ends, float scale) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor begins, Tensor ends, Tensor? pages, Tensor? of_query, int size,"
+    " float scale) -> Tensor",
 )
 
 
 @torch.library.impl("longwave::one_query_attention", "CPU")
-def _run(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor, scale: float) -> Tensor:
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    begins: Tensor,
+    ends: Tensor,
+    pages: Tensor | None,
+    of_query: Tensor | None,
+    page_size: int,
+    scale: float,
+) -> Tensor:
     query = query.contiguous()
     output = torch.empty_like(query)
     failed = _kernel()(
@@ -102,6 +114,8 @@ def _run(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor
         value.data_ptr(),
         begins.data_ptr(),
         ends.data_ptr(),
+        None if pages is None else pages.data_ptr(),
+        None if of_query is None else of_query.data_ptr(),
         output.data_ptr(),
         query.dtype == torch.bfloat16,
         scale,
@@ -110,6 +124,8 @@ def _run(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor
         key.stride(0),
         query.shape[1] // key.shape[0],
         query.shape[2],
+        0 if pages is None else pages.shape[1],
+        page_size,
         torch.get_num_threads(),
     )
     if failed:
@@ -118,12 +134,12 @@ def _run(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor
 
 
 @torch.library.register_fake("longwave::one_query_attention")
-def _shape(query: Tensor, key: Tensor, value: Tensor, begins: Tensor, ends: Tensor, scale: float) -> Tensor:
+def _shape(query: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(query)
 
 
 @cache
 def _kernel() -> Any:
     function = compiled.library().longwave_one_query
-    function.argtypes = [c_void_p] * 6 + [c_int, c_float] + [c_int64] * 5 + [c_int]
+    function.argtypes = [c_void_p] * 8 + [c_int, c_float] + [c_int64] * 7 + [c_int]
     return function

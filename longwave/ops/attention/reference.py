@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longwave.ops.attention.pattern import Attended, Pattern, Wanted
-from longwave.streams import Places, Runs
+from longwave.streams import Places, Runs, chosen
 
 
 def attention(
@@ -30,13 +30,14 @@ def attention(
     rows, logs = [], []
     sums = torch.zeros(query.shape[1], key.shape[1], dtype=torch.float64, device=query.device)
     queries = iter(query)
-    for length, (begin, end) in zip(runs.lengths, places.spans, strict=True):
+    for run, (length, (begin, end)) in enumerate(zip(runs.lengths, places.spans, strict=True)):
         for last in range(end - length + 1, end + 1):
             first = begin if pattern.window is None else max(begin, last - pattern.window)
-            output, lse, weights = _one_query(next(queries), key[:, first:last], value[:, first:last], scale)
+            seen = places.entries(run, (first, last))
+            output, lse, weights = _one_query(next(queries), chosen(key, seen), chosen(value, seen), scale)
             rows.append(output)
             logs.append(lse)
-            sums[:, first:last] += weights
+            sums[:, seen] += weights
     output = torch.stack(rows).to(query.dtype) if rows else query.new_zeros(query.shape)
     lse = torch.stack(logs) if logs else query.new_zeros(query.shape[:2])
     return Attended(output, lse.to(wide) if "lse" in want else None, sums.to(wide) if "column_sums" in want else None)

@@ -40,11 +40,12 @@ def _output(
     if places is not None:
         if (
             query.is_cuda
+            and places.tables is None
             and runs.count > 1
             and (output := single_queries(query, key, value, runs, places, window, scale)) is not None
         ):
             return output
-        pieces = [(key[:, begin:end], value[:, begin:end]) for begin, end in places.spans]
+        pieces = ((places.of(key, run), places.of(value, run)) for run in range(runs.count))
     elif ragged.takes(query) and (window is not None or not runs.is_read or not runs.are_equal):
         return ragged.attention(query, key, value, runs, window, scale)
     elif runs.are_equal:

@@ -60,14 +60,14 @@ def with_extras(
     """An output together with the further results in `want`, computed from queries and keys chunk by chunk."""
     if not want:
         return Attended(output)
-    spans = (places or Places(runs.bounds[:-1], runs.bounds[1:])).spans
+    places = places or Places(runs.bounds[:-1], runs.bounds[1:])
     wide = torch.promote_types(query.dtype, torch.float32)
     heads = query.shape[1]
     logs, sums = [query.new_zeros(0, heads, dtype=wide)], query.new_zeros(heads, key.shape[1], dtype=wide)
-    for piece, (begin, end) in zip(query.split(runs.lengths), spans, strict=True):
-        for _, first, scores in _scores(piece, key[:, begin:end].transpose(0, 1), pattern.window, scale, _MOST):
+    for run, (piece, (begin, _)) in enumerate(zip(query.split(runs.lengths), places.spans, strict=True)):
+        for _, first, scores in _scores(piece, places.of(key, run).transpose(0, 1), pattern.window, scale, _MOST):
             logs.append(scores.logsumexp(-1).T)
-            columns = slice(begin + first, begin + first + scores.shape[-1])
+            columns = places.entries(run, (begin + first, begin + first + scores.shape[-1]))
             sums[:, columns] += scores.detach().softmax(-1).sum(1)
     lse = torch.cat(logs) if "lse" in want else None
     return Attended(output, lse, sums if "column_sums" in want else None)

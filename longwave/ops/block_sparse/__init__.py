@@ -26,7 +26,7 @@ from longwave.ops.attention import attention
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, compressed_count, scored_pairs
 from longwave.ops.forms import Form, Op, on_cpu
-from longwave.streams import Places, Runs, Spans
+from longwave.streams import Located, Places, Runs, Spans
 
 __all__ = [
     "BLOCK_SPARSE",
@@ -46,17 +46,16 @@ Denominator: TypeAlias = Literal["coarse", "exact"]
 
 @dataclass(frozen=True)
 class Compressed:
-    """Fine and coarse compressed keys (G, n, K) of all runs, and the spans of them that belong to each run."""
+    """Fine and coarse compressed keys (G, n, K) of all runs, and where those of each run lie."""
 
     fine: Float[Tensor, "G n1 K"]
-    fine_spans: Spans
+    fine_places: Located
     coarse: Float[Tensor, "G n2 K"]
-    coarse_spans: Spans
+    coarse_places: Located
 
     def of(self, run: int) -> tuple[Tensor, Tensor]:
         """The fine and the coarse compressed keys of one run."""
-        fine, coarse = slice(*self.fine_spans[run]), slice(*self.coarse_spans[run])
-        return self.fine[:, fine], self.coarse[:, coarse]
+        return self.fine_places.of(self.fine, run), self.coarse_places.of(self.coarse, run)
 
 
 _SPAN = 1 << 14  # queries whose lists of blocks are held at once at inference; a backward pass needs all of them
@@ -172,15 +171,15 @@ def block_sparse_attention(
         whole = attention(torch.cat(whole), key, value, *_early_runs(bounds, early, seen, runs, located), **options)
         whole = whole.output
         whole = whole.split(early)
-    of_runs = (
-        list(zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True))
-        if places is None
-        else [(key[:, begin:end], value[:, begin:end]) for begin, end in spans]
-    )
+    split = None if places else list(zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True))
     found = []
     for run, piece in enumerate(queries[1::2]):
-        tables = None if compressed is None else compressed.of(run)
-        found.append(_late(piece, *of_runs[run], tables, geometry, scale, denominator, form))
+        if piece.shape[0]:
+            tables = None if compressed is None else compressed.of(run)
+            keys, values = split[run] if split else (located.of(key, run), located.of(value, run))
+            found.append(_late(piece, keys, values, tables, geometry, scale, denominator, form))
+        else:
+            found.append(piece)
     return torch.cat([part for pair in zip(whole, found, strict=True) for part in pair])
 
 
@@ -196,7 +195,7 @@ def _early_runs(
     firsts = places.ends - begins - runs.sizes
     sizes = torch.minimum((limits - firsts).clamp(min=0), runs.sizes)
     inner = Runs(F.pad(sizes.cumsum(0), (1, 0)), sum(early), early)
-    return inner, Places(begins, begins + firsts + sizes, seen)
+    return inner, places.until(begins + firsts + sizes, seen)
 
 
 def _late(
@@ -210,8 +209,6 @@ def _late(
     form: str,
 ) -> Tensor:
     """Block-sparse attention of the last queries of one run, in spans that bound the lists of blocks held at once."""
-    if not query.shape[0]:
-        return query
     tables = compressed or (compress(keys, *geometry.fine), compress(keys, *geometry.coarse))
     span = query.shape[0] if torch.is_grad_enabled() else _SPAN
     first, found = keys.shape[1] - query.shape[0], []

@@ -17,7 +17,7 @@ from longwave.ops.attention.benchmark import dense, remembered, sample
 from longwave.ops.benchmark import Case, Shape, forms_here
 from longwave.ops.block_sparse import BLOCK_SPARSE, Compressed, block_sparse_attention, compress
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, scored_pairs
-from longwave.streams import Places, Runs, Spans
+from longwave.streams import Located, Places, Runs
 
 _PUBLISHED = Geometry(kernel_size=32, stride=16, block_size=64, init_blocks=1, local_blocks=32, topk=96)
 _SMALL = Geometry(kernel_size=4, stride=2, block_size=8, init_blocks=1, local_blocks=2, topk=6)
@@ -76,7 +76,7 @@ def _rows_of_prefill(
         keys, values = (side[seen].transpose(0, 1) for side in (key, value))
         fine, coarse = (compress(keys.to(shape.dtype), *size).to(key) for size in (geometry.fine, geometry.coarse))
         spans = [(0, keys.shape[1])]
-        compressed = Compressed(fine, [(0, fine.shape[1])], coarse, [(0, coarse.shape[1])])
+        compressed = Compressed(fine, _even(fine, 1), coarse, _even(coarse, 1))
         past = (keys, values, Runs.of([1]), Places(torch.tensor([0]), torch.tensor(spans[0][1:]), spans))
         options = {"scale": shape.head_size**-0.5, "compressed": compressed, "form": "reference"}
         found.append(block_sparse_attention(query[row : row + 1], *past, geometry, **options, dense_form="reference"))
@@ -125,7 +125,7 @@ def _decode_of(
     return block_sparse_attention(query, keys, values, *remembered(shape), geometry, **options)
 
 
-def _even(entries: Tensor, sequences: int) -> Spans:
-    """The spans of the entries (G, n, K) of each sequence, all sequences having equally many, end to end."""
+def _even(entries: Tensor, sequences: int) -> Located:
+    """The places of the entries (G, n, K) of each sequence, all sequences having equally many, end to end."""
     count = entries.shape[1] // sequences
-    return [(index * count, (index + 1) * count) for index in range(sequences)]
+    return Located([(index * count, (index + 1) * count) for index in range(sequences)])
