@@ -1,7 +1,7 @@
 """KL of students from their teacher by the place in a text: `divergence_by_position.py TEACHER DATA STUDENT...`.
 
-DATA: a prepared folder, whose held-out windows of 256 tokens are read. Prints one JSON object: of every student the mean
-KL(teacher || student) in nats of the tokens at places 1, 2, 3 to 4, 5 to 8 and so on, and the loss of each model.
+DATA: a prepared folder, whose held-out windows of 256 tokens are read. Prints one JSON object: the loss of each model,
+and the mean KL(teacher || student) in nats of the tokens up to places 1, 2, 4, 8 and so on.
 """
 
 from __future__ import annotations

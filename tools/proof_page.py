@@ -17,7 +17,7 @@ from longwave.intervals import Interval, mean_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, FIGURES = ROOT / "docs/conversion.md", ROOT / "docs/conversion"
-_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LENGTHS = (256, 512, 1024, 2048)
 _SEEDS = {0: "cut", 1: "rules", 2: "cut-2"}  # of a conversion, and the folder of each
 
@@ -51,6 +51,14 @@ def recall(model: str, task: str = "single") -> dict[int, float]:
     return {one["length"]: one["accuracy"] for task in found for one in task["by_length"]}
 
 
+def one_recall(model: str, length: int, task: str = "single") -> str:
+    """The share of right answers of one model, with the interval that its samples leave."""
+    found = [one for one in evaluations(model) for one in one["recall"] if one["task"] == task]
+    asked = next(one for task in found for one in task["by_length"] if one["length"] == length)
+    low, high = asked["interval"]
+    return f"{share(asked['accuracy'])} ({low * 100:.1f} to {high * 100:.1f})"
+
+
 def text_loss(model: str) -> float:
     """The loss of a model on all held-out text, by windows of 256."""
     return next(one["loss"] for one in evaluations(model) if "loss" in one)
@@ -78,14 +86,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def share(value: float) -> str:
-    """A share as percent."""
-    return f"{value * 100:.1f} %"
+    """A share as percent; what a t-interval says beyond 0 and 1 is cut."""
+    return f"{min(max(value, 0.0), 1.0) * 100:.1f} %"
 
 
 def spread(values: Sequence[float], shown: Callable[[float], str]) -> str:
-    """A mean with its interval over seeds, or the only value."""
+    """A mean with its interval over seeds; without one for one value, and where all are alike."""
     found = mean_interval(values)
-    return shown(found.mean) if found.low is None else f"{shown(found.mean)} {_between(found, shown)}"
+    return shown(found.mean) if found.low in (None, found.high) else f"{shown(found.mean)} {_between(found, shown)}"
 
 
 def _between(found: Interval, shown: Callable[[float], str]) -> str:
@@ -139,7 +147,9 @@ def students() -> str:
 
 
 def _recalled(models: Sequence[str]) -> list[str]:
-    """Recall by length over the models of some seeds."""
+    """Recall by length: the mean over the models of some seeds, or one with the interval of its samples."""
+    if len(models) == 1:
+        return [one_recall(models[0], length) for length in _LENGTHS]
     found = [recall(model) for model in models]
     return [spread([one[length] for one in found], share) for length in _LENGTHS]
 
@@ -165,14 +175,14 @@ def differences() -> str:
 def against_tokens() -> str:
     """Recall at the training window at several steps of the last stage."""
     rows = []
-    for name, kind in (("halo", "distil"), ("kl", "distil"), ("even", "distil"), ("undistilled", "next-token")):
+    for name, kind in (("halo", "distil"), ("kl", "distil"), ("undistilled", "next-token")):
         end = stage("rules", name)
         losses = {one["step"]: one["held_out_loss"] for one in end["curve"]}
         cells = []
         for step in (100, 200):
             folder = f"rules/stages/{kind}/{name}/checkpoints/step-{step:08}"
-            cells.append(f"{share(recall(folder)[256])}, {nats(losses[step])}")
-        last = f"{share(recall(finished(1, name))[256])}, {nats(end['figures']['held_out_loss'])}"
+            cells.append(f"{one_recall(folder, 256)}; {nats(losses[step])}")
+        last = f"{one_recall(finished(1, name), 256)}; {nats(end['figures']['held_out_loss'])}"
         rows.append([f"`{end['layout']}` {name}", nats(end["start"]["held_out_loss"]), *cells, last])
     curve = {one["step"]: one["tokens"] for one in stage("rules", "halo")["curve"]}
     shared = tokens("rules", "halo") - stage("rules", "halo")["tokens"]
@@ -184,7 +194,7 @@ def scratch() -> str:
     """A converted model beside the same hybrid from random weights, and the teacher."""
     rows, whole = [], trained("teacher-recall", "teacher")
     for words, spent, mix, model in _against_scratch():
-        found = [nats(mix), nats(text_loss(model)), share(recall(model)[256]), share(recall(model, "copy")[256])]
+        found = [nats(mix), nats(text_loss(model)), one_recall(model, 256), one_recall(model, 256, "copy")]
         rows.append([words, f"{spent:,} ({spent / whole:.0%})", *found])
     return table(["", "tokens", "loss of the mix", "loss of text", "`single` at 256", "`copy` at 256"], rows)
 
@@ -212,8 +222,8 @@ def subllm() -> str:
                 nats(one["start"]["held_out_loss"]),
                 nats(one["figures"]["held_out_loss"]),
                 nats(text_loss(model)),
-                share(recall(model)[256]),
-                share(recall(model, "copy")[256]),
+                one_recall(model, 256),
+                one_recall(model, 256, "copy"),
                 ", ".join(f"{value:.2f}" for value in kept) or "-",
             ]
         )
@@ -230,7 +240,6 @@ def sparse() -> str:
         spent = f"{known[-1]['tokens']:,}" if known else "0"
         mix = known[-1]["figures"]["held_out_loss"] if known else begins
         model = f"sparse/models/{name}"
-        found = recall(model)
         rows.append(
             [
                 words,
@@ -238,9 +247,9 @@ def sparse() -> str:
                 spent,
                 nats(mix),
                 nats(text_loss(model)),
-                share(found[256]),
-                share(found[512]),
-                share(recall(model, "copy")[256]),
+                one_recall(model, 256),
+                one_recall(model, 512),
+                one_recall(model, 256, "copy"),
             ]
         )
     names = ["", "model", "tokens", "loss of the mix", "loss of text", "`single` at 256", "at 512", "`copy` at 256"]
@@ -259,7 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def filled(page: str) -> str:
     """The page with its tables as the figures have them."""
-    return _TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+    return _TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 if __name__ == "__main__":

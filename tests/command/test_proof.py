@@ -1,4 +1,4 @@
-"""tools/proof.py: the commands of a page, run once each, going on where they were stopped."""
+"""tools/proof.py: the commands of a page, run once each, going on where they were stopped; tools/proof_page.py."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ longwave eval proof/cut/model --tasks single
 """
 
 
-@pytest.fixture
-def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, with the page above, in an empty folder, where commands only leave a line in a list."""
-    spec = importlib.util.spec_from_file_location("proof", ROOT / "tools/proof.py")
+def script_of(name: str) -> ModuleType:
+    """A script of the folder `tools`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, with the page above, in an empty folder, where commands only leave a line in a list."""
+    module = script_of("proof")
     (tmp_path / "page.md").write_text(PAGE)
     monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
     monkeypatch.chdir(tmp_path)
@@ -88,3 +94,10 @@ def test_the_page_has_every_part_that_the_makefile_names(proof: ModuleType):
     known = proof.parts((ROOT / "docs/conversion.md").read_text(encoding="utf8"))
     assert {"teacher", "cut"} <= known.keys()
     assert all(command.startswith("longwave ") for lines in known.values() for command in lines)
+
+
+def test_the_tables_of_the_page_are_those_of_its_figures():
+    page = (ROOT / "docs/conversion.md").read_text(encoding="utf8")
+    script = script_of("proof_page")
+    assert page.count("<!-- table: ") > 2
+    assert script.filled(page) == page, "run python tools/proof_page.py"

@@ -42,6 +42,7 @@ NEEDS = {
     "gpu": "needs a CUDA device",
     "machines": "needs several machines",
     "tests": "runs tests, over code of the page; test_docs.py has a test that does",
+    "proof": "a part of the conversion proof beyond its cut, which reads what only whole runs leave: parsed",
     "long": "takes a minute even as a trial run: parsed in `make test`, run in `make test-slow`",
 }
 # A command that answers by its exit code, and the line of the answer 1, which a busy machine may give; a fault is none.
