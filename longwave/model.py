@@ -28,8 +28,11 @@ from longwave.costs import At, Cost, count, total, weight_bytes
 from longwave.errors import UserError, require
 from longwave.layers.constant import Constant
 from longwave.layers.head import Head, TiedHead
+from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layout import Blocks, Bracketed, Layout, check_names
+from longwave.ops.forms import Call
+from longwave.ops.linear import LINEAR
 from longwave.origin import Origin
 from longwave.part import InitialDraws, Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
@@ -203,7 +206,8 @@ class Decoder(nn.Module):
 
         None gives the choice back. UserError for a form that no op of the model has, or that cannot run here.
         """
-        ops = {one.name: one for part in self.parts for one in part.ops if op in (None, one.name)}
+        ops = {one.name: one for one in (LINEAR, *(one for part in self.parts for one in part.ops))}
+        ops = {name: one for name, one in ops.items() if op in (None, name)}
         asked = [name for name, one in ops.items() if form in one.forms]
         if form is not None and ops and not asked:
             known = sorted({name for one in ops.values() for name in one.forms})
@@ -280,6 +284,12 @@ class Decoder(nn.Module):
         device, dtype = self.embed.weight.device, self._activation_dtype()
         for part in self.parts:
             part.resolve(device, dtype, self._asked)
+        product = self._asked.get(LINEAR.name)
+        if product is not None:
+            LINEAR.resolve(Call(device, dtype), product)
+        for module in self.modules():
+            if isinstance(module, Linear | Head | TiedHead):
+                module.form = product
         self._placed = (device, dtype)
 
     def _draw(self, seed: int) -> None:

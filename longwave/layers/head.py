@@ -17,8 +17,11 @@ from longwave.ops.linear import linear
 class Head(nn.Linear):
     """An output matrix of its own: logits (T, V), or with targets the summed cross-entropy in nats.
 
-    rows: the rows with a target, to which the loss is confined. Only the loss multiplies the logits by `scale`.
+    rows: the rows with a target, to which the loss is confined. Only the loss multiplies the logits by `scale`. form:
+    of the product, if one was asked for.
     """
+
+    form: str | None = None
 
     def __init__(self, width: int, vocabulary: int) -> None:
         super().__init__(width, vocabulary, bias=False)
@@ -30,13 +33,14 @@ class Head(nn.Linear):
         scale: float = 1.0,
         rows: Int64[Tensor, " L"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, ""]:
-        return _scored(hidden, self.weight, targets, scale, rows)
+        return _scored(hidden, self.weight, self.form, targets, scale, rows)
 
 
 class TiedHead(nn.Module):
     """A head that multiplies by the embedding's matrix and has no weights of its own; otherwise like `Head`."""
 
     bias = None  # libraries read it of any head
+    form: str | None = None
 
     def __init__(self, embed: nn.Module) -> None:
         super().__init__()
@@ -54,8 +58,12 @@ class TiedHead(nn.Module):
         scale: float = 1.0,
         rows: Int64[Tensor, " L"] | None = None,
     ) -> Float[Tensor, "T V"] | Float[Tensor, ""]:
-        return _scored(hidden, self.weight, targets, scale, rows)
+        return _scored(hidden, self.weight, self.form, targets, scale, rows)
 
 
-def _scored(hidden: Tensor, weight: Tensor, targets: Tensor | None, scale: float, rows: Tensor | None) -> Tensor:
-    return linear(hidden, weight) if targets is None else cross_entropy(hidden, weight, targets, scale, rows)
+def _scored(
+    hidden: Tensor, weight: Tensor, form: str | None, targets: Tensor | None, scale: float, rows: Tensor | None
+) -> Tensor:
+    if targets is None:
+        return linear(hidden, weight, form=form)
+    return cross_entropy(hidden, weight, targets, scale, rows)

@@ -12,7 +12,12 @@ from longwave.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose product runs through the op `longwave.ops.linear`."""
+    """`nn.Linear` whose product runs through the op `longwave.ops.linear`.
+
+    form: the form that was asked for, or None.
+    """
+
+    form: str | None = None
 
     def forward(self, input: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.form)

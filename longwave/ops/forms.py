@@ -1,7 +1,8 @@
 """An op, its forms (implementations), and the choice of the form that runs a call.
 
-The choice is made once, when a model has been placed on its device, and never inside a loop. The form `reference` is
-the formula in high precision; it runs only where it is asked for by name.
+The choice is made once, when a model has been placed on its device, and never inside a loop. Two forms run only where
+they are asked for by name: `reference` is the formula in high precision, `invariant` pays some speed for results that
+company and chunks do not change in any bit.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from longwave.ops import compiled
 
 R = TypeVar("R")  # of what runs
 REFERENCE = "reference"
+INVARIANT = "invariant"
+"""The form whose results for a token are the same bits whatever else is in the call, and however a sequence is cut."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Op(Generic[R]):
             return self._asked(asked, call), "asked for"
         against: list[str] = []
         for name, form in self.forms.items():
-            if name == REFERENCE:
+            if name in (REFERENCE, INVARIANT):
                 continue
             if (reason := form.takes(call)) is None:
                 return name, "; ".join([form.does, *against])

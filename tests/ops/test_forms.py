@@ -158,7 +158,7 @@ def test_a_form_for_the_time_of_a_block_leaves_what_was_asked_for_before():
 
 
 def test_a_form_that_no_op_of_the_model_has_is_refused():
-    with pytest.raises(UserError, match=r"^form = 'flash9': use one of compiled, reference, torch$"):
+    with pytest.raises(UserError, match=r"^form = 'flash9': use one of compiled, invariant, reference, torch$"):
         decoder().use_form("flash9")
 
 

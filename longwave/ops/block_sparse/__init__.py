@@ -25,7 +25,7 @@ from torch import Tensor
 from longwave.ops.attention import attention
 from longwave.ops.block_sparse import differentiable, kernels, reference, tiles
 from longwave.ops.block_sparse.geometry import Geometry, attended_pairs, compress, compressed_count, scored_pairs
-from longwave.ops.forms import Form, Op, on_cpu
+from longwave.ops.forms import INVARIANT, Form, Op, on_cpu
 from longwave.streams import Located, Places, Runs, Spans
 
 __all__ = [
@@ -71,17 +71,20 @@ class Passes(NamedTuple):
     attend: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, float], Tensor]
 
 
+_KERNELS = "kernels for scores, choice and attention"
+_on_cpu = on_cpu(torch.bfloat16, torch.float32, multiple=32, largest=256)
 BLOCK_SPARSE: Op[Passes] = Op(
     "block_sparse",
     {
         "compiled": Form(
             Passes(kernels.select, kernels.attend),
-            "kernels for scores, choice and attention",
-            on_cpu(torch.bfloat16, torch.float32, multiple=32, largest=256),
+            _KERNELS,
+            _on_cpu,
         ),
         "torch": Form(
             Passes(tiles.select, partial(differentiable.attend, differentiable.TILES)), "tiles of queries in torch"
         ),
+        INVARIANT: Form(Passes(kernels.select, kernels.attend), _KERNELS, _on_cpu),
         "reference": Form(Passes(reference.select, reference.attend), "the formulas, in double precision"),
     },
 )

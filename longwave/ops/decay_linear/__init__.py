@@ -15,18 +15,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.decay_linear import chunked, reference
-from longwave.ops.forms import Form, Op
+from longwave.ops.decay_linear import chunked, recurrent, reference
+from longwave.ops.forms import INVARIANT, Form, Op, on_cpu
 from longwave.streams import Runs
 
 Run: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Runs, float, Tensor], "tuple[Tensor, Tensor]"]
 
+_KERNEL = "a kernel of the recurrence; chunks where gradients are needed"
+_on_cpu = on_cpu(torch.bfloat16, torch.float32, multiple=16, largest=256)
 DECAY_LINEAR: Op[Run] = Op(
     "decay_linear",
     {
+        "compiled": Form(recurrent.decay_linear_attention, _KERNEL, _on_cpu),
         "torch": Form(
             chunked.decay_linear_attention, f"chunks of {chunked.CHUNK} tokens, a recurrent state between them"
         ),
+        INVARIANT: Form(recurrent.decay_linear_attention, _KERNEL, _on_cpu),
         "reference": Form(reference.decay_linear_attention, "the recurrence, in double precision"),
     },
 )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.forms import Call, Form, Op, on_cpu
+from longwave.ops.forms import INVARIANT, Call, Form, Op, on_cpu
 from longwave.ops.linear import few_rows
 
 Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -51,6 +51,11 @@ LINEAR: Op[Run] = Op(
     {
         "compiled": Form(compiled_form, "few rows on a CPU; torch elsewhere", on_cpu(torch.bfloat16, torch.float32)),
         "torch": Form(transposed_product, "torch's products, transposed_product where that is faster"),
+        INVARIANT: Form(
+            few_rows.linear,
+            "a kernel that sums every row in one order, however many there are",
+            on_cpu(torch.bfloat16, torch.float32),
+        ),
         "reference": Form(reference, "the product in double precision"),
     },
 )
@@ -64,10 +69,20 @@ def _form_of(dtype: torch.dtype) -> Run:
 
 
 def linear(
-    hidden: Float[Tensor, "T D"], weight: Float[Tensor, "E D"], bias: Float[Tensor, " E"] | None = None
+    hidden: Float[Tensor, "T D"],
+    weight: Float[Tensor, "E D"],
+    bias: Float[Tensor, " E"] | None = None,
+    form: str | None = None,
 ) -> Float[Tensor, "T E"]:
-    """hidden W^T + bias. Few rows at inference on a CPU, as in decoding, run the op's form; all else runs torch."""
+    """hidden W^T + bias. Few rows at inference on a CPU, as in decoding, run the op's form; all else runs torch.
+
+    form: a name in LINEAR.forms, which then runs all calls at inference.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(hidden, weight, bias)
+    if form is not None:
+        return LINEAR.forms[form].run(hidden, weight, bias)
     few = hidden.shape[0] <= _MOST and hidden.device.type == "cpu" and hidden.dtype == weight.dtype
-    if not few or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if not few or torch.is_autocast_enabled("cpu"):
         return F.linear(hidden, weight, bias)
     return _form_of(hidden.dtype)(hidden, weight, bias)

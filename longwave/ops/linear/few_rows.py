@@ -10,23 +10,37 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longwave.ops import compiled
 
 _MOST = 8  # rows, which fit into registers; for more, torch's products are as fast
+_INPUTS, _OUTPUTS = 32, 2  # whole multiples of which the kernel takes
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
 def applies(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel takes this product."""
-    whole = weight.shape[1] % 32 == 0 and weight.shape[0] % 2 == 0 and weight.is_contiguous()
-    return 1 <= hidden.shape[0] <= _MOST and hidden.dtype in _DTYPES and whole
+    """Whether the kernel takes this product, and is faster than torch's."""
+    return 1 <= hidden.shape[0] <= _MOST and hidden.dtype in _DTYPES and _takes(weight)
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden (T, D) times the transpose of weight (E, D), plus bias (E), summed in fp32 -> (T, E)."""
-    return torch.ops.longwave.linear_few_rows.default(hidden, weight, bias)
+    """hidden (T, D) times the transpose of weight (E, D), plus bias (E), summed in fp32 -> (T, E), for any T.
+
+    An entry is summed in one order, whatever T is. Shapes that the kernel does not know are filled up with zeros.
+    """
+    if _takes(weight):
+        return torch.ops.longwave.linear_few_rows.default(hidden, weight, bias)
+    more = [-weight.shape[1] % _INPUTS, -weight.shape[0] % _OUTPUTS]
+    weight = F.pad(weight, (0, more[0], 0, more[1])).contiguous()
+    bias = None if bias is None else F.pad(bias, (0, more[1]))
+    wider = torch.ops.longwave.linear_few_rows.default(F.pad(hidden, (0, more[0])), weight, bias)
+    return wider[:, : wider.shape[1] - more[1]]
+
+
+def _takes(weight: Tensor) -> bool:
+    return weight.shape[1] % _INPUTS == 0 and weight.shape[0] % _OUTPUTS == 0 and weight.is_contiguous()
 
 
 torch.library.define("longwave::linear_few_rows", "(Tensor hidden, Tensor weight, Tensor? bias) -> Tensor")
