@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,11 @@ from longwave.units import counted
 from longwave.version import __version__
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (  # of a container, by cgroup v2 and v1: the limit, the use, and the cached files in it, which can be dropped
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+)
 _OPTIONAL = {"tensorboard": "track"}  # package -> the extra of ours that installs it
 
 
@@ -93,3 +99,31 @@ def devices() -> list[str]:
 def fast_bf16() -> bool:
     """Whether the CPU multiplies bf16 in hardware, which makes training in bf16 faster than in fp32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated, within a container's limit too; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [kernel_figure("/proc/meminfo", "MemAvailable:"), *(_within(*names) for names in _LIMITS)]
+    return min((bytes for bytes in found if bytes is not None), default=None)
+
+
+def _within(limit: str, used: str, statistics: str, files: str) -> int | None:
+    """Bytes that a control group's limit leaves; None without a limit."""
+    try:
+        bound, taken = ((_CGROUP / name).read_text().strip() for name in (limit, used))
+    except OSError:
+        return None
+    droppable = kernel_figure(_CGROUP / statistics, files, unit=1) or 0
+    return int(bound) - int(taken) + droppable if bound.isdigit() else None
+
+
+def kernel_figure(path: str | Path, name: str, unit: int = 1024) -> int | None:
+    """The figure of one line of a kernel table such as /proc/meminfo, in bytes; None where there is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(words[1]) * unit for words in map(str.split, lines) if words[0] == name), None)

@@ -20,11 +20,14 @@ from torch import Tensor
 
 from longwave.config import Strict
 from longwave.engine.choosing import Choice, Chooser, choose
+from longwave.engine.memory import Memory
 from longwave.engine.request import Ended, Event, QueueFull, Request
 from longwave.engine.scheduler import Piece, Scheduler
 from longwave.engine.scheduler import Sequence as Running
 from longwave.errors import MachineError, require
 from longwave.model import Decoder
+from longwave.ops.forms import INVARIANT
+from longwave.states import OutOfPages
 
 _COUNTED = ("steps", "prompt_tokens", "cached_tokens", "run_tokens", "new_tokens", "preemptions")
 
@@ -34,18 +37,33 @@ class EngineOptions(Strict):
     """The limits of an engine.
 
     running: requests that advance together at most. step_tokens: tokens of one forward at most, more than `running`.
-    waiting: requests that may wait; more are refused.
+    waiting: requests that may wait; more are refused. window: tokens of a request and its answer at most; the model's
+    own by default. memory: bytes for what sequences remember token by token, kept
+    prefixes among them; by default half of what is free, or what all sequences could fill. prefixes: whether the
+    beginning that a request shares with an earlier one is not run again. prefix_copies: bytes for copies of what
+    recurs, which this needs. page_size: tokens of a page of memory. invariant: the model runs in the forms whose
+    results company and chunks do not change in any bit, and keeps them afterwards.
     """
 
     running: int = 16
     step_tokens: int = 512
     waiting: int = 1024
+    window: int | None = None
+    memory: int | None = None
+    prefixes: bool = True
+    prefix_copies: int = 256 << 20
+    page_size: int = 64
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         require(self.running > 0, f"running = {self.running}: 1 or more")
         more = f"step_tokens = {self.step_tokens}: more than running = {self.running}"
         require(self.step_tokens > self.running, f"{more}, so that prompts advance beside the texts")
         require(self.waiting > 0, f"waiting = {self.waiting}: 1 or more")
+        require(self.window is None or self.window > 0, f"window = {self.window}: tokens, 1 or more")
+        require(self.memory is None or self.memory > 0, f"memory = {self.memory}: bytes, 1 or more")
+        require(self.prefix_copies >= 0, f"prefix_copies = {self.prefix_copies}: bytes, 0 or more")
+        require(self.page_size > 0, f"page_size = {self.page_size}: tokens, 1 or more")
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,8 @@ class EngineMetrics:
 
     waiting, running: requests. steps: forwards. prompt_tokens: of all requests that were admitted; cached_tokens: those
     of them that were not run, because their state was there. run_tokens: tokens that the model ran. new_tokens: chosen.
-    preemptions: requests that were put back. state_bytes: of what the running sequences remember.
+    preemptions: how often a request was put back. state_bytes: of what the running sequences remember. prefixes: kept
+    token boundaries; prefix_bytes: of the copies that they hold. pages, free_pages: of the outermost level.
     """
 
     waiting: int
@@ -66,40 +85,50 @@ class EngineMetrics:
     new_tokens: int
     preemptions: int
     state_bytes: int
+    prefixes: int
+    prefix_bytes: int
+    pages: int
+    free_pages: int
 
 
 class Engine:
     """Runs requests on a model, at most `options.running` at a time, in the order in which they came.
 
-    clock: seconds, for time-outs.
+    clock: seconds, for time-outs. window: tokens of a request and its answer at most.
     """
 
     def __init__(
         self, model: Decoder, options: EngineOptions | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.model, self.options, self._clock = model, options or EngineOptions(), clock
-        self._state = model.state(self.options.running)
-        self._scheduler = Scheduler(list(range(self.options.running))[::-1], self.options.step_tokens)
+        limits = self.options
+        if limits.invariant:
+            model.use_form(INVARIANT)
+        copies = limits.prefix_copies if limits.prefixes else None
+        window = min(limits.window or model.config.context_window, model.config.context_window)
+        self._memory = Memory(model, limits.running, window, limits.memory, limits.page_size, copies)
+        self.window = self._memory.window
+        self._scheduler = Scheduler(list(range(limits.running))[::-1], limits.step_tokens)
         self._live: dict[int, Running] = {}
         self._choosers: dict[int, Chooser] = {}
-        self._number, self._counts = 0, Counter[str]()
+        self._number, self._counts, self._is_full = 0, Counter[str](), False
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
-        """UserError for a request that the model can never run."""
-        request.check(self.model.config)
+        """UserError for a request that can never run."""
+        request.check(self.model.config.vocab_size, self.window)
 
     def submit(self, request: Request) -> int:
         """Takes a request, and returns its number.
 
-        Raises UserError for one that the model can never run, and QueueFull where too many wait.
+        Raises UserError for one that can never run, and QueueFull where too many wait.
         """
         self.check(request)
         if len(self._scheduler.waiting) >= self.options.waiting:
             raise QueueFull(f"{self.options.waiting} requests are waiting already; try again later")
         number, self._number = self._number, self._number + 1
-        left, limit = request.room(self.model.config)
+        left, limit = request.room(self.window)
         deadline = None if request.timeout is None else self._clock() + request.timeout
         self._live[number] = one = Running(number, request, left, limit, deadline)
         self._scheduler.waiting.append(one)
@@ -107,10 +136,13 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Ends a request without another word; nothing happens to one that has ended."""
-        if (one := self._live.pop(number, None)) is not None:
-            self._let_go(one)
-            self._scheduler.leave(one)
-            self._choosers.pop(number, None)
+        if number in self._live:
+            self._end(self._live[number])
+
+    def forget(self) -> None:
+        """Lets go of all kept prefixes."""
+        if self._memory.prefixes is not None:
+            self._memory.prefixes.clear()
 
     @property
     def idle(self) -> bool:
@@ -120,69 +152,100 @@ class Engine:
     @property
     def metrics(self) -> EngineMetrics:
         """What was done so far, and what is there now."""
-        waiting, running = len(self._scheduler.waiting), len(self._scheduler.running)
-        counts = {name: self._counts[name] for name in _COUNTED}
-        return EngineMetrics(waiting=waiting, running=running, state_bytes=self._state.used_bytes(), **counts)
+        state, prefixes = self._memory.state, self._memory.prefixes
+        outermost = [one for one in state.usage if one.level < 0 and one.page_bytes]
+        return EngineMetrics(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            state_bytes=state.used_bytes(),
+            prefixes=0 if prefixes is None else len(prefixes),
+            prefix_bytes=0 if prefixes is None else prefixes.nbytes,
+            pages=sum(one.pages for one in outermost),
+            free_pages=sum(one.free for one in outermost),
+            **{name: self._counts[name] for name in _COUNTED},
+        )
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
         """Runs one forward, if there is anything to run, and returns what came of it."""
         events = self._expired()
-        while self._scheduler.waiting and self._scheduler.slots:
-            self._admit()
+        self._admit()
         pieces = self._scheduler.plan()
-        if pieces:
-            last = [piece for piece in pieces if piece.is_last]
+        if not pieces:
+            return events
+        last = [piece.sequence for piece in pieces if piece.is_last]
+        try:
             logits = self._run(pieces)
-            for row, piece in zip(self._choose(logits, last), last, strict=True):
-                events.append(self._chosen(piece.sequence, row))
-        return events
+        except OutOfPages as error:
+            return events + self._make_room(error)
+        for one, count in pieces:
+            one.seen += count
+            self._memory.passed(one)
+        choices = choose(logits, [self._choosers[one.number] for one in last], [len(one.tokens) for one in last])
+        return events + [self._chosen(one, choice) for one, choice in zip(last, choices, strict=True)]
 
     def _expired(self) -> list[Event]:
         now = self._clock()
         late = [one for one in self._live.values() if one.deadline is not None and one.deadline <= now]
         for one in late:
-            self.cancel(one.number)
+            self._end(one)
         return [Event(one.number, None, "timeout") for one in late]
 
     def _admit(self) -> None:
-        one = self._scheduler.admit()
-        if one.number not in self._choosers:
-            self._counts["prompt_tokens"] += len(one.request.prompt)
-            self._choosers[one.number] = Chooser(one.request, self.model.config.vocab_size, self._state.device)
+        """Gives free slots to those that wait, while there is memory: after a lack of it, one that runs has to end."""
+        scheduler = self._scheduler
+        while scheduler.waiting and scheduler.slots:
+            room = not self._is_full and self._memory.holds(len(scheduler.waiting[0].tokens))
+            if scheduler.running and not room:
+                return
+            self._memory.enter(one := scheduler.admit())
+            if one.number not in self._choosers:
+                self._counts["prompt_tokens"] += len(one.request.prompt)
+                self._counts["cached_tokens"] += one.cached
+                vocabulary, device = self.model.config.vocab_size, self._memory.state.device
+                self._choosers[one.number] = Chooser(one.request, vocabulary, device)
 
     @torch.no_grad()
     def _run(self, pieces: Sequence[Piece]) -> Tensor:
         """Runs the pieces; logits (n, V) after those that are the last of what their sequences have to run."""
-        tokens = [one.tokens[one.seen : one.seen + count] for one, count in pieces]
+        state = self._memory.state
         slots = [one.slot for one, _ in pieces if one.slot is not None]
-        stream = self._state.stream([count for _, count in pieces], slots)
-        stream = stream.last_rows([piece.is_last for piece in pieces])
-        ids = torch.tensor([token for piece in tokens for token in piece], device=self._state.device)
+        stream = state.stream([count for _, count in pieces], slots).last_rows([piece.is_last for piece in pieces])
+        tokens = [token for one, count in pieces for token in one.tokens[one.seen : one.seen + count]]
         with self.model.mode(training=False):
-            logits = self.model(ids, stream, self._state)
-        for one, count in pieces:
-            one.seen += count
+            logits = self.model(torch.tensor(tokens, device=state.device), stream, state)
         self._counts["steps"] += 1
-        self._counts["run_tokens"] += stream.tokens
+        self._counts["run_tokens"] += len(tokens)
         return logits
 
-    def _choose(self, logits: Tensor, pieces: Sequence[Piece]) -> list[Choice | MachineError]:
-        choosers = [self._choosers[piece.sequence.number] for piece in pieces]
-        places = [len(piece.sequence.tokens) for piece in pieces]
-        return choose(logits, choosers, places)
+    def _make_room(self, error: OutOfPages) -> list[Event]:
+        """After a step that found too little memory: a kept prefix goes, or the youngest request is put back.
+
+        A request that runs alone, and for which there is too little, fails.
+        """
+        if self._memory.make_room():
+            return []
+        youngest = self._scheduler.running[-1]
+        if len(self._scheduler.running) == 1:
+            self._end(youngest)
+            return [Event(youngest.number, None, "failed", error=str(error))]
+        self._memory.leave(youngest, keep=False)
+        self._scheduler.put_back(youngest)
+        self._is_full = True
+        self._counts["preemptions"] += 1
+        return []
 
     def _chosen(self, one: Running, choice: Choice | MachineError) -> Event:
         """Adds a chosen token to its sequence, which may end with it."""
         if isinstance(choice, MachineError):
-            self.cancel(one.number)
+            self._end(one)
             return Event(one.number, None, "failed", error=str(choice))
         one.tokens.append(choice.token)
         one.left -= 1
         self._counts["new_tokens"] += 1
         if (ended := self._end_of(one, choice.token)) is not None:
-            self.cancel(one.number)
+            self._end(one)
         return Event(one.number, choice.token, ended, choice.logprob, choice.likeliest)
 
     def _end_of(self, one: Running, token: int) -> Ended | None:
@@ -193,6 +256,11 @@ class Engine:
             return "stop"
         return one.limit if one.left == 0 else None
 
-    def _let_go(self, one: Running) -> None:
+    def _end(self, one: Running) -> None:
+        """Takes a sequence out, and keeps what it remembers for others that begin like it."""
         if one.slot is not None:
-            self._state.release(one.slot)
+            self._memory.leave(one, keep=True)
+        self._scheduler.leave(one)
+        self._choosers.pop(one.number, None)
+        self._is_full = False
+        del self._live[one.number]

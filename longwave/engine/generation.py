@@ -53,9 +53,17 @@ class Generation:
             for number, prompt in enumerate(prompts)
         ]
         for number, request in enumerate(requests, start=1):
-            request.check(model.config, f"prompt {number}")
+            request.check(model.config.vocab_size, model.config.context_window, f"prompt {number}")
         together = max(1, min(_TOGETHER, len(requests)))
-        self.engine = Engine(model, EngineOptions(together, max(STEP_TOKENS, together + 1), max(1, len(requests))))
+        longest = max((len(request.prompt) for request in requests), default=1) + max_new_tokens
+        options = EngineOptions(
+            running=together,
+            step_tokens=max(STEP_TOKENS, together + 1),
+            waiting=max(1, len(requests)),
+            window=longest,
+            prefixes=False,
+        )
+        self.engine = Engine(model, options)
         self.ended: dict[int, Ended] = {}
         self._prompts = {self.engine.submit(request): number for number, request in enumerate(requests)}
         self._numbers = {prompt: number for number, prompt in self._prompts.items()}

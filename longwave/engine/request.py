@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool
 
-from longwave.config import ModelConfig
 from longwave.engine.sampling import Sampling
 from longwave.errors import UserError, require, shown
 
@@ -76,9 +75,8 @@ class Request:
         )
         require(self.timeout is None or 0 < self.timeout < math.inf, f"timeout = {self.timeout}: seconds, more than 0")
 
-    def check(self, config: ModelConfig, name: str = "prompt") -> None:
-        """UserError for a prompt that a model cannot run, and for tokens that it does not have."""
-        window, vocabulary = config.context_window, config.vocab_size
+    def check(self, vocabulary: int, window: int, name: str = "prompt") -> None:
+        """UserError for a prompt that is longer than a window, and for tokens that a vocabulary does not have."""
         count = len(self.prompt)
         require(count > 0, f"{name} is empty; give at least one token")
         require(count <= window, f"{name} has {count} tokens; the model's context_window is {window}")
@@ -87,9 +85,9 @@ class Request:
         for token in self.sampling.logit_bias:
             require(0 <= token < vocabulary, f"logit_bias names token {token}; the vocabulary has {vocabulary}")
 
-    def room(self, config: ModelConfig) -> tuple[int, Ended]:
+    def room(self, window: int) -> tuple[int, Ended]:
         """How many tokens may be added, and the limit that allows no more."""
-        room = config.context_window + 1 - len(self.prompt)
+        room = window + 1 - len(self.prompt)
         return (room, "context_window") if room < self.max_new_tokens else (self.max_new_tokens, "max_new_tokens")
 
 

@@ -24,7 +24,8 @@ class Sequence:
 
     number: of the request. tokens: the prompt and what was chosen. left: tokens that may still come, the last of which
     ends it as `limit` says. deadline: on the engine's clock. slot: of the state, while it runs. seen: tokens that the
-    state holds. cached: tokens of the prompt that were found in the state of others.
+    state holds. cached: tokens of the prompt that were found in the state of others. stops: places at which a piece of
+    it has to end, ascending.
     """
 
     number: int
@@ -35,6 +36,7 @@ class Sequence:
     slot: int | None = None
     seen: int = 0
     cached: int = 0
+    stops: list[int] = field(default_factory=list[int])
     tokens: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,6 +46,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that have to run before the next can be chosen."""
         return len(self.tokens) - self.seen
+
+    @property
+    def ready(self) -> int:
+        """Tokens of these that may run in one piece."""
+        return min([self.pending, *(stop - self.seen for stop in self.stops[:1])])
 
     @property
     def new_tokens(self) -> int:
@@ -81,10 +88,10 @@ class Scheduler:
         several = [one for one in self.running if one.pending > 1]
         left, counts = self.tokens - len(single), dict[Sequence, int]()
         if several:
-            counts[several[0]] = min(several[0].pending, max(1, left // _SHARE_OF_OLDEST))
+            counts[several[0]] = min(several[0].ready, max(1, left // _SHARE_OF_OLDEST))
             left -= counts[several[0]]
         for one in sorted(several, key=lambda one: one.pending):
-            more = min(one.pending - counts.get(one, 0), left)
+            more = min(one.ready - counts.get(one, 0), left)
             counts[one] = counts.get(one, 0) + more
             left -= more
         counts |= dict.fromkeys(single, 1)
@@ -101,7 +108,7 @@ class Scheduler:
     def put_back(self, one: Sequence) -> None:
         """Takes the slot of a sequence, which waits before all others until it can run again from its beginning."""
         self.leave(one)
-        one.seen = 0
+        one.seen, one.stops = 0, []
         self.waiting.appendleft(one)
 
     def leave(self, one: Sequence) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_bench_output import PEAKS, ranges, row
 
+from longwave import machine
 from longwave.benchmarks.context import run, sequence
 from longwave.benchmarks.context.growth import DECODE, PREFILL, exponents
 from longwave.benchmarks.context.options import ContextOptions, dense_twin
@@ -27,9 +28,8 @@ from longwave.benchmarks.context.run import Run
 from longwave.benchmarks.context.sequence import Growing, Reading, Stopped
 from longwave.benchmarks.context.text import read_text
 from longwave.benchmarks.context.worker import Job, Served, Worker, answer
-from longwave.benchmarks.measure import memory
 from longwave.benchmarks.measure.checks import one_pass
-from longwave.benchmarks.measure.memory import Meter, free_memory
+from longwave.benchmarks.measure.memory import Meter
 from longwave.benchmarks.measure.timing import Timing
 from longwave.benchmarks.results.results import Model
 from longwave.checkpoints import save
@@ -40,6 +40,7 @@ from longwave.data.sources import documents
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import MachineError, UserError
 from longwave.layers.mlp import MLPConfig
+from longwave.machine import free_memory
 from longwave.mixers import AttentionConfig, LightningConfig, WindowConfig
 from longwave.model import Decoder
 from longwave.resamplers import SubllmConfig
@@ -214,7 +215,7 @@ def test_a_peak_between_two_looks_is_seen():
 
 
 def test_a_container_has_less_memory_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     whole = free_memory(CPU)
     assert whole is not None
     (tmp_path / "memory.max").write_text("3000000\n")

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from longwave.benchmarks.context.options import ContextOptions
 from longwave.benchmarks.measure.checks import check_forms, check_logits, one_pass
-from longwave.benchmarks.measure.memory import Meter, free_memory
+from longwave.benchmarks.measure.memory import Meter
 from longwave.benchmarks.measure.profile import Profiler, Spent, Traced
 from longwave.benchmarks.measure.roofline import decode_work, prefill_work
 from longwave.benchmarks.measure.timing import seconds_of, swift_collections
 from longwave.benchmarks.models import Longwave, decode_load, force_retention
 from longwave.costs import Work, total
+from longwave.machine import free_memory
 from longwave.model import Decoder
 from longwave.units import short_bytes
 

@@ -1,4 +1,4 @@
-"""Memory: the most that one task takes, the most that this process took, and how much is still free."""
+"""Memory: the most that one task takes, and the most that this process took."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from longwave.benchmarks.measure.timing import Task
 from longwave.errors import MachineError
-
-_CGROUP = Path("/sys/fs/cgroup")
-_LIMITS = (  # of a container, by cgroup v2 and v1: the limit, the use, and the cached files in it, which can be dropped
-    ("memory.max", "memory.current", "memory.stat", "file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
-)
+from longwave.machine import kernel_figure
 
 
 class Meter:
@@ -85,37 +80,9 @@ def _change(held: dict[int, int], event: Any) -> int:
     return -held.pop(event.ptr, 0)
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated, within a container's limit too; None where the system does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [_field("/proc/meminfo", "MemAvailable:"), *(_within(*names) for names in _LIMITS)]
-    return min((bytes for bytes in found if bytes is not None), default=None)
-
-
-def _within(limit: str, used: str, statistics: str, files: str) -> int | None:
-    """Bytes that a control group's limit leaves; None without a limit."""
-    try:
-        bound, taken = ((_CGROUP / name).read_text().strip() for name in (limit, used))
-    except OSError:
-        return None
-    droppable = _field(_CGROUP / statistics, files, unit=1) or 0
-    return int(bound) - int(taken) + droppable if bound.isdigit() else None
-
-
-def _field(path: str | Path, name: str, unit: int = 1024) -> int | None:
-    """The figure of one line of a kernel table such as /proc/meminfo, in bytes; None where there is none."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(words[1]) * unit for words in map(str.split, lines) if words[0] == name), None)
-
-
 def _high_water() -> int:
     """The most resident bytes of this process so far."""
-    if (found := _field("/proc/self/status", "VmHWM:")) is not None:
+    if (found := kernel_figure("/proc/self/status", "VmHWM:")) is not None:
         return found
     try:
         import resource
