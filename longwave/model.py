@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,17 @@ class Decoder(nn.Module):
         specs = {part.site.name: part.state_spec() for part in self.parts}
         kept = {name: spec for name, spec in specs.items() if spec.per_token or spec.per_sequence}
         return State(kept, slots, dtype=self._activation_dtype(), device=self.embed.weight.device, pages=pages)
+
+    def beginning(self, layers: int) -> Decoder:
+        """A model of the first outermost layers with this one's norm and head: an early exit, which shares all weights.
+
+        UserError unless it has fewer layers than this one.
+        """
+        every = self.stack.layers
+        require(0 < layers < len(every), f"layers = {layers}: from 1 to {len(every) - 1}, fewer than the model has")
+        short = copy(self)
+        short._modules = {**self._modules, "stack": Stack(every[:layers])}
+        return short
 
     def set_step(self, step: int, seed: int = 0) -> None:
         """Tells every step-driven schedule the optimizer step about to run, and every draw its seed."""

@@ -366,16 +366,18 @@ class Stream:
         """T, the rows of the stream."""
         return self.runs.tokens
 
-    def last_rows(self, of: Sequence[bool] | None = None) -> Stream:
+    def last_rows(self, counts: Sequence[int] | None = None) -> Stream:
         """A copy in which outputs are needed at the last row of each run that has one, as for the next token.
 
-        of: whether they are needed of each run; by default of all.
+        counts: at how many of the last rows of each run instead.
         """
-        rows = self.runs.bounds[1:] - 1
-        wanted = [run for run, length in enumerate(self.lengths) if length and (of is None or of[run])]
-        if len(wanted) < self.runs.count:
-            rows = rows[torch.tensor(wanted, dtype=torch.int64, device=rows.device)]
-        return replace(self, outputs=rows)
+        lengths, bounds = self.lengths, self.runs.bounds[1:]
+        counts = [min(length, 1) for length in lengths] if counts is None else counts
+        if all(count == 1 for count in counts):
+            return replace(self, outputs=bounds - 1)
+        ends = accumulate(lengths)
+        rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
+        return replace(self, outputs=torch.tensor(rows, dtype=torch.int64, device=bounds.device))
 
     def carrying(self, **passengers: Tensor) -> Stream:
         """A copy with more passengers."""

@@ -1,12 +1,12 @@
-"""The choice of the next token of every sequence of a step.
+"""The choice of the next tokens of one request.
 
-Legend: `R` rows of logits, `V` vocabulary.
+Legend: `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from longwave.engine.request import Request
 from longwave.engine.sampling import History, biased, choose_token
-from longwave.errors import MachineError
 
 
 class Choice(NamedTuple):
@@ -37,16 +36,21 @@ class Chooser:
         self._first = len(request.prompt)
         self._ends = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=device)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it takes the likeliest token of the logits as they are, and tells nothing more."""
         one = self.request
         changed = self._history is not None or one.sampling.logit_bias or one.min_new_tokens or one.constraint
         return one.sampling.temperature == 0 and one.logprobs is None and not changed
 
-    def choose(self, logits: Float[Tensor, " V"], place: int) -> Choice:
-        """The next token, at a place of the sequence. MachineError for logits that are not finite."""
+    def choose(self, logits: Float[Tensor, " V"], place: int, peak: float, likeliest: int) -> Choice:
+        """The next token, at a place of the sequence. peak, likeliest: the largest logit, and its token.
+
+        MachineError for logits that are not finite.
+        """
         request = self.request
+        if self.is_plain and math.isfinite(peak):
+            return Choice(likeliest)
         logits = self.left(logits, place)
         token = choose_token(logits, request.sampling, request.sequence, place)
         self.accept(token)
@@ -77,21 +81,3 @@ class Chooser:
             self._history.add(token)
         if self.request.constraint is not None:
             self.request.constraint.accept(token)
-
-
-def choose(
-    logits: Float[Tensor, "R V"], choosers: Sequence[Chooser], places: Sequence[int]
-) -> list[Choice | MachineError]:
-    """The choice of every chooser from its row of logits; those that take the likeliest token do so together."""
-    values, tokens = logits.max(-1) if logits.shape[0] else (logits[:, 0], logits[:, 0])
-    likeliest = list(zip(values.tolist(), tokens.tolist(), strict=True))
-    found = list[Choice | MachineError]()
-    for row, (chooser, place, (value, token)) in enumerate(zip(choosers, places, likeliest, strict=True)):
-        if chooser.is_plain and math.isfinite(value):
-            found.append(Choice(int(token)))
-            continue
-        try:
-            found.append(chooser.choose(logits[row], place))
-        except MachineError as error:
-            found.append(error)
-    return found

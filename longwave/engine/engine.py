@@ -14,22 +14,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from longwave.config import Strict
-from longwave.engine.choosing import Choice, Chooser, choose
+from longwave.engine.choosing import Choice, Chooser
 from longwave.engine.memory import Memory
 from longwave.engine.request import Ended, Event, QueueFull, Request
 from longwave.engine.scheduler import Piece, Scheduler
 from longwave.engine.scheduler import Sequence as Running
+from longwave.engine.speculation import Begun, Proposer
 from longwave.errors import MachineError, require
 from longwave.model import Decoder
 from longwave.ops.forms import INVARIANT
 from longwave.states import OutOfPages
 
-_COUNTED = ("steps", "prompt_tokens", "cached_tokens", "run_tokens", "new_tokens", "preemptions")
+_COUNTED = (
+    *("steps", "prompt_tokens", "cached_tokens", "run_tokens", "new_tokens", "preemptions"),
+    *("drafted_tokens", "accepted_tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class EngineOptions(Strict):
     running: requests that advance together at most. step_tokens: tokens of one forward at most, more than `running`.
     waiting: requests that may wait; more are refused. window: tokens of a request and its answer at most; the model's
     own by default. memory: bytes for what sequences remember token by token, kept
-    prefixes among them; by default half of what is free, or what all sequences could fill. prefixes: whether the
+    prefixes among them; by default half of what is free, or what they could fill. prefixes: whether the
     beginning that a request shares with an earlier one is not run again. prefix_copies: bytes for copies of what
     recurs, which this needs. page_size: tokens of a page of memory. invariant: the model runs in the forms whose
     results company and chunks do not change in any bit, and keeps them afterwards.
@@ -53,6 +58,7 @@ class EngineOptions(Strict):
     prefixes: bool = True
     prefix_copies: int = 256 << 20
     page_size: int = 64
+    drafts: int = 4
     invariant: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +69,7 @@ class EngineOptions(Strict):
         require(self.window is None or self.window > 0, f"window = {self.window}: tokens, 1 or more")
         require(self.memory is None or self.memory > 0, f"memory = {self.memory}: bytes, 1 or more")
         require(self.prefix_copies >= 0, f"prefix_copies = {self.prefix_copies}: bytes, 0 or more")
+        require(self.drafts > 0, f"drafts = {self.drafts}: tokens, 1 or more")
         require(self.page_size > 0, f"page_size = {self.page_size}: tokens, 1 or more")
 
 
@@ -72,8 +79,9 @@ class EngineMetrics:
 
     waiting, running: requests. steps: forwards. prompt_tokens: of all requests that were admitted; cached_tokens: those
     of them that were not run, because their state was there. run_tokens: tokens that the model ran. new_tokens: chosen.
-    preemptions: how often a request was put back. state_bytes: of what the running sequences remember. prefixes: kept
-    token boundaries; prefix_bytes: of the copies that they hold. pages, free_pages: of the outermost level.
+    preemptions: how often a request was put back. drafted_tokens, accepted_tokens: by speculation. state_bytes: of what
+    the running sequences remember. prefixes: kept token boundaries; prefix_bytes: of the copies that they hold. pages,
+    free_pages: of the outermost level.
     """
 
     waiting: int
@@ -84,6 +92,8 @@ class EngineMetrics:
     run_tokens: int
     new_tokens: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     state_bytes: int
     prefixes: int
     prefix_bytes: int
@@ -94,14 +104,23 @@ class EngineMetrics:
 class Engine:
     """Runs requests on a model, at most `options.running` at a time, in the order in which they came.
 
-    clock: seconds, for time-outs. window: tokens of a request and its answer at most.
+    proposer: drafts tokens that the model only has to check (speculative decoding); nobody by default. clock: seconds,
+    for time-outs. window: tokens of a request and its answer at most.
     """
 
     def __init__(
-        self, model: Decoder, options: EngineOptions | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        model: Decoder,
+        options: EngineOptions | None = None,
+        *,
+        proposer: Proposer | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model, self.options, self._clock = model, options or EngineOptions(), clock
-        limits = self.options
+        limits, self._proposer = self.options, proposer
+        most = limits.running * (2 * limits.drafts + 1)
+        drafted = f"step_tokens = {limits.step_tokens}: more than {most}, for {limits.drafts} drafts of each text"
+        require(proposer is None or limits.step_tokens > most, drafted)
         if limits.invariant:
             model.use_form(INVARIANT)
         copies = limits.prefix_copies if limits.prefixes else None
@@ -153,7 +172,7 @@ class Engine:
     def metrics(self) -> EngineMetrics:
         """What was done so far, and what is there now."""
         state, prefixes = self._memory.state, self._memory.prefixes
-        outermost = [one for one in state.usage if one.level < 0 and one.page_bytes]
+        outermost = [one for one in state.usage() if one.level < 0 and one.page_bytes]
         return EngineMetrics(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
@@ -171,19 +190,28 @@ class Engine:
         """Runs one forward, if there is anything to run, and returns what came of it."""
         events = self._expired()
         self._admit()
-        pieces = self._scheduler.plan()
+        pieces = self._with_drafts(self._scheduler.plan())
         if not pieces:
             return events
-        last = [piece.sequence for piece in pieces if piece.is_last]
         try:
-            logits = self._run(pieces)
+            with self._memory.state.postponed():
+                logits = self._run(pieces)
         except OutOfPages as error:
             return events + self._make_room(error)
-        for one, count in pieces:
-            one.seen += count
-            self._memory.passed(one)
-        choices = choose(logits, [self._choosers[one.number] for one in last], [len(one.tokens) for one in last])
-        return events + [self._chosen(one, choice) for one, choice in zip(last, choices, strict=True)]
+        chosen = self._choose(pieces, logits)
+        self._settle(pieces, chosen)
+        for piece, choices in zip(pieces, chosen, strict=True):
+            events += [self._told(piece.sequence, choice) for choice in choices]
+        return events
+
+    def _with_drafts(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces behind which a token is to be chosen, with drafts of the ones after it."""
+        if self._proposer is None:
+            return pieces
+        texts = [_begun(piece, self.options.drafts) for piece in pieces]
+        asked = [text for text in texts if text.most > 0]
+        drafts = dict(zip((text.number for text in asked), self._proposer.propose(asked), strict=True))
+        return [Piece(one, length, tuple(drafts.get(one.number, ()))) for one, length, _ in pieces]
 
     def _expired(self) -> list[Event]:
         now = self._clock()
@@ -208,16 +236,46 @@ class Engine:
 
     @torch.no_grad()
     def _run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Runs the pieces; logits (n, V) after those that are the last of what their sequences have to run."""
+        """Runs the pieces; logits (n, V) behind each draft, and behind the pieces that are the last of their sequences."""
         state = self._memory.state
-        slots = [one.slot for one, _ in pieces if one.slot is not None]
-        stream = state.stream([count for _, count in pieces], slots).last_rows([piece.is_last for piece in pieces])
-        tokens = [token for one, count in pieces for token in one.tokens[one.seen : one.seen + count]]
+        slots = [piece.sequence.slot for piece in pieces if piece.sequence.slot is not None]
+        stream = state.stream([piece.length + len(piece.drafts) for piece in pieces], slots)
+        tokens = [token for one, n, drafts in pieces for token in (*one.tokens[one.seen : one.seen + n], *drafts)]
         with self.model.mode(training=False):
-            logits = self.model(torch.tensor(tokens, device=state.device), stream, state)
+            ids = torch.tensor(tokens, device=state.device)
+            logits = self.model(ids, stream.last_rows([piece.rows for piece in pieces]), state)
         self._counts["steps"] += 1
         self._counts["run_tokens"] += len(tokens)
         return logits
+
+    def _choose(self, pieces: Sequence[Piece], logits: Tensor) -> list[list[Choice | MachineError]]:
+        """The tokens behind every piece: one, and another behind each draft that is what was chosen."""
+        values, tokens = logits.max(-1) if len(logits) else (logits[:, 0], logits[:, 0])
+        rows = zip(logits, values.tolist(), tokens.tolist(), strict=True)
+        return [self._choices(piece, list(islice(rows, piece.rows))) for piece in pieces]
+
+    def _choices(self, piece: Piece, rows: Sequence[tuple[Tensor, float, int]]) -> list[Choice | MachineError]:
+        one, found = piece.sequence, list[Choice | MachineError]()
+        for row, draft in zip(rows, (*piece.drafts, None), strict=bool(rows)):
+            try:
+                choice = self._choosers[one.number].choose(row[0], len(one.tokens) + len(found), *row[1:])
+            except MachineError as error:
+                return [*found, error]
+            found.append(choice)
+            if choice.token != draft or self._end_of(one, choice.token, len(found)):
+                break
+        return found
+
+    def _settle(self, pieces: Sequence[Piece], chosen: Sequence[Sequence[Choice | MachineError]]) -> None:
+        """Adds what was chosen to the sequences, and takes drafts out of the state that were not."""
+        accepted = [max(0, len(choices) - 1) for choices in chosen]
+        self._counts["drafted_tokens"] += sum(len(piece.drafts) for piece in pieces)
+        self._counts["accepted_tokens"] += sum(accepted)
+        self._memory.settle(list(zip(pieces, accepted, strict=True)))
+        for (one, _, _), choices in zip(pieces, chosen, strict=True):
+            one.tokens += [choice.token for choice in choices if isinstance(choice, Choice)]
+            one.newest = max(1, one.pending) if choices else one.newest
+            self._memory.passed(one)
 
     def _make_room(self, error: OutOfPages) -> list[Event]:
         """After a step that found too little memory: a kept prefix goes, or the youngest request is put back.
@@ -236,25 +294,26 @@ class Engine:
         self._counts["preemptions"] += 1
         return []
 
-    def _chosen(self, one: Running, choice: Choice | MachineError) -> Event:
-        """Adds a chosen token to its sequence, which may end with it."""
+    def _told(self, one: Running, choice: Choice | MachineError) -> Event:
+        """Tells of a token that was chosen, with which its sequence may end."""
         if isinstance(choice, MachineError):
             self._end(one)
             return Event(one.number, None, "failed", error=str(choice))
-        one.tokens.append(choice.token)
+        ended = self._end_of(one, choice.token, 1)
         one.left -= 1
         self._counts["new_tokens"] += 1
-        if (ended := self._end_of(one, choice.token)) is not None:
+        if ended is not None:
             self._end(one)
         return Event(one.number, choice.token, ended, choice.logprob, choice.likeliest)
 
-    def _end_of(self, one: Running, token: int) -> Ended | None:
+    def _end_of(self, one: Running, token: int, chosen: int) -> Ended | None:
+        """Why a sequence ends with a token, the last of so many that were just chosen; None if it does not."""
         if token in one.request.stop_tokens:
             return "end_token"
         constraint = one.request.constraint
         if constraint is not None and constraint.finished:
             return "stop"
-        return one.limit if one.left == 0 else None
+        return one.limit if one.left == chosen else None
 
     def _end(self, one: Running) -> None:
         """Takes a sequence out, and keeps what it remembers for others that begin like it."""
@@ -262,5 +321,15 @@ class Engine:
             self._memory.leave(one, keep=True)
         self._scheduler.leave(one)
         self._choosers.pop(one.number, None)
+        if self._proposer is not None:
+            self._proposer.forget(one.number)
         self._is_full = False
         del self._live[one.number]
+
+
+def _begun(piece: Piece, most: int) -> Begun:
+    """The text behind which drafts may be put: none where no token is chosen, and never beyond its last."""
+    one = piece.sequence
+    request = one.request
+    count = min(most, one.left - 1) if piece.is_last else 0
+    return Begun(one.number, one.tokens, count, request.sampling, request.sequence)

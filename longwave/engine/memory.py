@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from longwave.engine.prefix import PrefixCache
-from longwave.engine.scheduler import Sequence
+from longwave.engine.scheduler import Piece, Sequence
 from longwave.errors import require
 from longwave.machine import free_memory
 from longwave.model import Decoder
@@ -15,6 +15,7 @@ from longwave.units import short_bytes
 
 _SLACK = 1.25  # times the tokens that a level is meant to keep, since what it keeps depends on the text
 _SHARE = 2  # one in so many of the bytes that are free is taken, where no number is given
+_KEPT = 7  # times the tokens of all running sequences, as kept prefixes
 _UNKNOWN = 8 << 30  # bytes taken to be free where the system does not tell
 
 
@@ -22,20 +23,21 @@ class Memory:
     """The state of the sequences that run, and the token boundaries that are kept for others to continue from.
 
     window: tokens of a sequence; fewer where there is no room for so many. bytes: for what is remembered token by
-    token; None takes what all slots could fill, at most half of what is free. copies: bytes for copies of what recurs;
-    None keeps no boundaries at all.
+    token; None takes what slots and kept prefixes could fill, at most half of what is free. copies: bytes for copies of
+    what recurs; None keeps no boundaries at all.
     """
 
     def __init__(
         self, model: Decoder, slots: int, window: int, bytes: int | None, page_size: int, copies: int | None
     ) -> None:
-        self.state = model.state(slots, pages=page_options(model, slots, window, bytes, page_size))
-        tables = [one for one in self.state.usage if one.page_bytes]
+        sequences = slots if copies is None else (1 + _KEPT) * slots
+        self.state = model.state(slots, pages=page_options(model, sequences, window, bytes, page_size))
+        tables = [one for one in self.state.usage() if one.page_bytes]
         self.window = min([window, *(one.pages * one.size for one in tables)])
         specs = self.state.specs.values()
         self._copy_bytes = sum(one.bytes(self.state.dtype) for spec in specs for one in spec.per_sequence.values())
-        forgets = any(spec.forgets for spec in specs)
-        self.prefixes = None if copies is None else PrefixCache(forgets, copies, self.window)
+        self._forgets = any(spec.forgets for spec in specs)
+        self.prefixes = None if copies is None else PrefixCache(self._forgets, copies, self.window)
 
     def enter(self, one: Sequence) -> None:
         """Lets a sequence that was given a slot begin where another has been, and says where it is to stop to be kept.
@@ -51,9 +53,27 @@ class Memory:
         one.seen = one.cached = found.length
         one.stops = self.prefixes.stops(one.tokens, found, self._copy_bytes)
 
+    def settle(self, pieces: Iterable[tuple[Piece, int]]) -> None:
+        """Ends a step, after which the state holds of every piece what was accepted of its drafts, and no more.
+
+        A state that forgets cannot drop a token that it has taken in: there the piece is undone, and its tokens run
+        again before the next ones.
+        """
+        pieces = list(pieces)
+        undone = [piece for piece, accepted in pieces if self._forgets and accepted < len(piece.drafts)]
+        self.state.settle([piece.sequence.slot for piece in undone if piece.sequence.slot is not None])
+        for piece, accepted in pieces:
+            one = piece.sequence
+            if piece in undone:
+                continue
+            one.seen += piece.length + accepted
+            if accepted < len(piece.drafts):
+                assert one.slot is not None
+                self.state.truncate(one.slot, one.seen)
+
     def passed(self, one: Sequence) -> None:
         """Keeps the boundary at which a sequence stands, if it was to stop here."""
-        if one.stops and one.seen == one.stops[0]:
+        if one.stops and one.seen >= one.stops[0]:
             one.stops.pop(0)
             self._keep(one)
 
@@ -70,7 +90,7 @@ class Memory:
 
     def holds(self, tokens: int) -> bool:
         """Whether so many tokens find room, for which boundaries that nobody uses are let go."""
-        while any(one.free * one.size < tokens for one in self.state.usage if one.level < 0 and one.window is None):
+        while any(one.free * one.size < tokens for one in self.state.usage() if one.level < 0 and one.window is None):
             if not self.make_room():
                 return False
         return True

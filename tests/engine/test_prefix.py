@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from random import Random
 
 import pytest
@@ -13,17 +12,20 @@ from longwave.engine import Engine, EngineOptions, Request
 from longwave.engine.memory import page_options
 from longwave.engine.prefix import PrefixCache
 from longwave.model import Decoder
+from longwave.states import Branch
 
 every_model = pytest.mark.parametrize("kind", runs.MODELS)
 
 
-@dataclass(eq=False)
-class Kept:
+class Kept(Branch):
     """A branch that remembers nothing but its length and whether it was dropped."""
 
-    seen: int
-    nbytes: int = 10
-    dropped: bool = False
+    def __init__(self, seen: int) -> None:
+        self.seen, self.dropped = seen, False
+
+    @property
+    def nbytes(self) -> int:
+        return 10
 
     def drop(self) -> None:
         assert not self.dropped
@@ -162,20 +164,15 @@ def test_prefixes_can_be_switched_off():
 
 def bytes_for(model: Decoder, count: int) -> int:
     """Memory for so many tokens, by the engine's own rate."""
-    options = page_options(model, 1000, runs.WINDOW, 1 << 30, 4)
+    options = page_options(model, 1 << 30, runs.WINDOW, 1 << 30, 8)
     return (1 << 30) * count // dict(options.tokens)[-1]
 
 
 @every_model
 def test_who_is_put_back_goes_on_as_if_nothing_had_been(kind: str):
     """Memory for two and a half sequences of five; all are answered, and get what they would get alone."""
-    model = tiny(kind)
-    token = sum(
-        spec.bytes(1, model.embed.weight.dtype)
-        for spec in (part.state_spec() for part in model.parts)
-        if spec.per_token
-    )
-    engine = Engine(model, EngineOptions(running=5, step_tokens=40, page_size=4, memory=token * 110, prefixes=False))
+    limits = {"running": 5, "step_tokens": 40, "page_size": 8, "prefixes": False}
+    engine = Engine(tiny(kind), EngineOptions(**limits, memory=bytes_for(tiny(kind), 110)))
     requests = [request_of(20 + seed, seed, max_new_tokens=24, sampling=WARM) for seed in range(5)]
     numbers = [engine.submit(one) for one in requests]
     found = finish(engine)
@@ -187,7 +184,7 @@ def test_who_is_put_back_goes_on_as_if_nothing_had_been(kind: str):
 
 
 def test_kept_prefixes_give_way_to_requests():
-    engine = Engine(tiny("llama"), EngineOptions(running=1, page_size=4, memory=bytes_for(tiny("llama"), 110)))
+    engine = Engine(tiny("llama"), EngineOptions(running=1, page_size=8, memory=bytes_for(tiny("llama"), 110)))
     for seed in range(6):
         number = engine.submit(request_of(40, seed))
         assert tokens(finish(engine)[number]) == tokens(alone("llama", request_of(40, seed)))
