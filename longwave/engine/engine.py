@@ -236,7 +236,7 @@ class Engine:
 
     @torch.no_grad()
     def _run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Runs the pieces; logits (n, V) behind each draft, and behind the pieces that are the last of their sequences."""
+        """Runs the pieces; logits (n, V) behind each draft, and behind pieces that are the last of their sequences."""
         state = self._memory.state
         slots = [piece.sequence.slot for piece in pieces if piece.sequence.slot is not None]
         stream = state.stream([piece.length + len(piece.drafts) for piece in pieces], slots)

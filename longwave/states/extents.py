@@ -8,7 +8,7 @@ Legend: `G` heads of an entry, `K` its size, `N` entries of an array.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -61,11 +61,12 @@ class Extents(Rows[_Extent]):
         self._step = None
         self._upload()
 
-    def close(self) -> None:
+    def close(self, undone: Collection[int] = ()) -> None:
         """Counts the tokens of the step as remembered, and puts its recurrent states in place of the former ones."""
         if (step := self._step) is not None:
-            super().close()
+            super().close(undone)
             self._counts = self._counts.index_add(1, step.index, step.runs.sizes.expand(2, -1))
+            self._stale |= bool(undone)
 
     def _open(self, stream: Stream) -> Step:
         assert stream.continued is not None, "the stream comes from state.stream(...)"

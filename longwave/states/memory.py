@@ -8,7 +8,7 @@ Legend: `T` tokens of the stream, `R` runs, `G` heads of an entry, `K` its size,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -112,8 +112,8 @@ class Store(Protocol):
         """The memory of one part for a stream that continues sequences (`stream.continued` has their rows)."""
         ...
 
-    def close(self) -> None:
-        """Counts the tokens of the step as remembered."""
+    def close(self, undone: Collection[int] = ()) -> None:
+        """Counts the tokens of the step as remembered, but for those of the rows in `undone`."""
         ...
 
     def length(self, row: int) -> int:

@@ -13,7 +13,7 @@ Legend: `P` pages, `S` tokens of a page, `G` heads of an entry, `K` its size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from typing import NamedTuple, TypeAlias
@@ -202,10 +202,12 @@ class Pages(Rows[_Paged]):
                 self._changed(row)
             self._step = None
 
-    def close(self) -> None:
+    def close(self, undone: Collection[int] = ()) -> None:
         """Counts the tokens of the step as remembered; pages that no window sees any more are let go."""
         if (step := self._step) is not None:
-            super().close()
+            super().close(undone)
+            for row in undone:
+                self._changed(row)
             for one in [self._rows[row] for row in step.rows] if self.window else ():
                 self._keep(one, self._forgettable(one) // self.size, len(one.table.numbers))
 

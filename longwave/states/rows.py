@@ -9,7 +9,7 @@ Legend: `T` tokens of the stream, `R` runs, `G` heads of an entry, `K` its size,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -98,16 +98,19 @@ class Rows(ABC, Generic[R]):
             self._step = self._open(stream)
         return PartMemory(self, part, self._step)
 
-    def close(self) -> None:
-        """Counts the tokens of the step as remembered, and puts its recurrent states in place of the former ones."""
+    def close(self, undone: Collection[int] = ()) -> None:
+        """Counts the tokens of the step as remembered, and puts its recurrent states in place of the former ones.
+
+        undone: rows for which the step has not happened.
+        """
         if (step := self._step) is not None:
-            for row, count in zip(step.rows, step.runs.lengths, strict=True):
-                self._rows[row].length += count
-            for name, complete in step.summed.items():
-                for row, count in zip(step.rows, complete, strict=True):
-                    self._rows[row].summed[name] = count
+            done = [run for run, row in enumerate(step.rows) if row not in undone]
+            for run in done:
+                one = self._rows[step.rows[run]]
+                one.length += step.runs.lengths[run]
+                one.summed |= {name: complete[run] for name, complete in step.summed.items()}
             for name, rows in step.replaced.items():
-                self._write(name, rows, step)
+                self._write(name, rows, step, done)
             self._step = None
 
     def _extend_pools(self, rows: int) -> None:
@@ -221,10 +224,13 @@ class Rows(ABC, Generic[R]):
         return pool[step.block]
 
     @torch.no_grad()
-    def _write(self, name: Name, rows: Tensor, step: Step) -> None:
-        """Writes the rows of a pool; what is stored is never a view of a batch's result."""
+    def _write(self, name: Name, rows: Tensor, step: Step, done: Sequence[int]) -> None:
+        """Writes the rows of a pool, those of these runs; what is stored is never a view of a batch's result."""
         pool = self._pools[name]
-        if step.block is None:
+        if len(done) < len(step.rows):
+            for run in done:
+                pool[step.rows[run]] = rows[run]
+        elif step.block is None:
             pool.index_copy_(0, step.index, rows.to(pool.dtype))
         else:
             pool[step.block] = rows

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -101,6 +102,8 @@ class State:
         self._sequences = [_Sequence(row) for row in range(slots)]
         self._free: list[int] = []
         self._rows = slots
+        self._open: Stream | None = None
+        self._is_postponed = False
 
     @property
     def slots(self) -> int:
@@ -148,6 +151,7 @@ class State:
         longest = max([start + length for start, length in zip(starts, lengths, strict=True)], default=0)
         if longest > LAST_PLACE + 1:
             raise UserError(f"a sequence of {longest:,} tokens: places are counted up to {LAST_PLACE:,}")
+        self._open = None
         for store in self._stores:
             store.begin()
         rows = tuple([self._sequences[slot].row for slot in slots])
@@ -155,12 +159,34 @@ class State:
         return replace(Stream.of(lengths, starts=starts, device=self.device), continued=continued)
 
     def advance(self, stream: Stream) -> None:
-        """Counts the tokens of `stream` as seen, once every part has run them."""
+        """Counts the tokens of `stream` as seen, once every part has run them; or later, when `settle` is called."""
+        self._open = stream
+        if not self._is_postponed:
+            self.settle()
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """A stream that runs while the block does counts when `settle` is called, which may leave some of it out."""
+        self._is_postponed = True
+        try:
+            yield
+        finally:
+            self._is_postponed = False
+
+    def settle(self, undone: Collection[int] = ()) -> None:
+        """Counts the tokens of the stream that has just run as seen, but for those of the slots in `undone`.
+
+        These stand where they stood before, what recurs included; no copy is made for it.
+        """
+        if (stream := self._open) is None:
+            return
         assert stream.continued is not None
         for slot, length in zip(stream.continued.slots, stream.lengths, strict=True):
-            self._sequences[slot].seen += length
+            self._sequences[slot].seen += 0 if slot in undone else length
+        rows = {self._sequences[slot].row for slot in undone}
         for store in self._stores:
-            store.close()
+            store.close(rows)
+        self._open = None
 
     def reserve(self, tokens: int | Mapping[int, int], slots: Sequence[int] | None = None) -> None:
         """Makes room for `tokens` tokens per sequence, of each level if they are given by level, where no window is."""

@@ -96,7 +96,7 @@ def test_requests_that_come_and_go_at_any_time_change_nothing(seed: int):
     more=st.integers(1, 60),
 )
 def test_no_request_waits_longer_than_is_said(prompts: list[int], running: int, more: int):
-    """The budget is kept; single tokens always run; the oldest that reads its prompt runs a quarter of what is left."""
+    """The budget is kept and used; who is being continued always runs, and of the others the oldest has a quarter."""
     scheduler = Scheduler(list(range(running)), running + more)
     for number, length in enumerate(prompts):
         scheduler.waiting.append(Running(number, Request(prompt=(1,) * length, max_new_tokens=3), 3, "max_new_tokens"))
@@ -104,15 +104,14 @@ def test_no_request_waits_longer_than_is_said(prompts: list[int], running: int, 
     while scheduler.waiting or scheduler.running:
         while scheduler.waiting and scheduler.slots:
             scheduler.admit()
-        single = [one for one in scheduler.running if one.pending == 1]
-        several = [one for one in scheduler.running if one.pending > 1]
+        continued = [one for one in scheduler.running if one.new_tokens]
+        read = [one for one in scheduler.running if not one.new_tokens]
         pieces = {piece.sequence: piece.length for piece in scheduler.plan()}
         assert sum(pieces.values()) <= scheduler.tokens
         assert all(length > 0 for length in pieces.values())
-        assert all(pieces[one] == 1 for one in single)
-        left = scheduler.tokens - len(single)
-        if several:
-            assert pieces[several[0]] >= min(several[0].pending, max(1, left // 4))
+        assert all(pieces[one] == 1 for one in continued)
+        if read:
+            assert pieces[read[0]] >= min(read[0].pending, max(1, (scheduler.tokens - len(continued)) // 4))
         assert sum(pieces.values()) == min(scheduler.tokens, sum(one.pending for one in scheduler.running))
         for one, length in pieces.items():
             one.seen += length

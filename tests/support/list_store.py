@@ -5,7 +5,7 @@ For states that grow and forget nothing. Slow, but what a paged store or another
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -33,10 +33,10 @@ class ListStore:
             self.step = ListMemory(self, part, stream)
         return self.step.of(part)
 
-    def close(self) -> None:
+    def close(self, undone: Collection[int] = ()) -> None:
         if self.step is not None:
             for row, entries in zip(self.step.rows, self.step.after, strict=True):
-                self.rows[row] = entries
+                self.rows[row] = self.rows[row] if row in undone else entries
 
     def length(self, row: int) -> int:
         return next(iter(self.rows[row].values())).shape[1]
