@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from longwave.checkpoints.generation import end_ids
 from longwave.data.chat import Chat
@@ -16,6 +16,7 @@ from longwave.inference.text import Writer
 from longwave.model import Decoder
 
 
+@runtime_checkable
 class History(Protocol):
     """What was said so far, and how a model reads it. ends: the tokens that end an answer."""
 

@@ -22,7 +22,7 @@ from longwave.serving.errors import ApiError, api_error
 from longwave.serving.gate import Access, Gate
 from longwave.serving.limits import Limits
 from longwave.serving.metrics import Metrics
-from longwave.serving.page import page
+from longwave.serving.page import headers, page
 from longwave.serving.responses import responses
 from longwave.serving.schema import openapi
 from longwave.serving.served import Served
@@ -44,7 +44,7 @@ ROUTES = (
 def application(models: Mapping[str, Served], metrics: Metrics, limits: Limits, access: Access) -> Gate:
     """The ASGI application that serves models by their names; their engines run as long as it does."""
     context = Context(models, limits, metrics)
-    pages = {"/": HTMLResponse(page(), headers=_PAGE_HEADERS), "/openapi.json": JSONResponse(openapi())}
+    pages = {"/": HTMLResponse(page(), headers=headers()), "/openapi.json": JSONResponse(openapi())}
     routes = [Route(path, endpoint, methods=[method]) for path, endpoint, method in ROUTES]
     routes += [Route(path, _always(response), methods=["GET"]) for path, response in pages.items()]
     kinds = (ApiError, UserError, MachineError)
@@ -54,9 +54,6 @@ def application(models: Mapping[str, Served], metrics: Metrics, limits: Limits, 
     app.state.context = context
     app.router.redirect_slashes = False
     return Gate(app, context, access)
-
-
-_PAGE_HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "x-frame-options": "DENY"}
 
 
 @asynccontextmanager
