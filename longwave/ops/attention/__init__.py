@@ -30,7 +30,7 @@ ATTENTION: Op[Run] = Op(
     {
         "compiled": Form(
             one_query.attention,
-            f"a kernel for single queries; for others {_TORCH}",
+            f"a kernel for runs of up to 16 queries; for others {_TORCH}",
             on_cpu(torch.bfloat16, torch.float32, multiple=32),
         ),
         "torch": Form(sdpa.attention, _TORCH),

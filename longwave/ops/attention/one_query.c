@@ -38,12 +38,21 @@ INLINE int64_t stretch(const split *s, int64_t n, int64_t *at) {
     return length < most ? length : most;
 }
 
+/* Fetches an entry of K numbers into the second cache, one stretch before it is needed: no processor guesses where the
+ * next page lies, and what is fetched into the first cache keeps too few requests under way. */
+INLINE void fetch(array entries, int64_t at, int64_t size) {
+    for (int64_t k = 0; k < size; k += CHUNK)
+        __builtin_prefetch(from(entries, at * size + k).data, 0, 2);
+}
+
 /* Scores of `heads` queries against the keys of a split -> scores (heads, SPLIT); -inf beyond the last key. */
 INLINE void score(const split *s, array query, int heads, int64_t size, float scale, float *scores) {
-    int64_t count = s->count, at, length;
-    for (int64_t from_n = 0; from_n < count; from_n += length) {
-        length = stretch(s, from_n, &at);
+    int64_t count = s->count, at, next, length = stretch(s, 0, &at), following;
+    for (int64_t from_n = 0; from_n < count; from_n += length, at = next, length = following) {
+        following = from_n + length < count ? stretch(s, from_n + length, &next) : 0;
         for (int64_t n = from_n; n < from_n + length; n++, at++) {
+            if (n - from_n < following)
+                fetch(s->keys, next + n - from_n, size);
             vec sums[HEADS];
             for (int h = 0; h < heads; h++)
                 sums[h] = splat(0);
@@ -79,19 +88,22 @@ INLINE void weigh(float *scores, float *largest, float *total) {
 /* Weighted sums of `vectors` vectors of channels of the values, from channel `from` on. */
 INLINE void mix(const split *s, const float *weights, int heads, int vectors, int64_t size, int64_t from, float *out,
                 int64_t stride) {
-    int64_t at, length;
+    int64_t at, next, length = stretch(s, 0, &at), following;
     vec sums[HEADS][CHANNELS];
     for (int h = 0; h < heads; h++)
         for (int c = 0; c < vectors; c++)
             sums[h][c] = splat(0);
-    for (int64_t from_n = 0; from_n < s->count; from_n += length) {
-        length = stretch(s, from_n, &at);
-        for (int64_t n = from_n; n < from_n + length; n++, at++)
+    for (int64_t from_n = 0; from_n < s->count; from_n += length, at = next, length = following) {
+        following = from_n + length < s->count ? stretch(s, from_n + length, &next) : 0;
+        for (int64_t n = from_n; n < from_n + length; n++, at++) {
+            if (n - from_n < following && !from)
+                fetch(s->values, next + n - from_n, size);
             for (int c = 0; c < vectors; c++) {
                 vec entry = load(s->values, at * size + from + c * LANES);
                 for (int h = 0; h < heads; h++)
                     sums[h][c] += entry * weights[h * SPLIT + n];
             }
+        }
     }
     for (int h = 0; h < heads; h++)
         for (int c = 0; c < vectors; c++)

@@ -1,6 +1,6 @@
-"""The compiled form of attention: a kernel for single queries over a state's keys (`one_query.c`); torch does the rest.
+"""The compiled form of attention: a kernel for the queries of short runs (`one_query.c`); torch does the rest.
 
-Legend: `S` sequences with one query each, `H` query heads, `G` KV heads, `N` keys of one sequence, `K` head size.
+Legend: `T` queries, `H` query heads, `G` KV heads, `N` keys of one sequence, `K` head size.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longwave.errors import MachineError
@@ -20,6 +21,7 @@ from longwave.ops.attention.weights import with_extras
 from longwave.streams import Places, Runs
 
 _DTYPES = (torch.bfloat16, torch.float32)
+_FEW = 16  # queries of a run up to which the kernel is faster than torch, which reads keys once for all of them
 
 
 def attention(
@@ -33,12 +35,11 @@ def attention(
     want: Wanted,
 ) -> Attended:
     """Attention as `longwave.ops.attention.attention` defines it: queries (T, H, K), keys and values (G, N, K)."""
-    if places is None or not _is_for_kernel(query, key, value) or 1 not in runs.lengths:
+    shortest = () if places is None else [length for length in runs.lengths if 0 < length <= _FEW]
+    if places is None or not shortest or not _is_for_kernel(query, key, value):
         return sdpa.attention(query, key, value, runs, places, pattern, scale, want)
-    if runs.longest == 1 and runs.tokens == runs.count:
-        output = _one_query(query, key, value, places, None, pattern.window, scale)
-    elif runs.longest == 1:
-        output = _one_query(query, key, value, places, runs.of_token, pattern.window, scale)
+    if runs.longest <= _FEW:
+        output = _each_query(query, key, value, runs, places, None, pattern.window, scale)
     else:
         output = _mixed(query, key, value, runs, places, pattern.window, scale)
     return with_extras(output, query, key, runs, places, pattern, scale, want)
@@ -47,15 +48,17 @@ def attention(
 def _mixed(
     query: Tensor, key: Tensor, value: Tensor, runs: Runs, places: Places, window: int | None, scale: float
 ) -> Tensor:
-    """The runs of one query through the kernel, longer runs through torch."""
+    """The runs of few queries through the kernel, longer runs through torch."""
     lengths, outputs = runs.lengths, list(query.split(runs.lengths))
-    single = [run for run, length in enumerate(lengths) if length == 1]
-    chosen = (runs.sizes != 1).argsort(stable=True)[: len(single)]
-    mixed = _one_query(torch.cat([outputs[run] for run in single]), key, value, places, chosen, window, scale)
-    for run, output in zip(single, mixed.split(1), strict=True):
+    few = [run for run, length in enumerate(lengths) if 0 < length <= _FEW]
+    which = ((runs.sizes < 1) | (runs.sizes > _FEW)).argsort(stable=True)[: len(few)]
+    short = tuple([lengths[run] for run in few])
+    inner = Runs(F.pad(runs.sizes.index_select(0, which).cumsum(0), (1, 0)), sum(short), short)
+    mixed = _each_query(torch.cat([outputs[run] for run in few]), key, value, inner, places, which, window, scale)
+    for run, output in zip(few, mixed.split(short), strict=True):
         outputs[run] = output
     for run, length in enumerate(lengths):
-        if length > 1:
+        if length > _FEW:
             piece = [(places.of(key, run), places.of(value, run))]
             outputs[run] = sdpa.by_run(outputs[run], (length,), piece, window, scale)
     return torch.cat(outputs)
@@ -73,16 +76,31 @@ def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return together and key.dtype == value.dtype == query.dtype
 
 
-def _one_query(
-    query: Tensor, key: Tensor, value: Tensor, places: Places, of_query: Tensor | None, window: int | None, scale: float
+def _each_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    places: Places,
+    which: Tensor | None,
+    window: int | None,
+    scale: float,
 ) -> Tensor:
-    """Outputs (S, H, K) of single queries (S, H, K); of_query: the run of each (S), None for one of every run."""
+    """Outputs (T, H, K) of the queries (T, H, K) of short runs, each by itself; which: those of `places`, None for all.
+
+    A query's sums are in the same order whatever run it comes in, so a draft that is checked at once gives what its
+    tokens would have given one by one.
+    """
     begins, ends = places.begins, places.ends
-    if of_query is not None:
-        begins, ends = begins.index_select(0, of_query), ends.index_select(0, of_query)
+    if which is not None:
+        begins, ends = begins.index_select(0, which), ends.index_select(0, which)
+    if (runs.tokens, runs.longest) != (runs.count, 1):
+        run = runs.of_token
+        ends = (ends - runs.sizes + 1).index_select(0, run) + runs.places
+        begins, which = begins.index_select(0, run), run if which is None else which.index_select(0, run)
     if window is not None:
         begins = torch.maximum(begins, ends - window)
-    where = (begins, ends, places.pages, of_query, places.size)
+    where = (begins, ends, places.pages, which, places.size)
     return torch.ops.longwave.one_query_attention.default(query, key, value, *where, scale)
 
 
