@@ -7,14 +7,14 @@ runs, alone and after a past. A form that is registered later is tested by itsel
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 import pytest
 import torch
-from op_inputs import of_runs, of_stream
+from op_inputs import in_pages, of_runs, of_stream
 from sparse import TINY, all_compressed
 from torch import Tensor
 
@@ -45,12 +45,16 @@ OPS: dict[str, Op[Any]] = {op.name: op for op in _ops()}
 
 @dataclass(frozen=True)
 class Setting:
-    """What an example is made for. pasts: tokens that were there before those of each run, or None without a past."""
+    """What an example is made for. pasts: tokens that were there before those of each run, or None without a past.
+
+    paged: whether keys lie in pages.
+    """
 
     lengths: tuple[int, ...]
     pasts: tuple[int, ...] | None
     dtype: torch.dtype
     device: str
+    paged: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,7 +87,7 @@ def _keys(setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
 
 def _laid(setting: Setting, keys: list[Tensor], values: list[Tensor]) -> tuple[Tensor, Tensor, Runs, Places | None]:
     if setting.pasts is not None:
-        return of_runs(keys, values, setting.lengths)
+        return (in_pages if setting.paged else of_runs)(keys, values, setting.lengths)
     return of_stream(*(torch.cat(side, dim=1).transpose(0, 1) for side in (keys, values)), setting.lengths)
 
 
@@ -209,6 +213,23 @@ def test_a_form_is_what_the_reference_is(op: str, form: str, device: str, dtype:
         pasts = PASTS[: len(lengths)] if remembers else None
         for make in EXAMPLES[op].values():
             hold_to_the_reference(make(Setting(lengths, pasts, dtype, device)), form, dtype)
+
+
+IN_PAGES = [call for call in _calls() if call[0] in ("attention", "block_sparse") and call[2] == "cpu"]
+
+
+@pytest.mark.parametrize(("op", "form", "device", "dtype"), IN_PAGES, ids=str)
+def test_keys_in_pages_give_what_keys_side_by_side_do(op: str, form: str, device: str, dtype: torch.dtype):
+    """To the bit, at inference on a CPU."""
+    if ("attention" not in op and "sparse" not in op) or device != "cpu":
+        return
+    for lengths in [*STREAMS, (2, 16, 17, 1), (9, 1, 40)]:
+        for make in EXAMPLES[op].values():
+            setting = Setting(lengths, (*PASTS, 20)[: len(lengths)], dtype, device)
+            laid, paged = (make(replace(setting, paged=pages)) for pages in (False, True))
+            for one, other in zip(results(laid, form, False)[:2], results(paged, form, False)[:2], strict=True):
+                assert torch.equal(one, other)
+            hold_to_the_reference(paged, form, dtype)
 
 
 @pytest.mark.parametrize("op", OPS)

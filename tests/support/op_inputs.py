@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longwave.streams import Places, Runs
+from longwave.streams import Places, Runs, Table
 
 _GAP = 3  # entries between two runs
 
@@ -30,6 +30,24 @@ def of_runs(
         spans.append((begin, end))
     begins, ends = torch.tensor(spans[::-1], device=device).T.contiguous()
     return _array(keys), _array(values), Runs.of(lengths, device), Places(begins, ends, spans[::-1])
+
+
+def in_pages(
+    keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int], size: int = 8
+) -> tuple[Tensor, Tensor, Runs, Places]:
+    """The same in pages of `size` entries that lie anywhere, each run from place 3 on, with NaN around."""
+    counts = [-(-(_GAP + key.shape[1]) // size) for key in keys]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(len(keys)))
+    tables = [Table(numbers.int().numpy()) for numbers in order.split(counts)]
+    begins = torch.full((len(keys),), _GAP)
+    places = Places(begins, begins + torch.tensor([key.shape[1] for key in keys]), None, tables, size)
+    laid = []
+    for side in (keys, values):
+        array = side[0].new_full((side[0].shape[0], sum(counts) * size, side[0].shape[2]), torch.nan)
+        for run, entries in enumerate(side):
+            array[:, places.entries(run)] = entries
+        laid.append(array)
+    return laid[0], laid[1], Runs.of(lengths), places
 
 
 def _array(entries: Sequence[Tensor]) -> Tensor:
