@@ -204,7 +204,7 @@ def _against_scratch() -> Iterable[tuple[str, int, float, str]]:
         end = stage("cut", name)
         words = "converted" if name == "halo" else "converted, not distilled"
         yield f"`F 4L` {words}", tokens("cut", name), end["figures"]["held_out_loss"], finished(0, name)
-    for name, first in (("25", "25-recall"), ("50", "recall"), ("100", "recall")):
+    for name, first in (("25", "25-recall"), ("100", "recall")):
         spent, loss = trained(f"scratch/{first}", f"scratch/{name}"), figures("trainings")[f"scratch/{name}"]
         yield f"`F 4L` from scratch, {name} %", spent, loss["held_out_loss"], f"scratch/{name}/model"
 
@@ -256,6 +256,35 @@ def sparse() -> str:
     return table(names, rows)
 
 
+def stories() -> str:
+    """Students of a model that others trained: loss and divergence on what it wrote and they never read."""
+    rows = [["the source", "`5F`", "-", "-", nats(figures("stories-positions")["teacher"]["loss"]), "-", "0"]]
+    for name in ("hybrid", "subllm"):
+        one, found = stage("stories", name), figures("stories-positions")[f"proof/stories/models/{name}"]
+        rows.append(
+            [
+                name,
+                f"`{one['layout']}`",
+                f"{tokens('stories', name):,}",
+                nats(one["start"]["held_out_loss"]),
+                nats(found["loss"]),
+                nats(one["start"]["held_out_kl"]),
+                nats(one["figures"]["held_out_kl"]),
+            ]
+        )
+    return table(["", "model", "tokens", "begins at", "loss of fresh text", "KL at first", "KL"], rows)
+
+
+def positions() -> str:
+    """The divergence of the same students by the place in a text."""
+    known = {name: figures("stories-positions")[f"proof/stories/models/{name}"]["kl"] for name in ("hybrid", "subllm")}
+    places = list(known["hybrid"])
+    return table(
+        ["KL, tokens up to place", *places],
+        [[name, *(nats(found[place]) for place in places)] for name, found in known.items()],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "students": students,
     "differences": differences,
@@ -263,6 +292,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scratch": scratch,
     "subllm": subllm,
     "sparse": sparse,
+    "stories": stories,
+    "positions": positions,
 }
 
 
