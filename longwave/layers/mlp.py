@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from longwave.config import MOST, ModelConfig, Strict
 from longwave.errors import require
 from longwave.layers.linear import Linear
+from longwave.ops.gated import GATED, gated
 from longwave.part import Part, Site
 from longwave.states import State
 from longwave.streams import Stream
@@ -34,6 +34,7 @@ class MLP(Part):
 
     tables: ClassVar[Mapping[str, type]] = {"mlp": MLPConfig}
     role = "mlp"
+    ops = (GATED,)
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -45,7 +46,8 @@ class MLP(Part):
     def forward(
         self, hidden: Float[Tensor, "T D"], stream: Stream | None = None, state: State | None = None
     ) -> Float[Tensor, "T D"]:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        form = self.forms["gated"]
+        return self.down_proj(gated(self.gate_proj(hidden), self.up_proj(hidden), act="silu", form=form))
 
     def prefill_flops(self, tokens: int) -> int:
         return tokens * self.decode_flops(0)

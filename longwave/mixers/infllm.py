@@ -36,6 +36,7 @@ from longwave.ops.block_sparse import (
     compressed_count,
 )
 from longwave.ops.block_sparse.geometry import attended_pairs, scored_pairs
+from longwave.ops.gated import GATED, gated
 from longwave.part import Site
 from longwave.states import Memory, PerToken, StateSpec
 from longwave.streams import Located, Places, Runs, Stream
@@ -103,7 +104,7 @@ class InfllmAttention(FullAttention):
     """
 
     tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "infllm": InfllmConfig}
-    ops = (BLOCK_SPARSE, ATTENTION)
+    ops = (BLOCK_SPARSE, ATTENTION, GATED)
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -160,7 +161,9 @@ class InfllmAttention(FullAttention):
         )
 
     def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
-        return mixed if self.o_gate is None else mixed * torch.sigmoid(self.o_gate(hidden))
+        if self.o_gate is None:
+            return mixed
+        return gated(self.o_gate(hidden), mixed, act="sigmoid", form=self.forms["gated"])
 
     def _threshold(self, total: int) -> int:
         """The number of tokens below which a query's context is seen whole.

@@ -25,6 +25,7 @@ from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation
 from longwave.mixers.full import AttentionConfig
 from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
+from longwave.ops.gated import GATED, gated
 from longwave.part import Part, Site
 from longwave.states import PerSequence, State, StateSpec, memory_of
 from longwave.streams import Stream
@@ -79,7 +80,7 @@ class LightningAttention(Part):
     """
 
     tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig, "lightning": LightningConfig}
-    ops = (DECAY_LINEAR,)
+    ops = (DECAY_LINEAR, GATED)
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -129,9 +130,9 @@ class LightningAttention(Part):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if "q" in self.config.silu:
-            query, key = torch.nn.functional.silu(query), torch.nn.functional.silu(key)
+            query, key = (gated(one, act="silu", form=self.forms["gated"]) for one in (query, key))
         if "v" in self.config.silu:
-            value = torch.nn.functional.silu(value)
+            value = gated(value, act="silu", form=self.forms["gated"])
         if self.rotation is not None:
             query, key = self.rotation(query, stream), self.rotation(key, stream)
         group = self.heads // self.kv_heads
@@ -140,7 +141,9 @@ class LightningAttention(Part):
     def _gated(self, mixed: Float[Tensor, "T HK"], hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T HK"]:
         if self.o_norm is not None:
             mixed = self.o_norm(mixed)
-        return mixed if self.z_proj is None else mixed * torch.sigmoid(self.z_proj(hidden))
+        if self.z_proj is None:
+            return mixed
+        return gated(self.z_proj(hidden), mixed, act="sigmoid", form=self.forms["gated"])
 
     def state_spec(self) -> StateSpec:
         matrix = (self.heads, self.head_size, self.head_size)

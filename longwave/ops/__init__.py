@@ -17,10 +17,11 @@ def forms_here() -> dict[str, str]:
     from longwave.ops.cross_entropy import CROSS_ENTROPY
     from longwave.ops.decay_linear import DECAY_LINEAR
     from longwave.ops.forms import Call
+    from longwave.ops.gated import GATED
     from longwave.ops.linear import LINEAR
 
     kinds, found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])], dict[str, str]()
-    for op in (ATTENTION, BLOCK_SPARSE, DECAY_LINEAR, LINEAR, CROSS_ENTROPY):
+    for op in (ATTENTION, BLOCK_SPARSE, DECAY_LINEAR, LINEAR, GATED, CROSS_ENTROPY):
         for kind in kinds:
             form, reason = op.resolve(Call(torch.device(kind), torch.bfloat16, head_size=64))
             found[op.name if len(kinds) == 1 else f"{op.name} on {kind}"] = f"{form} ({reason})"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longwave.costs import Work
-from longwave.ops.forms import REFERENCE, Op
+from longwave.ops.forms import INVARIANT, REFERENCE, Op
 
 WHOLE = 128  # tokens of the short case of which every row is checked, where only some rows of a long case are
 
@@ -96,5 +96,6 @@ class Case:
 
 
 def forms_here(op: Op[Any], shape: Shape) -> list[str]:
-    """The names of the forms of an op that can be timed: those that take these inputs, without the reference."""
-    return [name for name in op.forms_on(shape.device, shape.dtype, shape.head_size) if name != REFERENCE]
+    """The names of the forms of an op that run where nobody asks for one, and that take these inputs."""
+    asked = (REFERENCE, INVARIANT)
+    return [name for name in op.forms_on(shape.device, shape.dtype, shape.head_size) if name not in asked]

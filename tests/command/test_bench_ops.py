@@ -166,7 +166,7 @@ def test_a_form_that_is_registered_is_timed_against_the_one_that_models_run(monk
 def test_compiled_forms_are_timed_where_they_apply():
     rows = rows_of(OPTIONS)
     of_compiled = [quantity for quantity, form in rows if form == "compiled"]
-    assert of_compiled == [DECODE, "linear 32 to 32, forward", "linear 32 to 50, forward", *SPARSE]
+    assert of_compiled == [DECODE, "linear 32 to 32, forward", "linear 32 to 50, forward", *LINEAR, *SPARSE]
     assert [rows[DECODE, form].ratio == 1 for form in ("torch", "compiled")] == [False, True]
 
 

@@ -146,6 +146,18 @@ def _linear(bias: bool) -> Callable[[Setting], Example]:
     return make
 
 
+def _gated(act: str, has_value: bool) -> Callable[[Setting], Example]:
+    def make(setting: Setting) -> Example:
+        gate, value = (setting.normal(seed, setting.tokens, HEADS * 3) * 5 for seed in (1, 2))
+
+        def run(form: str, gate: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+            return (OPS["gated"].forms[form].run(gate, value if has_value else None, act),)
+
+        return Example((gate, value), run, () if has_value else (1,))
+
+    return make
+
+
 def _cross_entropy(setting: Setting) -> Example:
     targets = torch.arange(setting.tokens, device=setting.device) * 5 % 17
     targets[::3] = -100
@@ -160,6 +172,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Setting], Example]]] = {
     "attention": {"causal": _attention(None), "window": _attention(7)},
     "block_sparse": {"blocks": _block_sparse},
     "decay_linear": {"by head": _decay_linear(False), "by token": _decay_linear(True)},
+    "gated": {"silu": _gated("silu", True), "sigmoid": _gated("sigmoid", True), "no value": _gated("silu", False)},
     "linear": {"bias": _linear(True), "no bias": _linear(False)},
     "cross_entropy": {"some count": _cross_entropy},
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from longwave.ops.attention import one_query, reference, sdpa
 from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
 from longwave.ops.attention.weights import with_extras
-from longwave.ops.forms import Form, Op, on_cpu
+from longwave.ops.forms import INVARIANT, Form, Op, on_cpu
 from longwave.streams import Places, Runs
 
 __all__ = ["ATTENTION", "CAUSAL", "Attended", "Extra", "Pattern", "attention"]
@@ -34,6 +34,11 @@ ATTENTION: Op[Run] = Op(
             on_cpu(torch.bfloat16, torch.float32, multiple=32),
         ),
         "torch": Form(sdpa.attention, _TORCH),
+        INVARIANT: Form(
+            one_query.each_query,
+            "a kernel for single queries, for every query",
+            on_cpu(torch.bfloat16, torch.float32, multiple=32),
+        ),
         "reference": Form(reference.attention, "the formula, in double precision"),
     },
 )

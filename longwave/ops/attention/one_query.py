@@ -22,6 +22,7 @@ from longwave.streams import Places, Runs
 
 _DTYPES = (torch.bfloat16, torch.float32)
 _FEW = 16  # queries of a run up to which the kernel is faster than torch, which reads keys once for all of them
+_AT_ONCE = 128  # queries, which bounds the memory for their intermediate results
 
 
 def attention(
@@ -64,6 +65,30 @@ def _mixed(
     return torch.cat(outputs)
 
 
+def each_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    runs: Runs,
+    places: Places | None,
+    pattern: Pattern,
+    scale: float,
+    want: Wanted,
+) -> Attended:
+    """Attention in which every query runs through the kernel by itself, also those of a prompt.
+
+    A query's result then depends on itself and its keys alone, to the bit, and not on how many run with it. It takes
+    the more time than `attention` the longer a prompt is, since keys are read anew for every query.
+    """
+    if places is None:
+        key, value = key.contiguous(), value.contiguous()
+        places = Places(runs.bounds[:-1], runs.bounds[1:])
+    if not _is_for_kernel(query, key, value):
+        return sdpa.attention(query, key, value, runs, places, pattern, scale, want)
+    output = _each_query(query, key, value, runs, places, None, pattern.window, scale)
+    return with_extras(output, query, key, runs, places, pattern, scale, want)
+
+
 def _is_for_kernel(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes these tensors: at inference, on a CPU, in dtypes and head sizes that it knows.
 
@@ -100,8 +125,16 @@ def _each_query(
         begins, which = begins.index_select(0, run), run if which is None else which.index_select(0, run)
     if window is not None:
         begins = torch.maximum(begins, ends - window)
-    where = (begins, ends, places.pages, which, places.size)
-    return torch.ops.longwave.one_query_attention.default(query, key, value, *where, scale)
+    if which is None and query.shape[0] > _AT_ONCE:
+        which = torch.arange(query.shape[0], device=query.device)
+    outputs = [
+        torch.ops.longwave.one_query_attention.default(
+            *(query[at], key, value, begins[at], ends[at], places.pages),
+            *(None if which is None else which[at], places.size, scale),
+        )
+        for at in (slice(start, start + _AT_ONCE) for start in range(0, query.shape[0], _AT_ONCE))
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 # A registered torch op, so that torch.compile can trace past the call into C.
