@@ -64,6 +64,11 @@ def text_loss(model: str) -> float:
     return next(one["loss"] for one in evaluations(model) if "loss" in one)
 
 
+def kept_of_text(model: str) -> list[float]:
+    """The share of all held-out text that each level of a model keeps."""
+    return next(one["retention"] for one in evaluations(model) if "loss" in one)
+
+
 def evaluations(model: str) -> list[dict[str, Any]]:
     """What was found of the model in a folder."""
     found = [result for command, result in figures("results").items() if command.split()[2] == f"proof/{model}"]
@@ -214,7 +219,7 @@ def subllm() -> str:
     rows = []
     for name in ("llama", "subllm"):
         one, model = stage("subllm", name), f"subllm/models/{name}"
-        kept = [value for key, value in one["figures"].items() if key.startswith("retention")]
+        kept = [*one["figures"].get("retention", []), *kept_of_text(model)]
         rows.append(
             [
                 f"`{one['layout']}`",
@@ -227,7 +232,8 @@ def subllm() -> str:
                 ", ".join(f"{value:.2f}" for value in kept) or "-",
             ]
         )
-    names = ["", "tokens", "begins at", "loss of the mix", "loss of text", "`single` at 256", "`copy` at 256", "kept"]
+    names = ["", "tokens", "begins at", "loss of the mix", "loss of text", "`single` at 256", "`copy` at 256"]
+    names += ["kept of the mix, of text"]
     return table(names, rows)
 
 
