@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from longwave import trial
 from longwave.data.recall import FAMILIES, RULER, Family, read_questions
 from longwave.data.recall.questions import family_of_questions
 from longwave.errors import require, shown, within
@@ -93,6 +94,7 @@ class Suite:
         asked = self.asked
         lengths = default_lengths(model) if asked.lengths is None else sizes_of(asked.lengths, "lengths")
         samples = SAMPLES if asked.samples is None else asked.samples
+        samples = trial.at_most(samples, max(DEPTHS, asked.depths or 0))
         depths = min(DEPTHS, samples) if asked.depths is None else asked.depths
         return RecallAsked(lengths, samples, depths, asked.seed or 0)
 
