@@ -1,7 +1,8 @@
 """Trial runs: with `LONGWAVE_TRIAL=1` in the environment, every command of a page is a matter of seconds.
 
 It cuts what is long, and nothing else: the text that `prepare` reads, the steps and windows of a training run, the
-samples of a recall task, and the contexts and rounds of a measurement. Models keep their shapes, and what is refused without it is refused with it. The
+samples of a recall task, and the contexts and rounds of a measurement. Models keep their shapes, and what is refused
+without it is refused with it; only a conversion whose trial models recall nothing takes its layers in their order. The
 figures mean nothing then, and the command line says so.
 """
 
