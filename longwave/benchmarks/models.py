@@ -306,7 +306,7 @@ def run(
     """
     device = device_of(options.device)
     dtype = torch.float32 if kind == "training" else dtype_of(options.dtype)
-    models = _models(model, other, partial(_decoder, dtype=dtype, device=device, seed=options.seed))
+    models = _models(model, other, partial(decoder_of, dtype=dtype, device=device, seed=options.seed))
     _check_fit(models, max(options.contexts) + (options.decode_steps if kind == "inference" else 0))
     for decoder in _decoders(models).values():
         check_forms(decoder, sample_tokens(decoder, min(options.contexts), options.seed))
@@ -439,7 +439,8 @@ def _models(model: str | Path, other: str | Path | None, read: Callable[..., Dec
     return [first, Longwave(name if name != first.name else str(other), read(source))]
 
 
-def _decoder(source: str | Path | ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+def decoder_of(source: str | Path | ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+    """The model of a folder or hub id, or one with random weights of a recipe or config."""
     if isinstance(source, ModelConfig):
         return Decoder(source, seed).to(device, dtype)
     if Path(source).is_dir() or checkpoints.is_hub_id(source):
