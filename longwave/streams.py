@@ -199,6 +199,10 @@ class Located:
             return slice(begin, end)
         return self.tables[run].entries(self.size, begin, end, self.device)
 
+    def is_broken(self, run: int) -> bool:
+        """Whether a run's pages do not follow each other."""
+        return self.tables is not None and not self.tables[run].follow
+
     def of(self, array: Tensor, run: int) -> Tensor:
         """The entries (G, n, K) of a run in an array (G, N, K): a view where they follow each other, else a copy."""
         return chosen(array, self.entries(run))
@@ -228,7 +232,7 @@ class Places(Located):
             self._spans = list(zip(to_host(self.begins), to_host(self.ends), strict=True))
         return self._spans
 
-    def at(self, run: Int64[Tensor, " n"], place: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
+    def at(self, run: Int64[Tensor, " *n"], place: Int64[Tensor, " *n"]) -> Int64[Tensor, " *n"]:
         """The number of the entry at each of these places of these runs."""
         if self.pages is None:
             return place

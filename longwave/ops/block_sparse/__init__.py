@@ -175,14 +175,17 @@ def block_sparse_attention(
         whole = whole.output
         whole = whole.split(early)
     split = None if places else list(zip(key.split(runs.lengths, 1), value.split(runs.lengths, 1), strict=True))
-    found = []
+    how: tuple[Geometry, float, Denominator, str] = (geometry, scale, denominator, form)
+    found: list[Tensor] = []
     for run, piece in enumerate(queries[1::2]):
-        if piece.shape[0]:
-            tables = None if compressed is None else compressed.of(run)
-            keys, values = split[run] if split else (located.of(key, run), located.of(value, run))
-            found.append(_late(piece, keys, values, tables, geometry, scale, denominator, form))
-        else:
+        tables = None if compressed is None or not piece.shape[0] else compressed.of(run)
+        if not piece.shape[0]:
             found.append(piece)
+        elif piece.shape[0] == 1 and tables is not None and located.is_broken(run):
+            found.append(_late_in_pages(piece, key, value, located, run, tables, *how))
+        else:
+            keys, values = split[run] if split else (located.of(key, run), located.of(value, run))
+            found.append(_late(piece, keys, values, tables, *how))
     return torch.cat([part for pair in zip(whole, found, strict=True) for part in pair])
 
 
@@ -199,6 +202,32 @@ def _early_runs(
     sizes = torch.minimum((limits - firsts).clamp(min=0), runs.sizes)
     inner = Runs(F.pad(sizes.cumsum(0), (1, 0)), sum(early), early)
     return inner, places.until(begins + firsts + sizes, seen)
+
+
+def _late_in_pages(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Places,
+    run: int,
+    tables: tuple[Tensor, Tensor],
+    geometry: Geometry,
+    scale: float,
+    denominator: Denominator,
+    form: str,
+) -> Tensor:
+    """Block-sparse attention of the last query (1, H, K) of a run whose keys lie apart: only its blocks are copied.
+
+    They become an array of their own, in their order, in which the query stands as far behind the last block's start.
+    """
+    begin, end = places.spans[run]
+    last, size, options = end - begin - 1, geometry.block_size, {"scale": scale, "form": form}
+    blocks = select(query, *tables, last, geometry, denominator=denominator, **options)
+    seen = blocks[:, 0, :, None].long() * size + torch.arange(size, device=blocks.device)
+    numbers = places.at(torch.full_like(seen, run), begin + seen.clamp(max=last)).flatten(1)  # (G, topk * size)
+    keys, values = (side[torch.arange(len(side), device=side.device)[:, None], numbers] for side in (key, value))
+    own = torch.arange(geometry.topk, dtype=torch.int32, device=blocks.device).expand_as(blocks)
+    return attend(query, keys, values, own, (geometry.topk - 1) * size + last % size, size, **options)
 
 
 def _late(
