@@ -271,7 +271,7 @@ def stories() -> str:
             [
                 name,
                 f"`{one['layout']}`",
-                f"{tokens('stories', name):,}",
+                f"{tokens('stories', name) if 'L' in one['layout'] else one['tokens']:,}",  # only L was aligned
                 nats(one["start"]["held_out_loss"]),
                 nats(found["loss"]),
                 nats(one["start"]["held_out_kl"]),

@@ -117,6 +117,7 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/conversion.md", "proof"),
         ("docs/conversion.md", "proof"),
         ("docs/conversion.md", "proof"),
+        ("docs/conversion.md", "proof"),
         ("docs/get-started.md", "network"),
         ("docs/get-started.md", "network"),
         ("docs/how-to/compare.md", "long"),
