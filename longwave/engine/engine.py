@@ -224,7 +224,7 @@ class Engine:
         """Gives free slots to those that wait, while there is memory: after a lack of it, one that runs has to end."""
         scheduler = self._scheduler
         while scheduler.waiting and scheduler.slots:
-            room = not self._is_full and self._memory.holds(len(scheduler.waiting[0].tokens))
+            room = not self._is_full and self._memory.holds(scheduler.waiting[0].tokens)
             if scheduler.running and not room:
                 return
             self._memory.enter(one := scheduler.admit())

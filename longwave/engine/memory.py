@@ -88,9 +88,14 @@ class Memory:
         """Lets go of the boundary that was used least recently; whether there was one."""
         return self.prefixes is not None and self.prefixes.drop_oldest()
 
-    def holds(self, tokens: int) -> bool:
-        """Whether so many tokens find room, for which boundaries that nobody uses are let go."""
-        while any(one.free * one.size < tokens for one in self.state.usage() if one.level < 0 and one.window is None):
+    def holds(self, tokens: list[int]) -> bool:
+        """Whether a sequence of these tokens finds room; boundaries that it does not begin with are let go for it."""
+        known = 0 if self.prefixes is None else self.prefixes.find(tokens).length
+        while any(
+            one.free * one.size < len(tokens) - known
+            for one in self.state.usage()
+            if one.level < 0 and one.window is None
+        ):
             if not self.make_room():
                 return False
         return True

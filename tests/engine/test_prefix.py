@@ -189,3 +189,14 @@ def test_kept_prefixes_give_way_to_requests():
         number = engine.submit(request_of(40, seed))
         assert tokens(finish(engine)[number]) == tokens(alone("llama", request_of(40, seed)))
     assert engine.metrics.preemptions == 0
+
+
+def test_room_for_a_prompt_is_not_made_of_its_own_prefix():
+    """Memory for two prompts: the first one's prefix stays while others go, and what comes after it is run alone."""
+    engine = Engine(tiny("llama"), EngineOptions(running=1, page_size=8, memory=bytes_for(tiny("llama"), 110)))
+    base = prompt_of(40)
+    for prompt, cached in [(base, 0), (prompt_of(30, 1), 0), ((*base, 7), 40), (prompt_of(30, 2), 0), ((*base, 8), 40)]:
+        before = engine.metrics.cached_tokens
+        engine.submit(request_of(prompt=prompt, max_new_tokens=2))
+        finish(engine)
+        assert engine.metrics.cached_tokens - before == cached
