@@ -283,7 +283,7 @@ def test_the_pages_of_a_sequence_follow_each_other_while_there_is_room():
 def test_a_window_holds_no_more_pages_than_it_sees():
     model = model_of("block W")
     state = model.state(1, pages=pages_for(40))
-    for token in tokens_from(0, 200):
+    for token in tokens_from(0, 80):
         step(model, state, [[token]])
         assert all(usage.pages - usage.free <= 3 for usage in state.usage())
 
