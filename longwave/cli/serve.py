@@ -29,6 +29,10 @@ class Serve(OnDevice):
     running: int = option("requests that a model advances together", default=16)
     waiting: int = option("requests of a model that wait; more are refused", default=256)
     step_tokens: int = option("tokens of one step of a model", default=512)
+    memory: str | None = option("for what requests remember, such as 8G (half of what is free)", metavar="BYTES")
+    draft: str | None = option("lookup, or a smaller model: drafts tokens that a model checks", metavar="DIR")
+    no_prefixes: bool = option("run every prompt whole, even if an earlier one began alike", default=False)
+    invariant: bool = option("forms in which company changes no bit of an answer", default=False)
     timeout: float | None = option("of a request", metavar="SECONDS")
     grace: float = option("for running requests when the server ends", default=30.0, metavar="SECONDS")
     max_body: str = option("of a request", default="16M", metavar="BYTES")
@@ -67,7 +71,9 @@ def _setup(options: Serve) -> Any:
 
     key = options.api_key if options.api_key is not None else os.environ.get(KEY)
     require(key is None or bool(key.strip()), f"{KEY}: empty; give a key, or unset it")
-    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens")}
+    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens", "invariant")}
+    engine |= {"memory": None if options.memory is None else parse_bytes(options.memory)}
+    engine |= {"prefixes": not options.no_prefixes}
     limits = {"request_seconds": options.timeout, "grace_seconds": options.grace, "body": parse_bytes(options.max_body)}
     return Setup(
         folders=options.models,
@@ -76,6 +82,7 @@ def _setup(options: Serve) -> Any:
         port=options.port,
         key=key,
         origins=options.cors,
+        draft=options.draft,
         dtype=options.dtype,
         device=options.device,
         engine=build(EngineOptions, engine, "serve"),

@@ -17,7 +17,10 @@ _GAUGES = {
     "waiting": ("requests_waiting", "Requests in the queue."),
     "running": ("requests_running", "Requests that advance together: the batch."),
     "state_bytes": ("state_bytes", "Bytes that hold the states of requests."),
-    "cache_bytes": ("prefix_cache_bytes", "Bytes that hold states of prefixes for reuse."),
+    "prefixes": ("prefixes", "Beginnings of requests that are kept for reuse."),
+    "prefix_bytes": ("prefix_bytes", "Bytes of the copies that kept prefixes hold."),
+    "pages": ("pages", "Pages of memory."),
+    "free_pages": ("free_pages", "Pages of memory that nobody uses."),
 }
 _COUNTERS = {
     "steps": ("steps", "Steps of the engine."),
@@ -25,7 +28,10 @@ _COUNTERS = {
     "cached_tokens": ("prompt_cached_tokens", "Tokens of prompts whose state was reused."),
     "new_tokens": ("generation_tokens", "Tokens that the model wrote."),
     "preemptions": ("preemptions", "Requests that gave way to others for a while."),
+    "drafted_tokens": ("drafted_tokens", "Tokens that were drafted for the model to check."),
+    "accepted_tokens": ("accepted_tokens", "Drafted tokens that the model would have chosen itself."),
 }
+_OFTEN = 0.1  # seconds between two looks at an engine's counters
 _SPAN = 5.0  # seconds that a rate is taken over
 
 
@@ -36,14 +42,15 @@ class ModelMetrics:
         self.name = name
         self.first_token, self.next_token = first.labels(name), following.labels(name)
         self.figures = dict[str, int]()
+        self._looked = 0.0
         self._recent = deque[tuple[float, int]]()  # time, new tokens of each recent step
 
     def stepped(self, engine: Engine, events: Sequence[Event]) -> None:
-        """Takes what the engine counts after a step."""
-        found = engine.metrics
-        names = (*_GAUGES, *_COUNTERS)
-        self.figures = {name: int(getattr(found, name)) for name in names if hasattr(found, name)}
+        """Takes what the engine counts after a step, or after a few of them: to sum it up takes a while."""
         now, new = time.monotonic(), sum(event.token is not None for event in events)
+        if now - self._looked > _OFTEN or engine.idle:
+            found, self._looked = engine.metrics, now
+            self.figures = {name: int(getattr(found, name)) for name in (*_GAUGES, *_COUNTERS)}
         self._recent.append((now, new))
         while self._recent and self._recent[0][0] < now - _SPAN:
             self._recent.popleft()

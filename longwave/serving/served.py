@@ -38,7 +38,7 @@ class Served:
         assert model.tokenizer is not None
         self.name, self.model, self.engine, self.created = name, model, engine, int(time.time())
         self.tokenizer: Tokenizer = model.tokenizer
-        self.window, self.vocabulary = model.config.context_window, model.config.vocab_size
+        self.window, self.vocabulary = engine.window, model.config.vocab_size
         self.ends = frozenset(end_ids(model.origin.generation, self.tokenizer))
         self.metrics, self.limits = metrics.of(name), limits
         self.runner = Runner(engine, name, self.metrics.stepped)

@@ -19,7 +19,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from longwave.api import load
 from longwave.engine import Engine, EngineOptions
+from longwave.engine.speculation import DraftModel, PromptLookup, Proposer
 from longwave.errors import MachineError, UserError, require
+from longwave.model import Decoder
 from longwave.serving.app import application
 from longwave.serving.gate import Access, Gate
 from longwave.serving.limits import Limits
@@ -32,7 +34,10 @@ _KEEP_ALIVE = 15  # seconds that a connection may wait for its next request
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is served, and where. folders: of the models. names: of the first of them, in place of their folders'."""
+    """What is served, and where. folders: of the models. names: of the first of them, in place of their folders'.
+
+    draft: what drafts tokens for the models to check: `lookup`, or the folder of a smaller model; None for nothing.
+    """
 
     folders: Sequence[str]
     names: Sequence[str] = ()
@@ -40,6 +45,7 @@ class Setup:
     port: int = 8000
     key: str | None = None
     origins: tuple[str, ...] = ()
+    draft: str | None = None
     dtype: str | None = None
     device: str = "auto"
     engine: EngineOptions = field(default_factory=EngineOptions)
@@ -74,7 +80,19 @@ def serve(setup: Setup, told: Callable[[Running], None] = lambda running: None) 
 
 def _loaded(name: str, folder: str, setup: Setup, metrics: Metrics) -> Served:
     model = load(folder, dtype=setup.dtype, device=setup.device)
-    return Served(name, model, Engine(model, setup.engine), metrics, setup.limits)
+    engine = Engine(model, setup.engine, proposer=_proposer(model, setup))
+    return Served(name, model, engine, metrics, setup.limits)
+
+
+def _proposer(model: Decoder, setup: Setup) -> Proposer | None:
+    """What drafts for a model. Raises UserError for a draft model with other tokens."""
+    if setup.draft is None or setup.draft == "lookup":
+        return None if setup.draft is None else PromptLookup()
+    small = load(setup.draft, dtype=setup.dtype, device=setup.device)
+    ours, theirs = model.tokenizer, small.tokenizer
+    alike = ours is not None and theirs is not None and ours.fingerprint == theirs.fingerprint
+    require(alike, f"draft = {setup.draft}: a model of another tokenizer; give one with the same tokens, or lookup")
+    return DraftModel(small, setup.engine.running)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def test_what_cannot_be_served_is_one_line(refuses, made: dict[str, Path], tmp_p
     refuses("serve", made["plain"], "--grace", "-1", says=["grace_seconds = -1"])
     refuses("serve", made["plain"], "--max-body", "lots", says=["lots"])
     refuses("serve", made["plain"], "--api-key", "", says=[verb.KEY])
+    refuses("serve", made["plain"], "--port", "0", "--draft", tmp_path, says=[str(tmp_path)])
 
 
 def test_a_missing_extra_is_one_line(refuses, made: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
@@ -63,7 +64,7 @@ def test_a_server_ends_in_order(made: dict[str, Path]):
         assert process.stdout is not None
         found = re.search(r"http://\S+", process.stdout.readline())
         assert found is not None
-        body = {"model": "plain", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        body = {"model": "plain", "prompt": "hello", "max_tokens": 30, "ignore_eos": True, "stream": True}
         with (
             httpx.Client(base_url=found[0], trust_env=False, timeout=60) as web,
             web.stream("POST", "/v1/completions", json=body) as stream,
