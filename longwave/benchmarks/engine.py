@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from longwave.benchmarks.measure.timing import Timing, interleaved
-from longwave.benchmarks.models import decoder_of
+from longwave.benchmarks.models import decoder_of, force_retention
 from longwave.config import Strict
 from longwave.engine import Engine, EngineOptions, Request
 from longwave.errors import MachineError, UserError, require
@@ -57,14 +57,16 @@ class EngineRow:
 
 
 def run_engine(model: str | Path, options: EngineBench) -> list[EngineRow]:
-    """Times the engine on a model: a folder, or a recipe with random weights.
+    """Times the engine on a model: a folder, or a recipe with random weights, whose levels keep their nominal share.
 
     MachineError if a request gets other tokens in company, bit by bit, than alone.
     """
-    decoder = decoder_of(model, dtype_of(options.dtype), device_of(options.device), options.seed)
+    decoder = decoder_of(model, dtype_of(options.dtype), device_of(options.device), options.seed).eval()
     window = decoder.config.context_window
     longest = max(options.prompt + options.answer, options.prefix + options.suffix)
     require(longest <= window, f"{longest} tokens: the model's context_window is {window}")
+    if decoder.resamplers and not Path(model).is_dir():
+        force_retention(decoder, torch.tensor(_ids(decoder, _CHUNK, 0), device=decoder.embed.weight.device))
     return [*_together(decoder, options), *_prefixes(decoder, options)]
 
 
