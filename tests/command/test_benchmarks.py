@@ -199,7 +199,7 @@ def test_a_model_is_held_to_attention_in_its_plain_form(layout: str, monkeypatch
     assert {block.mixer.forms["attention"] for block in model.blocks} == {"torch"}
     packed = sdpa._packed
     monkeypatch.setattr(sdpa, "_packed", lambda query, *rest: packed(query * 1.2, *rest))
-    with pytest.raises(MachineError, match="the forms attention torch: its logits are off"):
+    with pytest.raises(MachineError, match="the forms attention torch, gated torch: its logits are off"):
         check_forms(model, tokens)
     assert {block.mixer.forms["attention"] for block in model.blocks} == {"torch"}
 

@@ -23,7 +23,7 @@ from longwave.engine.generation import Emitted, Generation
 from longwave.engine.sampling import Sampling, choose_token
 from longwave.engine.scheduler import Piece, Scheduler
 from longwave.errors import UserError
-from longwave.inference.text import _Writer, complete, generate_text
+from longwave.inference.text import Writer, complete, generate_text
 from longwave.model import Decoder
 from longwave.resamplers import Kept
 from longwave.streams import Stream
@@ -354,7 +354,7 @@ class Spelt(StreamDecoder):
 
 
 def written(pieces: Sequence[str], stops: Sequence[str]) -> tuple[str, bool]:
-    writer, text = _Writer(Spelt(), stops), ""
+    writer, text = Writer(Spelt(), stops), ""
     for piece in pieces:
         text += writer._release(piece)
         if writer.stopped:
