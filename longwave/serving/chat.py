@@ -35,9 +35,10 @@ async def chat_completions(request: Request) -> Response:
     served = context.model(body.model)
     usage_told(body.stream_options, body.stream)
     prompt, wish = await asyncio.to_thread(_asked, served, body)
-    answer = _Answer(await begun(served, [prompt], wish, arrived), body)
+    job = await begun(served, [prompt], wish, arrived)
+    answer = _Answer(job, body)
     if body.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), job.let_go)
     return JSONResponse(await while_connected(request, answer.whole()))
 
 

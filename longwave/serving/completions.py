@@ -33,9 +33,10 @@ async def completions(request: Request) -> Response:
     served = context.model(body.model)
     _check(body)
     prompts, wish = await asyncio.to_thread(_asked, served, body)
-    answer = _Answer(await begun(served, prompts, wish, arrived), body)
+    job = await begun(served, prompts, wish, arrived)
+    answer = _Answer(job, body)
     if body.stream:
-        return EventStream(answer.events())
+        return EventStream(answer.events(), job.let_go)
     return JSONResponse(await while_connected(request, answer.whole()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -72,13 +72,16 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 class EventStream(Response):
     """Server-sent events, which end when the client goes.
 
-    events: the data of each; a dict is sent as JSON, and one with a `type` under that name where `named`.
+    events: the data of each; a dict is sent as JSON, and one with a `type` under that name where `named`. let_go: is
+    called at the end, also of a client that goes before the first event.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[dict[str, Any] | str], named: bool = False) -> None:
-        self.status_code, self.background = 200, None
+    def __init__(
+        self, events: AsyncIterator[dict[str, Any] | str], let_go: Callable[[], None], named: bool = False
+    ) -> None:
+        self.status_code, self.background, self._let_go = 200, None, let_go
         self._events, self._named = events, named
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
 
@@ -89,6 +92,7 @@ class EventStream(Response):
             if sending.done():
                 sending.result()
         finally:
+            self._let_go()
             await _ended(sending, gone)
 
     async def _send(self, send: Send) -> None:

@@ -122,7 +122,11 @@ class Job:
                         left -= piece.ended is not None
                         yield piece
         finally:
-            self.served.runner.cancel(self._batch)
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Ends the requests that still run."""
+        self.served.runner.cancel(self._batch)
 
     async def _waiting(self) -> dict[int, list[Event]]:
         """The events that are there, at least one, by their choice."""

@@ -30,9 +30,10 @@ async def responses(request: Request) -> Response:
         message = "stream_options.include_usage: the last event always tells the usage; leave it out"
         raise ApiError(400, message, param="stream_options")
     prompt, wish = await asyncio.to_thread(_asked, served, body)
-    answer = _Answer(await begun(served, [prompt], wish, arrived), body)
+    job = await begun(served, [prompt], wish, arrived)
+    answer = _Answer(job, body)
     if body.stream:
-        return EventStream(answer.events(), named=True)
+        return EventStream(answer.events(), job.let_go, named=True)
     return JSONResponse(await while_connected(request, answer.whole()))
 
 
