@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from engines import finish, request_of
 
 from longwave.config import ModelConfig, build
 from longwave.engine import Engine, EngineOptions, Sampling
+from longwave.engine.memory import page_options
 from longwave.engine.speculation import PromptLookup
 from longwave.errors import UserError
 from longwave.model import Decoder
@@ -114,12 +116,22 @@ def test_batching_prefixes_preemption_and_drafts_change_no_token_and_no_probabil
     options = EngineOptions(running=4, step_tokens=48, page_size=8, invariant=True)
     assert answer(model, requests, options) == alone
     assert answer(model, requests, options, PromptLookup(2, 1)) == alone
+    tight = replace(options, memory=bytes_for(model, 176), prefixes=False)  # for the longest request, not for four
+    assert answer(model, requests, tight, put_back=True) == alone
 
 
-def answer(model, requests, options, proposer=None) -> list[list[tuple]]:
+def bytes_for(model: Decoder, count: int) -> int:
+    """Memory for so many tokens, by the engine's own rate."""
+    tokens = page_options(model, 1 << 30, model.config.context_window, 1 << 30, 8).tokens
+    assert not isinstance(tokens, int)
+    return (1 << 30) * count // tokens[-1]
+
+
+def answer(model, requests, options, proposer=None, put_back=False) -> list[list[tuple]]:
     engine = Engine(model, options, proposer=proposer)
     numbers = [engine.submit(one) for one in requests]
     found = finish(engine)
+    assert (engine.metrics.preemptions > 0) == put_back
     return [[(event.token, event.logprob, event.likeliest) for event in found[number]] for number in numbers]
 
 
