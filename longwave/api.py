@@ -42,11 +42,15 @@ class GenerateOptions(TypedDict, total=False):
 def load(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Decoder:
     """Loads a model and its tokenizer (`model.tokenizer`) from a folder of any supported format, or a hub id.
 
-    dtype: of the weights, such as `"bf16"` or `torch.bfloat16`; as they were saved by default. device: `cpu`, `cuda`,
-    `cuda:1`, or `auto` for a GPU where there is one. Raises UserError for a folder that does not fit.
+    dtype: of the weights, such as `"bf16"` or `torch.bfloat16`; as they were saved by default. `"int8"`, for inference
+    only, rounds the weights of the products in blocks to int8 (`Decoder.pack`), and holds all else in bf16.
+    device: `cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one. Raises UserError for a folder that does not
+    fit.
     """
-    place, kind = device_of(device), None if dtype is None else dtype_of(dtype)
-    return checkpoints.load(path, dtype=kind, device=place, tokenizer=True)
+    packed = dtype in ("int8", torch.int8)
+    place, kind = device_of(device), None if dtype is None else dtype_of("bf16" if packed else dtype)
+    model = checkpoints.load(path, dtype=kind, device=place, tokenizer=True)
+    return model.pack() if packed else model
 
 
 def save(model: Decoder, path: str | Path, *, format: str = "longwave", layout: str | None = None) -> None:

@@ -33,7 +33,7 @@ from longwave.layers.linear import Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layout import Blocks, Bracketed, Layout, check_names
 from longwave.ops.forms import Call
-from longwave.ops.linear import LINEAR
+from longwave.ops.linear import LINEAR, LINEAR_INT8
 from longwave.origin import Origin
 from longwave.part import InitialDraws, Part, Site
 from longwave.resamplers import BRACKETS, Bracket, Clock, Resampler, Selection
@@ -184,6 +184,22 @@ class Decoder(nn.Module):
             if isinstance(module, Constant):  # which no folder holds
                 module.restore(self.embed.weight.device)
 
+    def pack(self) -> Decoder:
+        """Rounds the weights of all products in blocks to int8, for inference only; returns the model.
+
+        Gates, norms, routers, the embedding and the head stay as they are. A packed model cannot be saved or trained.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        self._placed = None
+        return self
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights are held in int8."""
+        return any(isinstance(module, Linear) and module.scale is not None for module in self.modules())
+
     def checkpoint_blocks(self, on: bool, reentrant: bool = False) -> None:
         """Trades compute for memory in training: blocks keep only their inputs and run again in the backward pass.
 
@@ -218,7 +234,7 @@ class Decoder(nn.Module):
 
         None gives the choice back. UserError for a form that no op of the model has, or that cannot run here.
         """
-        ops = {one.name: one for one in (LINEAR, *(one for part in self.parts for one in part.ops))}
+        ops = {one.name: one for one in (LINEAR, LINEAR_INT8, *(one for part in self.parts for one in part.ops))}
         ops = {name: one for name, one in ops.items() if op in (None, name)}
         asked = [name for name, one in ops.items() if form in one.forms]
         if form is not None and ops and not asked:
@@ -251,6 +267,7 @@ class Decoder(nn.Module):
         forms = sorted(
             {f"{b.letter}: {name} {form}" for b in self.blocks for part in b.parts for name, form in part.forms.items()}
         )
+        dtype += " with products of int8" if self.is_packed else ""
         return [f"{self.config.layout}  {parameters:,} parameters, {dtype} on {weight.device}; {', '.join(forms)}"]
 
     def costs(
@@ -296,12 +313,11 @@ class Decoder(nn.Module):
         device, dtype = self.embed.weight.device, self._activation_dtype()
         for part in self.parts:
             part.resolve(device, dtype, self._asked)
-        product = self._asked.get(LINEAR.name)
-        if product is not None:
-            LINEAR.resolve(Call(device, dtype), product)
         for module in self.modules():
             if isinstance(module, Linear | Head | TiedHead):
-                module.form = product
+                module.form = self._asked.get(module.op.name)
+                if module.form is not None:
+                    module.op.resolve(Call(device, dtype), module.form)
         self._placed = (device, dtype)
 
     def _draw(self, seed: int) -> None:

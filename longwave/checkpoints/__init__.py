@@ -21,7 +21,7 @@ from longwave.checkpoints.hub import CONFIGS, fetched_from, find, is_hub_id
 from longwave.checkpoints.located import refuse_adapter
 from longwave.config import ModelConfig
 from longwave.data.tokenizer import Tokenizer
-from longwave.errors import UserError, shown
+from longwave.errors import UserError, require, shown
 from longwave.files import OpenFolder
 from longwave.files.jsonfile import read_object
 from longwave.model import Decoder
@@ -123,6 +123,7 @@ def save(
     """
     if format not in FORMATS:
         raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
+    require(not model.is_packed, "dtype = int8: rounded weights are for inference; save the model as it was loaded")
     generation = completed(model.origin.generation, tokenizer)
     own = {name: model.origin.config[name] for name in IDS if name in model.origin.config}
     with files.folder(path) as staging:

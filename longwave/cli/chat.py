@@ -39,7 +39,7 @@ class ChatOptions(OnDevice, OfModel):
     top_p: float = option("draw among the likeliest of this total share", default=1.0)
     min_p: float = option("draw among tokens at least this times as likely as the likeliest", default=0.0)
     seed: int = option("of the draws, where there is a temperature", default=0)
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] | None = option("of the weights; as saved by default")
+    dtype: Literal["fp32", "bf16", "fp16", "fp64", "int8"] | None = option("of the weights; as saved by default")
 
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "seed")

@@ -31,7 +31,7 @@ class Generate(OnDevice, OfModel):
     top_p: float = option("draw among the likeliest of this total share", default=1.0)
     seed: int = option("of the draws, where there is a temperature", default=0)
     stop: tuple[str, ...] = option(r"a string that ends a text; \n is a line end, \t a tab, \\ a backslash", default=())
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] | None = option("of the weights; as saved by default")
+    dtype: Literal["fp32", "bf16", "fp16", "fp64", "int8"] | None = option("of the weights; as saved by default")
 
 
 def run(options: Generate) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Serve(OnDevice):
     timeout: float | None = option("of a request", metavar="SECONDS")
     grace: float = option("for running requests when the server ends", default=30.0, metavar="SECONDS")
     max_body: str = option("of a request", default="16M", metavar="BYTES")
-    dtype: Literal["fp32", "bf16", "fp16", "fp64"] | None = option("of the weights; as saved by default")
+    dtype: Literal["fp32", "bf16", "fp16", "fp64", "int8"] | None = option("of the weights; as saved by default")
 
 
 def run(options: Serve) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from longwave.ops.cross_entropy import cross_entropy
-from longwave.ops.linear import linear
+from longwave.ops.linear import LINEAR, linear
 
 
 class Head(nn.Linear):
@@ -21,6 +21,7 @@ class Head(nn.Linear):
     of the product, if one was asked for.
     """
 
+    op = LINEAR
     form: str | None = None
 
     def __init__(self, width: int, vocabulary: int) -> None:
@@ -40,6 +41,7 @@ class TiedHead(nn.Module):
     """A head that multiplies by the embedding's matrix and has no weights of its own; otherwise like `Head`."""
 
     bias = None  # libraries read it of any head
+    op = LINEAR
     form: str | None = None
 
     def __init__(self, embed: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from longwave.config import MOST, ModelConfig, Strict
 from longwave.errors import require
 from longwave.laws import ALL, Law, Laws
-from longwave.layers.linear import Linear
+from longwave.layers.linear import Gate
 from longwave.mixers.full import FullAttention
 from longwave.ops.attention import ATTENTION
 from longwave.ops.block_sparse import (
@@ -120,7 +120,7 @@ class InfllmAttention(FullAttention):
         )
         self.sees_all = shape.regime == "dense"
         self.rotation = self.rotation if shape.rotary else None
-        self.o_gate = Linear(config.hidden_size, self.heads * self.head_size, bias=False) if shape.output_gate else None
+        self.o_gate = Gate(config.hidden_size, self.heads * self.head_size, bias=False) if shape.output_gate else None
         if shape.regime == "auto_published":  # dense or sparse depends on a call's length, so chunking changes results
             self.laws = Laws(inference=ALL - {Law.CHUNKING})
 

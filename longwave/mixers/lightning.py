@@ -20,7 +20,7 @@ from torch import Tensor
 from longwave.config import MOST, ModelConfig, Strict
 from longwave.errors import require
 from longwave.layers.constant import Constant
-from longwave.layers.linear import Linear
+from longwave.layers.linear import Gate, Linear
 from longwave.layers.norm import RMSNorm
 from longwave.layers.rotary import Rotation
 from longwave.mixers.full import AttentionConfig
@@ -100,7 +100,7 @@ class LightningAttention(Part):
         self.q_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, config.norm_eps) if shape.qk_norm else None
         self.o_norm = RMSNorm(channels, config.norm_eps) if shape.output_norm else None
-        self.z_proj = Linear(width, channels, bias=False) if shape.output_gate else None
+        self.z_proj = Gate(width, channels, bias=False) if shape.output_gate else None
         self.rotation = Rotation(self.head_size, precise=True) if shape.rotary else None
         self.scale = _SCALES[shape.scale](self.head_size)
         forgetting = slopes(shape.slopes, self.heads, site.depth, site.layers)

@@ -20,6 +20,7 @@ from longwave.ops.forms import INVARIANT
 
 LAYOUTS = ["3F", "W F W", "F 2L", "S L F", "F subllm(0.64: F subllm(0.6: F) F)", "S subllm(0.7: L F)"]
 DTYPES = [torch.float32, torch.bfloat16]
+PACKED = torch.int8  # weights of products, all else in bf16
 needs_kernels = pytest.mark.skipif(not compiled.is_available(), reason="no C compiler here")
 
 
@@ -46,7 +47,7 @@ def small(layout: str, dtype: torch.dtype, invariant: bool) -> Decoder:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(3)
-    model = model.to(dtype)
+    model = model.to(torch.bfloat16).pack() if dtype == PACKED else model.to(dtype)
     for level in model.resamplers:
         level.force(torch.linspace(-0.3, 0.3, 64))
     if invariant:
@@ -73,7 +74,7 @@ PIECES = [[150], [1] * 150, [7, 64, 1, 1, 77], [149, 1]]
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, PACKED])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_neither_company_nor_pieces_change_a_bit(layout: str, dtype: torch.dtype):
     model = small(layout, dtype, True)

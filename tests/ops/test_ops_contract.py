@@ -24,6 +24,7 @@ from longwave.ops.attention.sdpa import attention as sdpa
 from longwave.ops.block_sparse import Compressed, block_sparse_attention
 from longwave.ops.decay_linear import decay_linear_attention
 from longwave.ops.forms import REFERENCE, Form, Op
+from longwave.ops.linear import pack
 from longwave.streams import Places, Runs
 
 HEADS, GROUPS, SIZE, SCALE = 4, 2, 32, 0.2
@@ -146,6 +147,19 @@ def _linear(bias: bool) -> Callable[[Setting], Example]:
     return make
 
 
+def _linear_int8(bias: bool) -> Callable[[Setting], Example]:
+    def make(setting: Setting) -> Example:
+        hidden, shift = setting.normal(1, setting.tokens, 64), setting.normal(3, 6)
+        packed = pack(setting.normal(2, 6, 64))
+
+        def run(form: str, hidden: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+            return (OPS["linear_int8"].forms[form].run(hidden, *packed, shift if bias else None),)
+
+        return Example((hidden, shift), run, (0, 1))  # at inference only
+
+    return make
+
+
 def _gated(act: str, has_value: bool) -> Callable[[Setting], Example]:
     def make(setting: Setting) -> Example:
         gate, value = (setting.normal(seed, setting.tokens, HEADS * 3) * 5 for seed in (1, 2))
@@ -173,6 +187,7 @@ EXAMPLES: dict[str, dict[str, Callable[[Setting], Example]]] = {
     "block_sparse": {"blocks": _block_sparse},
     "decay_linear": {"by head": _decay_linear(False), "by token": _decay_linear(True)},
     "gated": {"silu": _gated("silu", True), "sigmoid": _gated("sigmoid", True), "no value": _gated("silu", False)},
+    "linear_int8": {"bias": _linear_int8(True), "no bias": _linear_int8(False)},
     "linear": {"bias": _linear(True), "no bias": _linear(False)},
     "cross_entropy": {"some count": _cross_entropy},
 }

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from longwave.ops.forms import INVARIANT, Call, Form, Op, on_cpu
 from longwave.ops.linear import few_rows
+from longwave.ops.linear.int8 import LINEAR_INT8, linear_int8, pack
+
+__all__ = ["LINEAR", "LINEAR_INT8", "linear", "linear_int8", "pack"]
 
 Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 

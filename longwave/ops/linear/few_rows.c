@@ -1,5 +1,6 @@
 /* y = x W^T + b for few rows: every row of W is read once, from memory, for all rows of x.
  *
+ * W is of the type of x, or int8 with a scale for each output; then x comes in fp32.
  * The order in which an entry of y is summed does not depend on the number of rows, so a row gives the same result
  * alone and among others.
  * Legend: T rows, D inputs (a multiple of CHUNK), E outputs (an even number).
@@ -9,7 +10,19 @@
 
 #define OUTPUTS 2  /* rows of W that share what is loaded of x */
 #define TOGETHER 8 /* rows of x that share a load of W */
+#define HALF 4     /* rows of x that share numbers of W that were widened */
 #define AHEAD 4096 /* bytes by which W is prefetched ahead of its use */
+
+typedef int8_t vec_i8 __attribute__((vector_size(16)));
+
+INLINE vec load_i8(const char *from) {
+#ifdef __AVX512F__ /* for which GCC makes a loop over the lanes of the general form */
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#endif
+    vec_i8 bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, vec);
+}
 
 /* sums[r][o] = the product of row r of x with row output + o of W, for `rows` rows of x. */
 INLINE void block(array x, array weight, int rows, int64_t output, int64_t inputs, float sums[TOGETHER][OUTPUTS]) {
@@ -27,6 +40,43 @@ INLINE void block(array x, array weight, int rows, int64_t output, int64_t input
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < OUTPUTS; o++)
             sums[r][o] = sum(parts[r][o]);
+}
+
+/* The same of W in int8 and x in fp32, for at most HALF rows. The two halves of a chunk have sums of their own, so that
+ * one addition need not wait for another, and numbers of W are widened once for all rows. */
+INLINE void block_int8(array x, array weight, int rows, int64_t output, int64_t inputs,
+                       float sums[TOGETHER][OUTPUTS]) {
+    vec parts[2][HALF][OUTPUTS];
+    for (int h = 0; h < 2; h++)
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; o < OUTPUTS; o++)
+                parts[h][r][o] = splat(0);
+    for (int64_t d = 0; d < inputs; d += CHUNK)
+        for (int h = 0; h < 2; h++) {
+            vec wide[OUTPUTS];
+            for (int o = 0; o < OUTPUTS; o++) {
+                const char *entries = weight.data + (output + o) * inputs + d + h * LANES;
+                __builtin_prefetch(entries + AHEAD);
+                wide[o] = load_i8(entries);
+            }
+            for (int r = 0; r < rows; r++)
+                for (int o = 0; o < OUTPUTS; o++)
+                    parts[h][r][o] += wide[o] * load(x, r * inputs + d + h * LANES);
+        }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < OUTPUTS; o++)
+            sums[r][o] = sum(parts[0][r][o] + parts[1][r][o]);
+}
+
+/* block_int8, with the number of rows as a constant. */
+INLINE void block_int8_of(array x, array weight, int64_t rows, int64_t output, int64_t inputs,
+                          float sums[TOGETHER][OUTPUTS]) {
+    switch (rows) {
+    case 1: block_int8(x, weight, 1, output, inputs, sums); break;
+    case 2: block_int8(x, weight, 2, output, inputs, sums); break;
+    case 3: block_int8(x, weight, 3, output, inputs, sums); break;
+    default: block_int8(x, weight, HALF, output, inputs, sums);
+    }
 }
 
 /* block, with the number of rows as a constant, so that sums stay in registers. */
@@ -61,5 +111,21 @@ void longwave_linear(const void *x, const void *weight, const void *bias, void *
                     float shift = bias ? number((array){bias, is_bf16}, output + o) : 0.0f;
                     put(y, is_bf16, (row + r) * outputs + output + o, sums[r][o] + shift);
                 }
+        }
+}
+
+/* x (T, D), scale (E) and bias (E) or null of fp32, weight (E, D) of int8, and y (T, E) of bf16 or fp32. */
+void longwave_linear_int8(const void *x, const void *weight, const float *scale, const float *bias, void *y,
+                          int is_bf16, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * inputs * outputs >= WORTH_THREADS)
+    for (int64_t output = 0; output < outputs; output += OUTPUTS)
+        for (int64_t row = 0; row < rows; row += HALF) {
+            int64_t count = rows - row < HALF ? rows - row : HALF;
+            float sums[TOGETHER][OUTPUTS];
+            block_int8_of(from((array){x, 0}, row * inputs), (array){weight, 0}, count, output, inputs, sums);
+            for (int64_t r = 0; r < count; r++)
+                for (int o = 0; o < OUTPUTS; o++)
+                    put(y, is_bf16, (row + r) * outputs + output + o,
+                        sums[r][o] * scale[output + o] + (bias ? bias[output + o] : 0.0f));
         }
 }
