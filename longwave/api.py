@@ -56,7 +56,8 @@ def load(path: str | Path, *, dtype: str | torch.dtype | None = None, device: st
 def save(model: Decoder, path: str | Path, *, format: str = "longwave", layout: str | None = None) -> None:
     """Saves a model with its tokenizer; the folder appears whole or not at all.
 
-    format: "longwave", or the foreign format to write, such as "llama" for an ordinary `transformers` folder.
+    format: "longwave", or the foreign format to write, such as "llama" for an ordinary `transformers` folder; or "gguf"
+    and, with matrices of eight bits, "gguf-q8_0", for one file for llama.cpp, whose name ends in .gguf.
     layout: the former name of `format`, which still works and warns.
     """
     if layout is not None:

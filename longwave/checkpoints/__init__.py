@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from longwave import files
-from longwave.checkpoints import huggingface, native, subllm
+from longwave.checkpoints import gguf, huggingface, native, subllm
 from longwave.checkpoints.card import source_in, training_facts, write_card
 from longwave.checkpoints.families import FAMILIES, Family
 from longwave.checkpoints.foreign import respelled
@@ -119,11 +119,14 @@ def save(
 
     format: "longwave"; "subllm" for the published format of a SUBLLM; or a family such as "llama" or "qwen3", for an
     ordinary `transformers` folder. A model that was loaded from that format keeps the spelling and the unknown keys of
-    its `config.json`. UserError for a model that the format cannot hold.
+    its `config.json`. "gguf" and "gguf-q8_0" write one file for llama.cpp, whose name ends in .gguf. UserError for a
+    model that the format cannot hold.
     """
-    if format not in FORMATS:
-        raise UserError(f"format = {format!r}; use one of {', '.join(FORMATS)}")
+    if format not in (*FORMATS, *gguf.KINDS):
+        raise UserError(f"format = {format!r}; use one of {', '.join((*FORMATS, *gguf.KINDS))}")
     require(not model.is_packed, "dtype = int8: rounded weights are for inference; save the model as it was loaded")
+    if format in gguf.KINDS:
+        return gguf.save(model, path, tokenizer, format)
     generation = completed(model.origin.generation, tokenizer)
     own = {name: model.origin.config[name] for name in IDS if name in model.origin.config}
     with files.folder(path) as staging:

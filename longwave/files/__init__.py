@@ -22,7 +22,7 @@ from longwave.files.names import CARD, MANIFEST
 from longwave.files.opened import OpenFolder, read_whole
 from longwave.files.paths import resolved
 from longwave.files.verification import refuse_damaged, refuse_other, verify
-from longwave.files.writing import add_to, folder, write_file
+from longwave.files.writing import add_to, file, folder, write_file
 
 __all__ = [
     "CARD",
@@ -33,6 +33,7 @@ __all__ = [
     "checksums",
     "delete",
     "faults",
+    "file",
     "folder",
     "folder_names",
     "locked",

@@ -50,7 +50,14 @@ def add_to(path: str | os.PathLike[str], replaced: str | None = None) -> Iterato
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write one file, which appears whole and safe on the disk or not at all; an older one of that name is replaced.
+    """Write one file as `file` does."""
+    with file(path) as staging:
+        storage.disk.write(staging, data)
+
+
+@contextmanager
+def file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file to write, which appears whole and safe on the disk or not at all; an older one is replaced.
 
     Raises UserError if `path` is a folder, a device or a pipe, MachineError if the machine fails.
     """
@@ -62,7 +69,7 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
                 raise UserError(f"cannot save to {target}: it is a folder, not a file; give another path")
             if target.exists() and not target.is_file():  # a rename would put a file in place of /dev/null
                 raise UserError(f"cannot save to {target}: it is a device or a pipe; give the name of a file")
-            storage.disk.write(staging.path, data)
+            yield staging.path
             storage.disk.sync(staging.path)
             storage.disk.rename(staging.path, target)
         with faults(f"saving {target}", "the new file is in place, but the disk has not confirmed it"):
