@@ -80,8 +80,8 @@ class EngineMetrics:
     waiting, running: requests. steps: forwards. prompt_tokens: of all requests that were admitted; cached_tokens: those
     of them that were not run, because their state was there. run_tokens: tokens that the model ran. new_tokens: chosen.
     preemptions: how often a request was put back. drafted_tokens, accepted_tokens: by speculation. state_bytes: of what
-    the running sequences remember. prefixes: kept token boundaries; prefix_bytes: of the copies that they hold. pages,
-    free_pages: of the outermost level.
+    the running sequences remember. prefixes: kept token boundaries; prefix_bytes: of the copies that they hold, and of
+    the tree that they are found by. pages, free_pages: of the outermost level.
     """
 
     waiting: int
@@ -304,7 +304,7 @@ class Engine:
         self._counts["new_tokens"] += 1
         if ended is not None:
             self._end(one)
-        return Event(one.number, choice.token, ended, choice.logprob, choice.likeliest)
+        return Event(one.number, choice.token, ended, choice.logprob, choice.likeliest, cached=one.cached)
 
     def _end_of(self, one: Running, token: int, chosen: int) -> Ended | None:
         """Why a sequence ends with a token, the last of so many that were just chosen; None if it does not."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from longwave.states import Branch
 
 _LEAST_APART = 256  # tokens between two kept boundaries of one prompt
+_NODE = 1024  # bytes that a node of the tree and its branch take beside tokens and copies: Python's objects
 
 
 @dataclass(eq=False)
@@ -32,12 +33,17 @@ class _Node:
     branch: Branch | None = None
     children: dict[int, _Node] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the node itself."""
+        return _NODE + self.tokens.nbytes
+
     def split(self, length: int) -> _Node:
         """Cuts the stretch after so many tokens; the new node in front of the rest."""
         assert self.parent is not None
-        front = _Node(self.tokens[:length], self.parent)
+        front = _Node(self.tokens[:length].copy(), self.parent)
         self.parent.children[int(self.tokens[0])] = front
-        self.tokens, self.parent = self.tokens[length:], front
+        self.tokens, self.parent = self.tokens[length:].copy(), front
         front.children[int(self.tokens[0])] = self
         return front
 
@@ -53,7 +59,7 @@ class Found(NamedTuple):
 class PrefixCache:
     """The kept boundaries of a state, the least recently used of which go first.
 
-    forgets: whether a boundary can be continued only where it was kept. limit: bytes of copies that are kept. window:
+    forgets: whether a boundary can be continued only where it was kept. limit: bytes of copies and of the tree. window:
     the longest sequence, by which boundaries are spaced so that one sequence takes a quarter of the limit at most.
     """
 
@@ -68,7 +74,7 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of copies."""
+        """Bytes of copies and of the tree."""
         return self._bytes
 
     def find(self, tokens: Sequence[int]) -> Found:
@@ -96,8 +102,10 @@ class PrefixCache:
             at += matched
             if matched < len(node.tokens):
                 node = node.split(matched)
+                self._bytes += _NODE
         if at < len(kept):
-            node.children[int(kept[at])] = node = _Node(kept[at:], node)
+            node.children[int(kept[at])] = node = _Node(kept[at:].copy(), node)  # a view would hold the whole prompt
+            self._bytes += node.nbytes
         if node is self._root or node.branch is not None or (node.children and not self._forgets):
             branch.drop()  # it is there, or a later one serves for it
         else:
@@ -172,4 +180,5 @@ class PrefixCache:
         node.branch = None
         while node.branch is None and not node.children and node.parent is not None:
             del node.parent.children[int(node.tokens[0])]
+            self._bytes -= node.nbytes
             node = node.parent

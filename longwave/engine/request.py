@@ -96,7 +96,7 @@ class Event(NamedTuple):
 
     request: the number that `submit` returned. token: None where only an end is told. logprob: natural, of the token
     among all that the penalties, the bias and the grammar leave, at temperature 1. likeliest: tokens and their
-    log-probabilities. error: of `failed`.
+    log-probabilities. error: of `failed`. cached: tokens of the prompt that did not run, as their state was there.
     """
 
     request: int
@@ -105,6 +105,7 @@ class Event(NamedTuple):
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
     error: str | None = None
+    cached: int = 0
 
 
 def ids_of(prompt: Any, name: str) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ ROUTES = (
 def application(models: Mapping[str, Served], metrics: Metrics, limits: Limits, access: Access) -> Gate:
     """The ASGI application that serves models by their names; their engines run as long as it does."""
     context = Context(models, limits, metrics)
-    pages = {"/": HTMLResponse(page(), headers=headers()), "/openapi.json": JSONResponse(openapi())}
+    pages = {"/": HTMLResponse(page(), headers=headers()), "/openapi.json": JSONResponse(openapi([*models]))}
     routes = [Route(path, endpoint, methods=[method]) for path, endpoint, method in ROUTES]
     routes += [Route(path, _always(response), methods=["GET"]) for path, response in pages.items()]
     kinds = (ApiError, UserError, MachineError)

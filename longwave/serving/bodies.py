@@ -33,8 +33,14 @@ def _refused(value: object) -> None:
         raise ValueError("not supported here; leave it out")
 
 
+def _whole(value: object) -> object:
+    """A number such as 2.0 is whole in JSON, which knows one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 Unsupported = Annotated[None, BeforeValidator(_refused)]
-Count = Annotated[int, Field(ge=1, le=1 << 31)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)]
 Label = Annotated[str, Field(max_length=1024)]
@@ -58,9 +64,9 @@ class Sampled(Body):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, le=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
@@ -71,7 +77,7 @@ class Sampled(Body):
         ]
         | None
     ) = None
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, le=1 << 31)] | None = None
     ignore_eos: bool | None = None
     guided_json: Schema | None = None
     guided_regex: Annotated[str, Field(min_length=1)] | None = None
@@ -87,7 +93,7 @@ class Sampled(Body):
 class Choices(Sampled):
     """What the bodies of `/v1/chat/completions` and `/v1/completions` share."""
 
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -107,7 +113,7 @@ class CompletionBody(Choices):
     prompt: Prompt
     max_tokens: Count | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Count | None = None
     suffix: Unsupported = None
 
@@ -240,7 +246,7 @@ class ChatBody(Choices):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: Format | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

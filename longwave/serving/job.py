@@ -58,7 +58,8 @@ class Piece(NamedTuple):
 class Job:
     """The continuation of prompts by a model.
 
-    arrived: when the request came, by `time.perf_counter`. new_tokens: of all choices so far.
+    arrived: when the request came, by `time.perf_counter`. new_tokens: of all choices so far. cached: tokens of the
+    prompts that did not run for the first text of each.
     """
 
     served: Served
@@ -66,6 +67,7 @@ class Job:
     wish: Wish
     arrived: float
     new_tokens: int = 0
+    cached: int = 0
     _seen: dict[int, float] = field(default_factory=dict[int, float])  # when each choice's last token came
 
     async def begin(self) -> None:
@@ -89,18 +91,19 @@ class Job:
         for one in requests:
             served.engine.check(one)
         writers = [Writer(self._decoder(one), self.wish.stops, served.tokenizer.special_tokens) for one in requests]
-        self._writers = writers
+        self._writers, self._requests = writers, requests
         self._batch: Batch = await served.runner.submit(requests)
 
     def _decoder(self, request: Request) -> StreamDecoder:
         return StreamDecoder(self.served.tokenizer, after=request.prompt[-64:])
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """Tokens in and out."""
         read = sum(map(len, self.prompts))
         counted = {"prompt_tokens": read, "completion_tokens": self.new_tokens}
-        return {**counted, "total_tokens": read + self.new_tokens}
+        details = {"prompt_tokens_details": {"cached_tokens": self.cached}}
+        return {**counted, "total_tokens": read + self.new_tokens, **details}
 
     def prompt_ids(self, body: Choices) -> dict[str, Any]:
         """The ids of the prompts, where they are asked for; of one prompt, its own."""
@@ -147,32 +150,36 @@ class Job:
             if event.token is not None:
                 text += writer.push(event.token)
                 taken.append(event)
-                self._count(index)
+                self._count(index, event)
             if writer.stopped:
                 self.served.runner.stop(self._batch, index)
                 return Piece(index, text, tuple(taken), "stop")
             if event.ended is not None:
-                ended = _reason(event)
+                ended = self._reason(index, event)
                 text += writer.finish()
         return Piece(index, text, tuple(taken), ended)
 
-    def _count(self, index: int) -> None:
-        """Takes the time of a token."""
+    def _count(self, index: int, event: Event) -> None:
+        """Takes the time of a token, and with the first one how much of its prompt was there."""
         self.new_tokens += 1
         now, metrics = time.perf_counter(), self.served.metrics
         last = self._seen.get(index)
+        if last is None and index % self.wish.copies == 0:
+            self.cached += event.cached
         (metrics.first_token if last is None else metrics.next_token).observe(now - (last or self.arrived))
         self._seen[index] = now
 
-
-def _reason(event: Event) -> Reason:
-    if event.ended in _REASONS:
-        return _REASONS[event.ended]
-    if event.ended == "timeout":
-        raise ApiError(504, "the request took longer than this server allows", code="timeout")
-    if event.ended == "cancelled":
-        raise ApiError(503, "the server is ending", code="shutting_down")
-    raise ApiError(500, event.error or "the engine failed on this request", code="internal_error")
+    def _reason(self, index: int, event: Event) -> Reason:
+        if event.ended in _REASONS:
+            return _REASONS[event.ended]
+        if event.ended == "timeout":
+            raise ApiError(504, "the request took longer than this server allows", code="timeout")
+        if event.ended == "cancelled":
+            raise ApiError(503, "the server is ending", code="shutting_down")
+        grammar = self._requests[index].constraint
+        if isinstance(grammar, Grammar) and grammar.fault is not None:
+            raise ApiError(400, f"the output cannot be held to this: {grammar.fault}", code="invalid_value")
+        raise ApiError(500, event.error or "the engine failed on this request", code="internal_error")
 
 
 class Text(NamedTuple):

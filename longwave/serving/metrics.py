@@ -18,7 +18,7 @@ _GAUGES = {
     "running": ("requests_running", "Requests that advance together: the batch."),
     "state_bytes": ("state_bytes", "Bytes that hold the states of requests."),
     "prefixes": ("prefixes", "Beginnings of requests that are kept for reuse."),
-    "prefix_bytes": ("prefix_bytes", "Bytes of the copies that kept prefixes hold."),
+    "prefix_bytes": ("prefix_bytes", "Bytes of copies and tokens by which prefixes are kept."),
     "pages": ("pages", "Pages of memory."),
     "free_pages": ("free_pages", "Pages of memory that nobody uses."),
 }

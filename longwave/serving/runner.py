@@ -134,8 +134,7 @@ class Runner:
         try:
             while self._obey():
                 events = self._engine.step()
-                if self._observer is not None:
-                    self._observer(self._engine, events)
+                self._observe(events)
                 if events:
                     self._tell(self._deliver, events)
         except Exception as error:  # the engine is in an unknown state: nothing can go on
@@ -148,12 +147,19 @@ class Runner:
         """Carries out all orders, waiting for one while the engine is idle; False once it is to end."""
         while True:
             try:
-                order = self._orders.get(block=self._engine.idle)
+                order = self._orders.get_nowait()
             except queue.Empty:
-                return True
+                if not self._engine.idle:
+                    return True
+                self._observe([])  # requests may have ended without a step
+                order = self._orders.get()
             if order is None:
                 return False
             order()
+
+    def _observe(self, events: Sequence[Event]) -> None:
+        if self._observer is not None:
+            self._observer(self._engine, events)
 
     def _tell(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Has the event loop call a function, unless the loop has ended."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
+import numpy as np
 import pytest
 import runs
 from engines import WARM, alone, finish, prompt_of, request_of, tiny, tokens
 
 from longwave.engine import Engine, EngineOptions, Request
 from longwave.engine.memory import page_options
-from longwave.engine.prefix import PrefixCache
+from longwave.engine.prefix import PrefixCache, _Node
 from longwave.model import Decoder
 from longwave.states import Branch
 
@@ -66,14 +68,24 @@ def test_the_tree_finds_what_a_search_through_everything_finds(forgets: bool, se
             before = len(cache)
             assert cache.drop_oldest() == (before > 0)
     alive = [branch for _, branch in kept if not branch.dropped]
-    assert (len(cache), cache.nbytes) == (len(alive), 10 * len(alive))
+    nodes = list(below(cache._root))
+    assert len(cache) == len(alive)
+    assert cache.nbytes == 10 * len(alive) + sum(node.nbytes for node in nodes)
+    assert all(node.tokens.base is None for node in nodes)  # none holds on to a longer prompt
     cache.clear()
     assert all(branch.dropped for _, branch in kept)
-    assert not cache._root.children
+    assert (cache.nbytes, cache._root.children) == (0, {})
+
+
+def below(node: _Node) -> Iterator[_Node]:
+    for child in node.children.values():
+        yield child
+        yield from below(child)
 
 
 def test_the_least_recently_used_goes_first():
-    cache, kept = PrefixCache(True, 25, 1000), [Kept(2), Kept(2), Kept(2)]
+    each = 10 + _Node(np.zeros(2, np.int64)).nbytes
+    cache, kept = PrefixCache(True, 2 * each + 5, 1000), [Kept(2), Kept(2), Kept(2)]
     cache.add([1, 1], kept[0])
     cache.add([2, 2], kept[1])
     assert cache.find([1, 1, 1]).branch is kept[0]

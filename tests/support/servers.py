@@ -1,13 +1,18 @@
-"""A server in this process, on a thread of its own, and the models that it serves."""
+"""A server in this process, on a thread of its own, or in a process of its own, and the models that it serves."""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import chats
@@ -63,12 +68,54 @@ def running(models: Sequence[Path], **options: Any) -> Iterator[Running]:
         assert not thread.is_alive(), "the server did not end"
 
 
-def client(server: Running, **options: Any) -> httpx.Client:
+@dataclass(frozen=True)
+class Apart:
+    """A server in a process of its own, as a user starts it."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the process that are in memory."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@contextmanager
+def running_apart(models: Sequence[Path], *words: object) -> Iterator[Apart]:
+    """`longwave serve` of these folders, which has to end in order with the block."""
+    command = [sys.executable, "-m", "longwave", "serve", *map(str, models), "--port", "0", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found is not None, "the server did not begin"
+            yield Apart(found[0], process)
+            process.terminate()
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
+class Address(Protocol):
+    """A server, wherever it runs."""
+
+    @property
+    def url(self) -> str: ...
+
+
+def figures(web: httpx.Client) -> list[dict[str, int]]:
+    """What the engines of a server count, in the order of its models."""
+    return list(web.get("/status").json()["models"].values())
+
+
+def client(server: Address, **options: Any) -> httpx.Client:
     """A plain HTTP client of a server."""
     return httpx.Client(base_url=server.url, timeout=60, trust_env=False, **options)
 
 
-def connected(server: Running) -> socket.socket:
+def connected(server: Address) -> socket.socket:
     """A bare connection to a server."""
     place = urlsplit(server.url)
     return socket.create_connection((str(place.hostname), place.port or 80), timeout=30)
