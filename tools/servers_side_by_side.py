@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, server in servers.items():
             rounds[name].append(measured(server, sizes))
+            print(name, rounds[name][-1], file=sys.stderr, flush=True)
     for name, found in rounds.items():
         figures = {key: round(median(one[key] for one in found), 2) for key in found[0]}
         print(json.dumps({"server": name, **figures, "rounds": found}), flush=True)

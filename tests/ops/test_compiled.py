@@ -155,7 +155,7 @@ def test_training_other_types_and_odd_shapes_go_to_torch():
 @dtypes
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", range(1, 9))
-@pytest.mark.parametrize(("inputs", "outputs"), [(32, 2), (64, 6), (768, 34), (2080, 10)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 4), (64, 8), (768, 36), (2080, 12)])
 def test_few_rows_have_parity_with_reference_and_do_not_know_each_other(dtype, bias, rows, inputs, outputs):
     hidden, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, seed=1, dtype=dtype)
     shift = random(outputs, seed=2, dtype=dtype) if bias else None
@@ -166,6 +166,17 @@ def test_few_rows_have_parity_with_reference_and_do_not_know_each_other(dtype, b
     assert torch.equal(found, alone)
     right = linear_op.reference(hidden.double(), weight.double(), None if shift is None else shift.double())
     assert error(found, right) < ERROR[dtype]
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [9, 13, 24, 32])
+def test_as_many_rows_as_texts_run_together_do_not_know_each_other_in_bf16(rows):
+    hidden, weight = random(rows, 96, dtype=torch.bfloat16), random(20, 96, seed=1, dtype=torch.bfloat16)
+    with torch.no_grad(), Calls() as calls:
+        found = linear(hidden, weight)
+    assert calls.names == ["linear_few_rows"]
+    assert torch.equal(found, torch.cat([few_rows.linear(row, weight, None) for row in hidden.split(1)]))
+    assert error(found, hidden.double() @ weight.double().T) < ERROR[torch.bfloat16]
 
 
 @needs_kernels

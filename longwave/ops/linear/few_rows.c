@@ -3,14 +3,13 @@
  * W is of the type of x, or int8 with a scale for each output; then x comes in fp32.
  * The order in which an entry of y is summed does not depend on the number of rows, so a row gives the same result
  * alone and among others.
- * Legend: T rows, D inputs (a multiple of CHUNK), E outputs (an even number).
+ * Legend: T rows, D inputs (a multiple of CHUNK), E outputs (a multiple of OUTPUTS).
  */
 
 #include "../compiled/vectors.h"
 
-#define OUTPUTS 2  /* rows of W that share what is loaded of x */
-#define TOGETHER 8 /* rows of x that share a load of W */
-#define HALF 4     /* rows of x that share numbers of W that were widened */
+#define OUTPUTS 4  /* rows of W that share what is loaded of x */
+#define TOGETHER 6 /* rows of x that share a load of W */
 #define AHEAD 4096 /* bytes by which W is prefetched ahead of its use */
 
 typedef int8_t vec_i8 __attribute__((vector_size(16)));
@@ -24,73 +23,53 @@ INLINE vec load_i8(const char *from) {
     return __builtin_convertvector(bytes, vec);
 }
 
+/* Adds the products of a chunk of W in int8, whose numbers are widened once for all rows, and x in fp32. */
+INLINE void add_widened(vec parts[TOGETHER][OUTPUTS], array x, array weight, int rows, int64_t output, int64_t inputs,
+                        int64_t d) {
+    for (int64_t at = d; at < d + CHUNK; at += LANES) {
+        vec wide[OUTPUTS];
+        for (int o = 0; o < OUTPUTS; o++)
+            wide[o] = load_i8(weight.data + (output + o) * inputs + at);
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; o < OUTPUTS; o++)
+                parts[r][o] += wide[o] * load(x, r * inputs + at);
+    }
+}
+
 /* sums[r][o] = the product of row r of x with row output + o of W, for `rows` rows of x. */
-INLINE void block(array x, array weight, int rows, int64_t output, int64_t inputs, float sums[TOGETHER][OUTPUTS]) {
+INLINE void block(array x, array weight, int is_int8, int rows, int64_t output, int64_t inputs,
+                  float sums[TOGETHER][OUTPUTS]) {
     vec parts[TOGETHER][OUTPUTS];
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < OUTPUTS; o++)
             parts[r][o] = splat(0);
     for (int64_t d = 0; d < inputs; d += CHUNK) {
-        for (int o = 0; o < OUTPUTS; o++)
-            prefetch(weight, (output + o) * inputs + d, AHEAD);
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < OUTPUTS; o++)
-                parts[r][o] = add_products(parts[r][o], weight, (output + o) * inputs + d, x, r * inputs + d);
+        for (int o = 0; o < OUTPUTS; o++) {
+            int64_t at = (output + o) * inputs + d;
+            __builtin_prefetch(weight.data + at * (is_int8 ? 1 : weight.is_bf16 ? 2 : 4) + AHEAD);
+        }
+        if (is_int8)
+            add_widened(parts, x, weight, rows, output, inputs, d);
+        else
+            for (int r = 0; r < rows; r++)
+                for (int o = 0; o < OUTPUTS; o++)
+                    parts[r][o] = add_products(parts[r][o], weight, (output + o) * inputs + d, x, r * inputs + d);
     }
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < OUTPUTS; o++)
             sums[r][o] = sum(parts[r][o]);
 }
 
-/* The same of W in int8 and x in fp32, for at most HALF rows. The two halves of a chunk have sums of their own, so that
- * one addition need not wait for another, and numbers of W are widened once for all rows. */
-INLINE void block_int8(array x, array weight, int rows, int64_t output, int64_t inputs,
-                       float sums[TOGETHER][OUTPUTS]) {
-    vec parts[2][HALF][OUTPUTS];
-    for (int h = 0; h < 2; h++)
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < OUTPUTS; o++)
-                parts[h][r][o] = splat(0);
-    for (int64_t d = 0; d < inputs; d += CHUNK)
-        for (int h = 0; h < 2; h++) {
-            vec wide[OUTPUTS];
-            for (int o = 0; o < OUTPUTS; o++) {
-                const char *entries = weight.data + (output + o) * inputs + d + h * LANES;
-                __builtin_prefetch(entries + AHEAD);
-                wide[o] = load_i8(entries);
-            }
-            for (int r = 0; r < rows; r++)
-                for (int o = 0; o < OUTPUTS; o++)
-                    parts[h][r][o] += wide[o] * load(x, r * inputs + d + h * LANES);
-        }
-    for (int r = 0; r < rows; r++)
-        for (int o = 0; o < OUTPUTS; o++)
-            sums[r][o] = sum(parts[0][r][o] + parts[1][r][o]);
-}
-
-/* block_int8, with the number of rows as a constant. */
-INLINE void block_int8_of(array x, array weight, int64_t rows, int64_t output, int64_t inputs,
-                          float sums[TOGETHER][OUTPUTS]) {
-    switch (rows) {
-    case 1: block_int8(x, weight, 1, output, inputs, sums); break;
-    case 2: block_int8(x, weight, 2, output, inputs, sums); break;
-    case 3: block_int8(x, weight, 3, output, inputs, sums); break;
-    default: block_int8(x, weight, HALF, output, inputs, sums);
-    }
-}
-
 /* block, with the number of rows as a constant, so that sums stay in registers. */
-INLINE void block_of(array x, array weight, int64_t rows, int64_t output, int64_t inputs,
+INLINE void block_of(array x, array weight, int is_int8, int64_t rows, int64_t output, int64_t inputs,
                      float sums[TOGETHER][OUTPUTS]) {
     switch (rows) {
-    case 1: block(x, weight, 1, output, inputs, sums); break;
-    case 2: block(x, weight, 2, output, inputs, sums); break;
-    case 3: block(x, weight, 3, output, inputs, sums); break;
-    case 4: block(x, weight, 4, output, inputs, sums); break;
-    case 5: block(x, weight, 5, output, inputs, sums); break;
-    case 6: block(x, weight, 6, output, inputs, sums); break;
-    case 7: block(x, weight, 7, output, inputs, sums); break;
-    default: block(x, weight, TOGETHER, output, inputs, sums);
+    case 1: block(x, weight, is_int8, 1, output, inputs, sums); break;
+    case 2: block(x, weight, is_int8, 2, output, inputs, sums); break;
+    case 3: block(x, weight, is_int8, 3, output, inputs, sums); break;
+    case 4: block(x, weight, is_int8, 4, output, inputs, sums); break;
+    case 5: block(x, weight, is_int8, 5, output, inputs, sums); break;
+    default: block(x, weight, is_int8, TOGETHER, output, inputs, sums);
     }
 }
 
@@ -103,9 +82,9 @@ void longwave_linear(const void *x, const void *weight, const void *bias, void *
             int64_t count = rows - row < TOGETHER ? rows - row : TOGETHER;
             float sums[TOGETHER][OUTPUTS];
             if (is_bf16)
-                block_of(from((array){x, 1}, row * inputs), (array){weight, 1}, count, output, inputs, sums);
+                block_of(from((array){x, 1}, row * inputs), (array){weight, 1}, 0, count, output, inputs, sums);
             else
-                block_of(from((array){x, 0}, row * inputs), (array){weight, 0}, count, output, inputs, sums);
+                block_of(from((array){x, 0}, row * inputs), (array){weight, 0}, 0, count, output, inputs, sums);
             for (int64_t r = 0; r < count; r++)
                 for (int o = 0; o < OUTPUTS; o++) {
                     float shift = bias ? number((array){bias, is_bf16}, output + o) : 0.0f;
@@ -119,10 +98,10 @@ void longwave_linear_int8(const void *x, const void *weight, const float *scale,
                           int is_bf16, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * inputs * outputs >= WORTH_THREADS)
     for (int64_t output = 0; output < outputs; output += OUTPUTS)
-        for (int64_t row = 0; row < rows; row += HALF) {
-            int64_t count = rows - row < HALF ? rows - row : HALF;
+        for (int64_t row = 0; row < rows; row += TOGETHER) {
+            int64_t count = rows - row < TOGETHER ? rows - row : TOGETHER;
             float sums[TOGETHER][OUTPUTS];
-            block_int8_of(from((array){x, 0}, row * inputs), (array){weight, 0}, count, output, inputs, sums);
+            block_of(from((array){x, 0}, row * inputs), (array){weight, 0}, 1, count, output, inputs, sums);
             for (int64_t r = 0; r < count; r++)
                 for (int o = 0; o < OUTPUTS; o++)
                     put(y, is_bf16, (row + r) * outputs + output + o,

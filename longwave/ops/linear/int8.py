@@ -25,7 +25,7 @@ Run: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]"
 
 _MOST = 8  # rows; for more it is faster to widen the weights once, and to multiply with torch
 _TORCH = 8  # rows up to which torch's own kernel is faster than that
-_INPUTS, _OUTPUTS = 32, 2  # whole multiples of which the kernel takes
+_INPUTS, _OUTPUTS = 32, 4  # whole multiples of which the kernel takes
 
 
 class Packed(NamedTuple):
