@@ -156,16 +156,16 @@ class _Answer:
         yield DONE
 
     def _pieces(self, index: int, text: str, events: Sequence[Event], ended: Reason | None) -> list[dict[str, Any]]:
-        """A piece as it is sent: its text, the calls at the end, and the reason why it ends."""
+        """A piece as it is sent: its text, the calls that are whole with it, and the reason why it ends."""
         reader = self._readers[index]
+        told = len(reader.calls)
         if self._calling:
             text = reader.push(text) + (reader.finish() if ended else "")
         logprobs = self._logprobs(events)
         ids = ids_of(events, self._body.return_token_ids)
         pieces = [self._delta(index, {"content": text}, logprobs) | ids] if text or logprobs or ids else []
-        if ended and reader.calls:
-            calls = [call.content(place) for place, call in enumerate(reader.calls)]
-            pieces.append(self._delta(index, {"tool_calls": calls}))
+        calls = [call.content(told + place) for place, call in enumerate(reader.calls[told:])]
+        pieces += [self._delta(index, {"tool_calls": calls})] if calls else []
         if ended:
             pieces.append(self._delta(index, {}, None, "tool_calls" if reader.calls else ended))
         return pieces

@@ -1,7 +1,7 @@
 """Tools: what a chat template is told of them, and the calls in what a model writes.
 
 Models write calls in the form that their chat template shows them in. Two forms are read: `<tool_call>` around a JSON
-object (Qwen, Hermes), and an answer that is JSON as a whole (Llama 3, Mistral).
+object (Qwen, Hermes), and an answer that is JSON as a whole (Llama 3, Mistral). A call that is forced is one call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from longwave.data.tokenizer import Tokenizer
 from longwave.serving.bodies import ChatBody, Function, NamedTool, Tool
 from longwave.serving.errors import ApiError
 
-_OPENING, _CLOSING = "<tool_call>", "</tool_call>"
+_OPENING, _CLOSING, _LISTING = "<tool_call>", "</tool_call>", "[TOOL_CALLS]"
 _ARGUMENTS = ("arguments", "parameters")
 
 
@@ -73,7 +73,7 @@ class Form:
         template = tokenizer.chat_template or ""
         if _OPENING in template:
             return cls(tagged=True)
-        if "[TOOL_CALLS]" in template:
+        if _LISTING in template:
             return cls(tagged=False, listed=True)
         return cls(tagged=False, arguments="parameters" if '"parameters"' in template else "arguments")
 
@@ -89,71 +89,95 @@ class Form:
 class CallReader:
     """Tells the calls in an answer from its text, as it comes.
 
-    calls: those that are whole, once `finish` was called.
+    most: calls that count; later ones are left out. calls: those that are whole so far; after `finish`, all.
     """
 
     def __init__(self, form: Form, most: int | None = None) -> None:
-        self._form, self._most, self._held, self._told = form, most, "", False
+        self._form, self._most, self._held = form, most, ""
+        self._is_text = False  # whether an answer that could have been JSON as a whole is none
+        self._after_call = False  # whether blanks belong to a call that has just ended
         self.calls: list[Call] = []
 
     def push(self, text: str) -> str:
         """The part of the text so far that is no call, and was not returned before."""
         self._held += text
-        return self._tagged() if self._form.tagged else self._whole()
+        return self._between() if self._form.tagged else self._before_json()
 
     def finish(self) -> str:
         """The text that is left; `calls` is complete afterwards."""
-        text = self._split() if self._form.tagged else self._read_whole()
-        if self._most is not None:
-            del self.calls[self._most :]
-        return text
+        text, self._held = self._held, ""
+        # The model may end before the last tag, and the mark before a list is shown where it is no special token.
+        found = [] if self._is_text else _calls(text.removeprefix(_OPENING).removeprefix(_LISTING))
+        self._add(found)
+        return "" if found else text
 
-    def _tagged(self) -> str:
-        place = self._held.find(_OPENING)
-        if place < 0:
-            keep = max((n for n in range(1, len(_OPENING)) if self._held.endswith(_OPENING[:n])), default=0)
-            place = len(self._held) - keep
+    def _between(self) -> str:
+        """The text around calls in tags; blanks after a call belong to it."""
+        text = ""
+        while True:
+            if self._after_call:
+                self._held = self._held.lstrip()
+                self._after_call = not self._held
+            before, opening, rest = self._held.partition(_OPENING)
+            inside, closing, after = rest.partition(_CLOSING)
+            if not closing:
+                break
+            found = _calls(inside)
+            text += before if found else before + opening + inside + closing
+            self._add(found)
+            self._held, self._after_call = after, bool(found)
+        if opening:
+            self._held = opening + rest
+            return text + before
+        return text + self._all_but_a_beginning()
+
+    def _all_but_a_beginning(self) -> str:
+        """What is held, but for what may be the beginning of a tag."""
+        keep = max((n for n in range(1, len(_OPENING)) if self._held.endswith(_OPENING[:n])), default=0)
+        place = len(self._held) - keep
         text, self._held = self._held[:place], self._held[place:]
         return text
 
-    def _split(self) -> str:
-        """Reads all calls between tags; what is none stays text."""
-        text, rest = "", self._held
-        while _OPENING in rest:
-            before, _, rest = rest.partition(_OPENING)
-            inside, closed, after = rest.partition(_CLOSING)
-            found = _calls(inside)
-            self.calls += found
-            text += before if found else before + _OPENING + inside + closed
-            rest = after
-        return (text + rest).strip() if self.calls else text + rest
-
-    def _whole(self) -> str:
+    def _before_json(self) -> str:
         """Text that may be JSON as a whole is held back to the end."""
-        if self._told or self._held.lstrip()[:1] not in ("", "{", "["):
-            self._told = True
-            text, self._held = self._held, ""
-            return text
-        return ""
+        if not self._is_text and self._held.lstrip()[:1] in ("", "{", "["):
+            return ""
+        self._is_text = True
+        text, self._held = self._held, ""
+        return text
 
-    def _read_whole(self) -> str:
-        self.calls += _calls(self._held)
-        return "" if self.calls else self._held
+    def _add(self, found: Sequence[Call]) -> None:
+        self.calls = [*self.calls, *found][: self._most]
 
 
 def _calls(text: str) -> list[Call]:
-    """The calls in JSON: an object with a name and arguments, or a list of them; none where it is anything else."""
+    """The calls in JSON: objects with a name and arguments, or a list of them; none where it is anything else."""
     with suppress(ValueError, RecursionError):
-        found = json.loads(text)
-        calls = [_call(one) for one in (found if isinstance(found, list) else [found])]
+        calls = [_call(one) for one in _values(text)]
         return [call for call in calls if call is not None] if all(calls) else []
     return []
+
+
+def _values(text: str) -> list[Any]:
+    """The values in a text of JSON; Llama writes several calls one after the other, with semicolons or blanks between.
+
+    Raises ValueError where it is anything else.
+    """
+    found, rest = list[Any](), text.strip()
+    while rest:
+        value, end = json.JSONDecoder().raw_decode(rest)
+        found += value if isinstance(value, list) else [value]
+        rest = rest[end:].lstrip(" \t\n\r;")
+    return found
 
 
 def _call(found: Any) -> Call | None:
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = next((found[key] for key in _ARGUMENTS if key in found), None)
+    if isinstance(arguments, str):  # some models write the arguments as a string that holds their JSON
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         return None
     return Call(found["name"], json.dumps(arguments, ensure_ascii=False))
