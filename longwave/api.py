@@ -14,12 +14,13 @@ from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
 from longwave.engine.sampling import Sampling
 from longwave.errors import UserError, require, shown
+from longwave.inference.drafter import Draft
 from longwave.inference.text import Continuation, generate_text, joined
 from longwave.machine import device_of, dtype_of
 from longwave.model import Decoder
 
 Prompts = list[str] | tuple[str, ...]
-_OF_TEXT = ("max_new_tokens", "stop", "chat")  # options of `generate_text`; the others are those of `Sampling`
+_OF_TEXT = ("max_new_tokens", "stop", "chat", "draft")  # options of `generate_text`; the others are those of `Sampling`
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -28,6 +29,8 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: the most of each prompt (128). temperature: 0, the default, takes the likeliest token. top_k, top_p,
     seed: of the draw, where there is a temperature (`Sampling`). stop: a string that ends a text, or several; a special
     token's name ends it at that token. chat: whether a prompt is a user's message, which the assistant answers.
+    draft: who drafts tokens that the model only checks, which changes no text: `lookup` (what followed the last tokens
+    before), `layers:N` (the model's own first), or a smaller model with the same tokens, loaded or by its folder.
     """
 
     max_new_tokens: int
@@ -37,6 +40,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int
     stop: str | Sequence[str]
     chat: bool
+    draft: Draft
 
 
 def load(path: str | Path, *, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu") -> Decoder:

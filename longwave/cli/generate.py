@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from longwave.cli.options import OfModel, OnDevice, argument, option
+from longwave.cli.options import DRAFT, OfModel, OnDevice, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import UserError, require
 from longwave.files.textfile import read_text
@@ -30,6 +30,7 @@ class Generate(OnDevice, OfModel):
     top_k: int | None = option("draw among so many of the likeliest tokens (all)")
     top_p: float = option("draw among the likeliest of this total share", default=1.0)
     seed: int = option("of the draws, where there is a temperature", default=0)
+    draft: str | None = option(DRAFT, metavar="DRAFT")
     stop: tuple[str, ...] = option(r"a string that ends a text; \n is a line end, \t a tab, \\ a backslash", default=())
     dtype: Literal["fp32", "bf16", "fp16", "fp64", "int8"] | None = option("of the weights; as saved by default")
 
@@ -49,6 +50,7 @@ def run(options: Generate) -> dict[str, Any]:
     for line in model.describe():
         say(line)
     limits = {"max_new_tokens": options.max_new_tokens, "stop": stop, "chat": options.chat}
+    limits |= {"draft": options.draft}
     texts = _printed(stream(model, prompts, **limits, **draws), len(prompts))
     for number, text in enumerate(texts, start=1):
         if text.ended == "context_window":

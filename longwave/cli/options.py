@@ -16,6 +16,8 @@ from typing import Any
 
 from longwave.errors import UserError
 
+DRAFT = "lookup, layers:N (its own first) or a model folder: drafts tokens that a model only checks"
+
 
 def argument(help: str, *, default: Any = MISSING, metavar: str | None = None) -> Any:
     """A field that is given by its place; with a default it may be left out."""

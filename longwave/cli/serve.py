@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from longwave.cli.options import OnDevice, argument, option
+from longwave.cli.options import DRAFT, OnDevice, argument, option
 from longwave.cli.parser import Verb
 from longwave.errors import UserError, require
 
@@ -32,7 +32,7 @@ class Serve(OnDevice):
     waiting: int = option("requests of a model that wait; more are refused", default=256)
     step_tokens: int = option("tokens of one step of a model", default=512)
     memory: str | None = option("for what requests remember, such as 8G (half of what is free)", metavar="BYTES")
-    draft: str | None = option("lookup, or a smaller model: drafts tokens that a model checks", metavar="DIR")
+    draft: str | None = option(DRAFT, metavar="DRAFT")
     no_prefixes: bool = option("run every prompt whole, even if an earlier one began alike", default=False)
     invariant: bool = option("forms in which company changes no bit of an answer", default=False)
     timeout: float | None = option("of a request", metavar="SECONDS")

@@ -9,11 +9,12 @@ from typing import NamedTuple
 from longwave.engine.engine import Engine, EngineOptions
 from longwave.engine.request import Ended, Request, ids_of
 from longwave.engine.sampling import Sampling
+from longwave.engine.speculation import Proposer
 from longwave.errors import MachineError
 from longwave.model import Decoder
 
 STEP_TOKENS = 2048  # of prompts that run at once, which bounds the memory for activations
-_TOGETHER = 64  # prompts that are continued together at most
+TOGETHER = 64  # prompts that are continued together at most
 
 
 class Emitted(NamedTuple):
@@ -27,7 +28,8 @@ class Generation:
     """The continuation of several prompts; iterating yields every new token as it is chosen.
 
     prompts: token ids of each. stop_tokens: tokens that end a sequence; they are emitted too. A sequence also ends
-    after `max_new_tokens`, at the model's context window, and when the caller says `stop(prompt)`.
+    after `max_new_tokens`, at the model's context window, and when the caller says `stop(prompt)`. proposer: drafts
+    tokens for the model to check.
     ended: why the sequences that have ended did, by the index of the prompt.
     Raises UserError for an empty prompt, a token outside the vocabulary, and a prompt longer than the context window;
     MachineError, while iterating, for logits that are not finite.
@@ -41,6 +43,7 @@ class Generation:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop_tokens: Collection[int] = (),
+        proposer: Proposer | None = None,
     ) -> None:
         requests = [
             Request(
@@ -54,7 +57,7 @@ class Generation:
         ]
         for number, request in enumerate(requests, start=1):
             request.check(model.config.vocab_size, model.config.context_window, f"prompt {number}")
-        together = max(1, min(_TOGETHER, len(requests)))
+        together = max(1, min(TOGETHER, len(requests)))
         longest = max((len(request.prompt) for request in requests), default=1) + max_new_tokens
         options = EngineOptions(
             running=together,
@@ -63,7 +66,7 @@ class Generation:
             window=longest,
             prefixes=False,
         )
-        self.engine = Engine(model, options)
+        self.engine = Engine(model, options, proposer=proposer)
         self.ended: dict[int, Ended] = {}
         self._prompts = {self.engine.submit(request): number for number, request in enumerate(requests)}
         self._numbers = {prompt: number for number, prompt in self._prompts.items()}

@@ -8,10 +8,11 @@ from itertools import compress
 
 from longwave.checkpoints.generation import end_ids
 from longwave.data.tokenizer import StreamDecoder, Tokenizer
-from longwave.engine.generation import Generation
+from longwave.engine.generation import TOGETHER, Generation
 from longwave.engine.request import Ended
 from longwave.engine.sampling import Sampling
 from longwave.errors import require, shown
+from longwave.inference.drafter import Draft, drafter
 from longwave.model import Decoder
 
 
@@ -91,6 +92,7 @@ def generate_text(
     sampling: Sampling | None = None,
     stop: str | Sequence[str] = (),
     chat: bool = False,
+    draft: Draft = None,
 ) -> Iterator[Continuation]:
     """Yields the continuation of every prompt in pieces of text, each up to the first of the strings in `stop`.
 
@@ -98,14 +100,18 @@ def generate_text(
     or at an end token that the model's folder names. The last piece of a prompt says why it ended, and may be empty.
 
     stop: a string, or several; a special token's name stops at that token. chat: whether each prompt is a user's
-    message, to be continued by the assistant's answer.
+    message, to be continued by the assistant's answer. draft: who drafts tokens for the model to check, which changes
+    no text.
     Raises UserError like `Generation`, and with `chat` for a tokenizer without a usable chat template; MachineError,
     while iterating, for logits that are not finite.
     """
     stops = _stops(stop)
     encoded, turn_ends = (_questions if chat else _beginnings)(tokenizer, _texts(prompts))
     ends = end_ids(model.origin.generation, tokenizer) | turn_ends
-    generation = Generation(model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends)
+    proposer = drafter(draft, model, min(max(1, len(encoded)), TOGETHER))
+    generation = Generation(
+        model, encoded, max_new_tokens=max_new_tokens, sampling=sampling, stop_tokens=ends, proposer=proposer
+    )
     writers = [Writer(StreamDecoder(tokenizer, after=ids), stops, tokenizer.special_tokens) for ids in encoded]
     return _written(generation, writers)
 

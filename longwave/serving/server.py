@@ -19,9 +19,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from longwave.api import load
 from longwave.engine import Engine, EngineOptions
-from longwave.engine.speculation import DraftModel, PromptLookup, Proposer
 from longwave.errors import MachineError, UserError, require
-from longwave.model import Decoder
+from longwave.inference.drafter import drafter
 from longwave.serving.app import application
 from longwave.serving.gate import Access, Gate
 from longwave.serving.limits import Limits
@@ -36,7 +35,7 @@ _KEEP_ALIVE = 15  # seconds that a connection may wait for its next request
 class Setup:
     """What is served, and where. folders: of the models. names: of the first of them, in place of their folders'.
 
-    draft: what drafts tokens for the models to check: `lookup`, or the folder of a smaller model; None for nothing.
+    draft: who drafts tokens for the models to check (`longwave.inference.drafter`); None for nobody.
     """
 
     folders: Sequence[str]
@@ -80,19 +79,8 @@ def serve(setup: Setup, told: Callable[[Running], None] = lambda running: None) 
 
 def _loaded(name: str, folder: str, setup: Setup, metrics: Metrics) -> Served:
     model = load(folder, dtype=setup.dtype, device=setup.device)
-    engine = Engine(model, setup.engine, proposer=_proposer(model, setup))
+    engine = Engine(model, setup.engine, proposer=drafter(setup.draft, model, setup.engine.running))
     return Served(name, model, engine, metrics, setup.limits)
-
-
-def _proposer(model: Decoder, setup: Setup) -> Proposer | None:
-    """What drafts for a model. Raises UserError for a draft model with other tokens."""
-    if setup.draft is None or setup.draft == "lookup":
-        return None if setup.draft is None else PromptLookup()
-    small = load(setup.draft, dtype=setup.dtype, device=setup.device)
-    ours, theirs = model.tokenizer, small.tokenizer
-    alike = ours is not None and theirs is not None and ours.fingerprint == theirs.fingerprint
-    require(alike, f"draft = {setup.draft}: a model of another tokenizer; give one with the same tokens, or lookup")
-    return DraftModel(small, setup.engine.running)
 
 
 @contextmanager
