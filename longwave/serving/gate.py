@@ -44,7 +44,7 @@ class Access:
 
     def _check_key(self, headers: Headers) -> None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), (self.key or "").encode())
+        right = hmac.compare_digest(given.strip().encode("latin-1"), (self.key or "").encode())
         if scheme.lower() != "bearer" or not right:
             raise ApiError(401, "a wrong API key, or none: send Authorization: Bearer KEY", code="invalid_api_key")
 

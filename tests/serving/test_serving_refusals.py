@@ -166,6 +166,20 @@ def test_a_body_is_refused(
         assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
 
 
+MANY_DIGITS = [  # more than Python writes, in every kind of field
+    b"%b%b%b" % (before, b"9" * digits, after)
+    for digits in (25, 5_000, 100_000)
+    for before, after in (
+        (b'"seed": ', b""),
+        (b'"temperature": ', b""),
+        (b'"stop": [', b"]"),
+        (b'"logit_bias": {"1": ', b"}"),
+        (b'"logit_bias": {"', b'": 1}'),
+        (b'"wishes": ', b""),
+        (b'"guided_json": {"type": ', b"}"),
+        (b'"metadata": {"a": ', b"}"),
+    )
+]
 RAW: list[tuple[bytes, int]] = [
     (b"", 400),
     (b"{", 400),
@@ -182,6 +196,7 @@ RAW: list[tuple[bytes, int]] = [
     (b'{"model": "plain", "prompt": "\\u0000\x7f", "max_tokens": 2}', 200),
     (b'{"model": "plain", "prompt": "a\x00b"}', 400),
     (b'{"model": "plain", "prompt": "' + b"x" * (1 << 20) + b'"}', 413),
+    *((b'{"model": "plain", "prompt": "a", ' + one + b"}", 400) for one in MANY_DIGITS),
     (b'{"model": "' + b"x" * 5000 + b'", "prompt": "a"}', 400),
 ]
 

@@ -115,7 +115,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     place = tmp_path_factory.mktemp("tools")
     for name in TEMPLATES:
         made = tokenizer(name)
-        save(small("F", vocab_size=made.vocab_size, context_window=WINDOW), place / name, tokenizer=made)
+        save(small("F", vocab_size=made.vocab_size, context_window=2 * WINDOW), place / name, tokenizer=made)
     with running([Path(place / name) for name in TEMPLATES]) as server, client(server) as opened:
         yield opened
 
