@@ -43,6 +43,11 @@ def uniforms(keys: Int64[Tensor, "*lead"], count: int) -> Float64[Tensor, "*lead
     return _shifted(bits, 11).to(torch.float64) * 2.0**-53
 
 
+def uniform_row(*parts: int, count: int, device: torch.device) -> Float64[Tensor, " {count}"]:
+    """`count` uniform random numbers in [0, 1) that depend on `parts` alone."""
+    return uniforms(torch.tensor(_signed(key(*parts)), device=device), count)
+
+
 def keys_of(parts: int, last: Int64[Tensor, " n"]) -> Int64[Tensor, " n"]:
     """`key(*parts, i)` for every i in the tensor `last`, on its device. parts: the key of the parts before."""
     return _finalise_tensor(last + _signed((parts + _GOLDEN) & _MASK))

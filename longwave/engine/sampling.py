@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from longwave.config import Strict
-from longwave.draws import uniform
+from longwave.draws import uniform_row
 from longwave.errors import require
 from longwave.machine import not_finite
 
@@ -57,10 +57,15 @@ class Sampling(Strict):
         for token, bias in self.logit_bias.items():
             require(math.isfinite(bias), f"logit_bias of token {token} = {bias}: a finite number")
         greedy = self.temperature == 0
-        idle = greedy and (self.top_k is not None or self.top_p < 1 or self.min_p > 0)
-        require(not idle, "top_k, top_p and min_p have no effect at temperature = 0; give a temperature above 0")
+        narrowed = "top_k, top_p and min_p have no effect at temperature = 0; give a temperature above 0"
+        require(not (greedy and self.narrows), narrowed)
         unused = f"seed = {self.seed} has no effect at temperature = 0, where nothing is drawn"
         require(not greedy or self.seed == 0, f"{unused}; give a temperature above 0")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether tokens are left out of the draw."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
 
     @property
     def penalises(self) -> bool:
@@ -104,6 +109,11 @@ def biased(logits: Float[Tensor, " V"], bias: Mapping[int, float]) -> Float[Tens
 def choose_token(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int, place: int) -> int:
     """The next token of a sequence. sequence, place: its index, and the token's place in it; they key the draw.
 
+    Every token has a waiting time of its own, drawn by the key and its id, and the first to come, at a rate that is its
+    probability, is taken (the Gumbel-max trick). So two models that expect nearly the same draw the same token nearly
+    always, however they rank the tokens: with a chance of (1 - d) / (1 + d) or more, where d is the total variation
+    distance of the two distributions (Daliri et al. 2024, arXiv 2408.07978).
+
     MachineError for logits that hold NaN, or of which the largest is infinite.
     """
     likeliest = int(logits.argmax())
@@ -112,22 +122,23 @@ def choose_token(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int,
         raise not_finite(f"largest logit for token {place + 1} of prompt {sequence + 1}", peak, logits.dtype)
     if sampling.temperature == 0:
         return likeliest
-    tokens, probabilities = kept_tokens(logits, sampling)
-    cumulated = probabilities.cumsum(0)
-    draw = uniform(sampling.seed, sequence, place) * float(cumulated[-1])
-    return int(tokens[min(len(tokens) - 1, int(torch.searchsorted(cumulated, draw, right=True)))])
-
-
-def kept_tokens(logits: Float[Tensor, " V"], sampling: Sampling) -> tuple[Int64[Tensor, " n"], Float[Tensor, " n"]]:
-    """The tokens that may be drawn, likeliest first, and their probabilities up to one common factor.
-
-    The largest logit has to be finite, the temperature above 0.
-    """
     # Differences from the peak cannot overflow upwards, however small the temperature.
     scaled = (logits.double() - logits.max()) / sampling.temperature
+    if sampling.narrows:
+        scaled = _narrowed(scaled, sampling)
+    return int((scaled - _waiting_times(sampling.seed, sequence, place, like=scaled).log()).argmax())
+
+
+def _waiting_times(*keys: int, like: Float64[Tensor, " V"]) -> Float64[Tensor, " V"]:
+    """An exponential waiting time for every token; never 0 or infinite."""
+    return -(uniform_row(*keys, count=len(like), device=like.device) + 2.0**-54).log()
+
+
+def _narrowed(scaled: Float64[Tensor, " V"], sampling: Sampling) -> Float64[Tensor, " V"]:
+    """The logits, with minus infinity for tokens that `top_k`, `top_p` or `min_p` leave out."""
     ranked, tokens = torch.sort(scaled, descending=True, stable=True)
     probabilities = torch.softmax(ranked[: sampling.top_k], dim=0)
     kept = int((probabilities.cumsum(0) - probabilities < sampling.top_p).sum())
     if sampling.min_p:
         kept = min(kept, int((probabilities >= sampling.min_p * probabilities[0]).sum()))
-    return tokens[:kept], probabilities[:kept]
+    return torch.full_like(scaled, -math.inf).index_copy(0, tokens[:kept], ranked[:kept])

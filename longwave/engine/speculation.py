@@ -4,8 +4,9 @@ Leviathan et al. (2023) and Chen et al. (2023) accept a draft with a probability
 without drafts. Here the model draws every token as it would without drafts, by the same keyed random number, and a
 draft is accepted if it is that token; drafts are drawn by the same number, too. So a text does not depend on whether,
 by whom, or how much was drafted (drafter-invariant: Daliri et al. 2024, arXiv 2408.07978), sampled or greedy, and
-penalties, grammars and biases need nothing of their own. Of a draft that is certain of its token no rule accepts more;
-where drafts are drawn, the optimal rule would accept somewhat more.
+penalties, grammars and biases need nothing of their own. Of a draft that is certain of its token no rule accepts more.
+A drawn one counts with a chance of (1 - d) / (1 + d) or more, where d is the total variation distance of the two
+distributions; the optimal rule would accept 1 - d.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def test_a_device_that_is_not_there_is_refused(tmp_path: Path, unchecked, place:
     refused(lambda: lw.load(tmp_path, device=place), "device = ")
 
 
-@pytest.mark.parametrize("kind", ["bf17", "", "int8", torch.int8, 16, float])
+@pytest.mark.parametrize("kind", ["bf17", "", "int4", torch.int16, 16, float])
 def test_a_dtype_that_no_model_runs_in_is_refused(tmp_path: Path, unchecked, kind: Any):
     refused(lambda: lw.load(tmp_path, dtype=kind), "dtype = ")
 
