@@ -42,7 +42,9 @@ from longwave.progress import TrainingProgress, say
 from longwave.reports.conversion import write_conversion
 from longwave.reports.recall import page_to_write, write_evaluation
 from longwave.training.loop import Run, Trainer, TrainingResult
+from longwave.training.medusa import MedusaTraining
 from longwave.training.metrics import Observer
+from longwave.training.next_token import NextToken
 from longwave.training.recipe import read_recipe
 from longwave.units import parse_amount, parse_sizes
 
@@ -131,10 +133,11 @@ def train(
     finite, and KeyboardInterrupt once a stopped run has its checkpoint.
     """
     folder = Path("runs") / Path(recipe).stem if output is None else Path(output)
-    trainer = Trainer(read_recipe(recipe, overrides), folder)
+    read = read_recipe(recipe, overrides)
+    trainer = Trainer(read, folder) if read.medusa is None else Run(read, folder, MedusaTraining)
     if progress:
         _tell(trainer)
-    trainer.run()
+    trainer.complete()
     return trainer.result()
 
 
@@ -345,11 +348,11 @@ def plan_conversion(
     return plan_of_conversion(Conversion(source, output, read_conversion(recipe, overrides)), measure)
 
 
-def _tell(trainer: Trainer) -> None:
+def _tell(trainer: Run[NextToken] | Run[MedusaTraining]) -> None:
     """Says what is run, and goes on to show how far it is."""
     if trainer.step:
         say(f"{trainer.output}: resuming after step {trainer.step}")
-    for line in [*trainer.model.describe(), *trainer.notes()]:
+    for line in [*trainer.objective.model.describe(), *trainer.notes()]:
         say(line)
     trainer.watch(TrainingProgress(trainer.output.name, trainer.recipe.steps, trainer.step))
 

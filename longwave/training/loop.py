@@ -124,6 +124,16 @@ class Run(Generic[AnyObjective]):
         with self._session():
             _run_steps([self], stop)
 
+    def result(self) -> TrainingResult:
+        """The outcome of the finished run."""
+        *_, last = {}, *read_metrics(self.output / METRICS)
+        progress, losses = self.progress, (last.get("loss"), last.get(HELD_OUT))
+        each = {
+            name.removeprefix(f"{HELD_OUT}/"): loss for name, loss in last.items() if name.startswith(f"{HELD_OUT}/")
+        }
+        facts = (each, tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
+        return TrainingResult(self.output / "model", progress.step, progress.tokens, *losses, *facts)
+
     @contextmanager
     def _session(self) -> Iterator[None]:
         """The folder is this run's own, and the time that passes is counted."""
@@ -379,16 +389,6 @@ class Trainer(Run[NextToken]):
         """Trains to the last step, writes `model/` and returns the model; raises what `complete` does."""
         self.complete()
         return self.model.eval()
-
-    def result(self) -> TrainingResult:
-        """The outcome of the finished run."""
-        *_, last = {}, *read_metrics(self.output / METRICS)
-        progress, losses = self.progress, (last.get("loss"), last.get(HELD_OUT))
-        each = {
-            name.removeprefix(f"{HELD_OUT}/"): loss for name, loss in last.items() if name.startswith(f"{HELD_OUT}/")
-        }
-        facts = (each, tuple(last.get("retention", ())), progress.skipped, read_seconds(self.output))
-        return TrainingResult(self.output / "model", progress.step, progress.tokens, *losses, *facts)
 
 
 def _moments(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

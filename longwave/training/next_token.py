@@ -17,6 +17,7 @@ from longwave.checkpoints import load, native
 from longwave.checkpoints.card import write_card
 from longwave.checkpoints.generation import completed, write_generation
 from longwave.data.packed import Batch
+from longwave.errors import require
 from longwave.evaluation.held_out import held_out_loss
 from longwave.machine import device_of
 from longwave.model import Decoder
@@ -97,6 +98,7 @@ class NextToken:
         *,
         start: Callable[[], Decoder] | None = None,
     ) -> None:
+        require(recipe.medusa is None, "medusa: this trains whole models; leave [medusa] out")
         self._recipe, self._data, self._start = recipe, data, start
         self._device = device_of(recipe.training.device)
         self.model = self._first() if checkpoint is None else self._resumed(checkpoint)

@@ -22,6 +22,7 @@ from longwave.config import ModelConfig, Strict, build
 from longwave.errors import UserError, cut, require, shown, within
 from longwave.extension import FIELDS as EXTENDING
 from longwave.extension import extended, extension_notes, require_extension
+from longwave.medusa import MedusaConfig
 from longwave.model import Decoder
 from longwave.training.divergence import weights_of
 from longwave.training.freezing import frozen_names, parameters_of
@@ -141,11 +142,16 @@ class TrainingConfig(Strict):
 
 @dataclass(frozen=True)
 class Recipe(Strict):
-    """Everything about a training run: model, data, training, optimizer and learning-rate schedule."""
+    """Everything about a training run: model, data, training, optimizer and learning-rate schedule.
+
+    medusa: in a table `[medusa]`, heads that learn to draft for the model of `training.start_from`, all of which stays
+        as it is; the model itself is trained without it.
+    """
 
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    medusa: MedusaConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=ScaledAdamConfig)
     schedule: ScheduleConfig = field(default_factory=Eden)
 
@@ -157,6 +163,12 @@ class Recipe(Strict):
             fits = pose.window <= most
             require(
                 fits, f"training.pose.window = {pose.window}: at most model.context_window = {most}; give more there"
+            )
+        if self.medusa is not None:
+            start, freeze = self.training.start_from, self.training.freeze
+            require(start is not None, "medusa: heads are trained on a model; give its folder as training.start_from")
+            require(
+                not freeze, "training.freeze has no effect with [medusa], where all of the model stays; leave it out"
             )
         self.schedule.scale(0, 0, self.steps)  # refuses a warm-up that does not fit the run
 

@@ -63,23 +63,24 @@ class _CrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight) if wanted else None
+        grad_weight = torch.zeros_like(weight) if wanted and weight.requires_grad else None
         step = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], step):
             piece = slice(start, start + step)
             loss, slope = _chunk(hidden[piece], matrix, targets[piece], scale, wanted)
             total += loss
-            if slope is not None and grad_hidden is not None and grad_weight is not None:
+            if slope is not None and grad_hidden is not None:
                 torch.mm(slope, matrix, out=grad_hidden[piece])
+            if slope is not None and grad_weight is not None:
                 grad_weight += slope.T @ hidden[piece]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         factor = gradients[0]
-        return grad_hidden * factor.to(grad_hidden), grad_weight * factor.to(grad_weight), None, None, None
+        by_hidden, by_weight = (None if one is None else one * factor.to(one) for one in ctx.saved_tensors)
+        return by_hidden, by_weight, None, None, None
 
 
 def _chunk(hidden: Tensor, matrix: Tensor, targets: Tensor, scale: float, wanted: bool) -> tuple[Tensor, Tensor | None]:
