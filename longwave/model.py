@@ -154,6 +154,11 @@ class Decoder(nn.Module):
         """The parts of every block, and every bracket."""
         return [*(part for block in self.blocks for part in block.parts), *self.brackets]
 
+    @property
+    def reads_trees(self) -> bool:
+        """Whether drafts on several paths can run together: every part has to see which token leads to which."""
+        return all(part.reads_trees for part in self.parts)
+
     def state(self, slots: int = 1, *, pages: PageOptions | None = None) -> State:
         """An empty state for `slots` sequences; with `pages`, one that keeps tokens in pages (see `State`)."""
         specs = {part.site.name: part.state_spec() for part in self.parts}

@@ -112,13 +112,15 @@ class Part(nn.Module, ABC):
 
     tables: the tables of a model's config that it reads, by name. role: its attribute in a block. ops: those whose form
     is resolved for it once the model is placed; `forms` then names the form of each. head_size: channels of a head, by
-    which forms are resolved. rotation: how it turns heads, if it does.
+    which forms are resolved. rotation: how it turns heads, if it does. reads_trees: whether its outputs are right where
+    a run ends in drafts on several paths (`Runs.tree`); otherwise drafts follow each other.
     """
 
     tables: ClassVar[Mapping[str, type]] = {}
     role: ClassVar[str] = "mixer"
     ops: ClassVar[tuple[Op[Any], ...]] = ()
     laws: Laws = Laws()
+    reads_trees: ClassVar[bool] = False
     head_size: int = 0
     rotation: Angles | None = None
 

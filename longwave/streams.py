@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
 from longwave.errors import UserError
+from longwave.trees import Tree, tree_of
 
 T = TypeVar("T")
 Spans: TypeAlias = "Sequence[tuple[int, int]]"  # first entry and end of each run, on the host
@@ -36,7 +37,8 @@ class Runs:
 
     bounds: the row where each run begins, and T at the end, on the stream's device. tokens: T. lengths: tokens of each
     run as host integers, where they are known; otherwise they are read when first asked for, which waits for the
-    device. most: an upper bound of the longest run, which needs no reading.
+    device. most: an upper bound of the longest run, which needs no reading. tree: the drafts among the tokens, where
+    some are on different paths, so that not every token sees all that stand before it.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class Runs:
         tokens: int,
         lengths: tuple[int, ...] | None = None,
         most: int | None = None,
+        tree: Tree | None = None,
     ) -> None:
-        self.bounds, self.tokens, self._lengths = bounds, tokens, lengths
+        self.bounds, self.tokens, self._lengths, self.tree = bounds, tokens, lengths, tree
         self._most = tokens if most is None else min(most, tokens)
         self._notes: dict[object, Any] = {}
 
@@ -86,6 +89,12 @@ class Runs:
         if key not in self._notes:
             self._notes[key] = make()
         return self._notes[key]
+
+    def visible(self) -> list[Bool[Tensor, "L L"]]:
+        """For each run which of its tokens each of them sees, where there is a tree."""
+        tree = self.tree
+        assert tree is not None
+        return self.once("visible", lambda: [tree.visible(*span) for span in pairwise((0, *accumulate(self.lengths)))])
 
     @cached_property
     def longest(self) -> int:
@@ -383,6 +392,16 @@ class Stream:
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
         return replace(self, outputs=torch.tensor(rows, dtype=torch.int64, device=bounds.device))
 
+    def branching(self, parents: Sequence[Sequence[int]]) -> Stream:
+        """A copy whose runs end in drafts on several paths (`longwave.trees`).
+
+        parents: for the last tokens of each run, the number of the draft that each follows; -1 for the text.
+        """
+        tree, early = tree_of(self.lengths, parents, self.order.device)
+        runs = Runs(self.runs.bounds, self.runs.tokens, self.lengths, tree=tree)
+        order = self.order - early
+        return replace(self, runs=runs, order=order, positions=order)
+
     def carrying(self, **passengers: Tensor) -> Stream:
         """A copy with more passengers."""
         return replace(self, passengers={**self.passengers, **passengers})
@@ -392,4 +411,5 @@ class Stream:
         order = self.order.index_select(0, rows)
         positions = order if self.positions is self.order else self.positions.index_select(0, rows)
         passengers = {name: value.index_select(0, rows) for name, value in self.passengers.items()}
+        runs.tree = None if self.runs.tree is None else self.runs.tree.gather(rows)
         return Stream(runs, order, positions, self.continued, windows, None, passengers)

@@ -15,12 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from longwave.config import Strict
 from longwave.engine.choosing import Choice, Chooser
+from longwave.engine.drafts import Drafts
 from longwave.engine.memory import Memory
 from longwave.engine.request import Ended, Event, QueueFull, Request
 from longwave.engine.scheduler import Piece, Scheduler
@@ -46,7 +49,8 @@ class EngineOptions(Strict):
     own by default. memory: bytes for what sequences remember token by token, kept
     prefixes among them; by default half of what is free, or what they could fill. prefixes: whether the
     beginning that a request shares with an earlier one is not run again. prefix_copies: bytes for copies of what
-    recurs, which this needs. page_size: tokens of a page of memory. invariant: the model runs in the forms whose
+    recurs, which this needs. page_size: tokens of a page of memory. drafts: tokens drafted for a text at a time, on all
+    paths together, where somebody drafts. invariant: the model runs in the forms whose
     results company and chunks do not change in any bit, and keeps them afterwards.
     """
 
@@ -118,6 +122,7 @@ class Engine:
     ) -> None:
         self.model, self.options, self._clock = model, options or EngineOptions(), clock
         limits, self._proposer = self.options, proposer
+        self._branches = model.reads_trees and not limits.invariant
         most = limits.running * (2 * limits.drafts + 1)
         drafted = f"step_tokens = {limits.step_tokens}: more than {most}, for {limits.drafts} drafts of each text"
         require(proposer is None or limits.step_tokens > most, drafted)
@@ -195,23 +200,23 @@ class Engine:
             return events
         try:
             with self._memory.state.postponed():
-                logits = self._run(pieces)
+                hidden = self._run(pieces)
         except OutOfPages as error:
             return events + self._make_room(error)
-        chosen = self._choose(pieces, logits)
+        chosen = self._choose(pieces, hidden)
         self._settle(pieces, chosen)
-        for piece, choices in zip(pieces, chosen, strict=True):
-            events += [self._told(piece.sequence, choice) for choice in choices]
+        for piece, one in zip(pieces, chosen, strict=True):
+            events += [self._told(piece.sequence, choice) for choice in one.choices]
         return events
 
     def _with_drafts(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces behind which a token is to be chosen, with drafts of the ones after it."""
         if self._proposer is None:
             return pieces
-        texts = [_begun(piece, self.options.drafts) for piece in pieces]
+        texts = [_begun(piece, self.options.drafts, self._branches) for piece in pieces]
         asked = [text for text in texts if text.most > 0]
         drafts = dict(zip((text.number for text in asked), self._proposer.propose(asked), strict=True))
-        return [Piece(one, length, tuple(drafts.get(one.number, ()))) for one, length, _ in pieces]
+        return [Piece(one, length, drafts.get(one.number, Drafts())) for one, length, _ in pieces]
 
     def _expired(self) -> list[Event]:
         now = self._clock()
@@ -235,46 +240,57 @@ class Engine:
                 self._choosers[one.number] = Chooser(one.request, vocabulary, device)
 
     @torch.no_grad()
-    def _run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Runs the pieces; logits (n, V) behind each draft, and behind pieces that are the last of their sequences."""
+    def _run(self, pieces: Sequence[Piece]) -> Float[Tensor, "n D"]:
+        """Runs the pieces; hidden states behind each draft, and behind pieces that are the last of their sequences."""
         state = self._memory.state
         slots = [piece.sequence.slot for piece in pieces if piece.sequence.slot is not None]
-        stream = state.stream([piece.length + len(piece.drafts) for piece in pieces], slots)
-        tokens = [token for one, n, drafts in pieces for token in (*one.tokens[one.seen : one.seen + n], *drafts)]
+        stream = state.stream([piece.length + len(piece.drafts.tokens) for piece in pieces], slots)
+        if any(piece.drafts.branch for piece in pieces):
+            stream = stream.branching([piece.drafts.parents for piece in pieces])
+        tokens = [
+            token for one, n, drafts in pieces for token in (*one.tokens[one.seen : one.seen + n], *drafts.tokens)
+        ]
         with self.model.mode(training=False):
             ids = torch.tensor(tokens, device=state.device)
-            logits = self.model(ids, stream.last_rows([piece.rows for piece in pieces]), state)
+            hidden = self.model.hidden(ids, stream.last_rows([piece.rows for piece in pieces]), state)
         self._counts["steps"] += 1
         self._counts["run_tokens"] += len(tokens)
-        return logits
+        return hidden
 
-    def _choose(self, pieces: Sequence[Piece], logits: Tensor) -> list[list[Choice | MachineError]]:
+    @torch.no_grad()
+    def _choose(self, pieces: Sequence[Piece], hidden: Float[Tensor, "n D"]) -> list[_Chosen]:
         """The tokens behind every piece: one, and another behind each draft that is what was chosen."""
+        logits = self.model.logits(hidden)
         values, tokens = logits.max(-1) if len(logits) else (logits[:, 0], logits[:, 0])
-        rows = zip(logits, values.tolist(), tokens.tolist(), strict=True)
+        rows = map(_Row, hidden, logits, values.tolist(), tokens.tolist())
         return [self._choices(piece, list(islice(rows, piece.rows))) for piece in pieces]
 
-    def _choices(self, piece: Piece, rows: Sequence[tuple[Tensor, float, int]]) -> list[Choice | MachineError]:
-        one, found = piece.sequence, list[Choice | MachineError]()
-        for row, draft in zip(rows, (*piece.drafts, None), strict=bool(rows)):
+    def _choices(self, piece: Piece, rows: Sequence[_Row]) -> _Chosen:
+        """What is chosen behind the text, and along the path of drafts that were chosen; rows: of text and drafts."""
+        one, found, accepted, at = piece.sequence, _Chosen([]), 0, -1 if rows else None
+        while at is not None:
+            row = rows[at + 1]
             try:
-                choice = self._choosers[one.number].choose(row[0], len(one.tokens) + len(found), *row[1:])
+                place = len(one.tokens) + len(found.choices)
+                choice = self._choosers[one.number].choose(row.logits, place, row.peak, row.likeliest)
             except MachineError as error:
-                return [*found, error]
-            found.append(choice)
-            if choice.token != draft or self._end_of(one, choice.token, len(found)):
-                break
+                return _Chosen([*found.choices, error], accepted)
+            found = _Chosen([*found.choices, choice], accepted, row.hidden)
+            ends = self._end_of(one, choice.token, len(found.choices))
+            at = None if ends else piece.drafts.after(at, choice.token)
+            accepted += at is not None
         return found
 
-    def _settle(self, pieces: Sequence[Piece], chosen: Sequence[Sequence[Choice | MachineError]]) -> None:
+    def _settle(self, pieces: Sequence[Piece], chosen: Sequence[_Chosen]) -> None:
         """Adds what was chosen to the sequences, and takes drafts out of the state that were not."""
-        accepted = [max(0, len(choices) - 1) for choices in chosen]
-        self._counts["drafted_tokens"] += sum(len(piece.drafts) for piece in pieces)
-        self._counts["accepted_tokens"] += sum(accepted)
-        self._memory.settle(list(zip(pieces, accepted, strict=True)))
-        for (one, _, _), choices in zip(pieces, chosen, strict=True):
-            one.tokens += [choice.token for choice in choices if isinstance(choice, Choice)]
-            one.newest = max(1, one.pending) if choices else one.newest
+        self._counts["drafted_tokens"] += sum(len(piece.drafts.tokens) for piece in pieces)
+        self._counts["accepted_tokens"] += sum(one.accepted for one in chosen)
+        self._memory.settle([(piece, its.accepted) for piece, its in zip(pieces, chosen, strict=True)])
+        for (one, _, _), its in zip(pieces, chosen, strict=True):
+            one.tokens += [choice.token for choice in its.choices if isinstance(choice, Choice)]
+            if its.choices:
+                one.newest = max(1, one.pending)
+                one.hidden = None if self._proposer is None else its.hidden
             self._memory.passed(one)
 
     def _make_room(self, error: OutOfPages) -> list[Event]:
@@ -327,9 +343,26 @@ class Engine:
         del self._live[one.number]
 
 
-def _begun(piece: Piece, most: int) -> Begun:
+class _Row(NamedTuple):
+    """A row behind which a token may be chosen. peak, likeliest: its largest logit, and that logit's token."""
+
+    hidden: Float[Tensor, " D"]
+    logits: Float[Tensor, " V"]
+    peak: float
+    likeliest: int
+
+
+class _Chosen(NamedTuple):
+    """What was chosen behind a piece. accepted: so many of its drafts. hidden: that the last token was chosen from."""
+
+    choices: list[Choice | MachineError]
+    accepted: int = 0
+    hidden: Float[Tensor, " D"] | None = None
+
+
+def _begun(piece: Piece, most: int, branches: bool) -> Begun:
     """The text behind which drafts may be put: none where no token is chosen, and never beyond its last."""
     one = piece.sequence
     request = one.request
     count = min(most, one.left - 1) if piece.is_last else 0
-    return Begun(one.number, one.tokens, count, request.sampling, request.sequence)
+    return Begun(one.number, one.tokens, count, request.sampling, request.sequence, one.hidden, branches)

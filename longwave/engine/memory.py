@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from longwave.engine.drafts import Drafts
 from longwave.engine.prefix import PrefixCache
 from longwave.engine.scheduler import Piece, Sequence
 from longwave.errors import require
@@ -56,20 +57,23 @@ class Memory:
     def settle(self, pieces: Iterable[tuple[Piece, int]]) -> None:
         """Ends a step, after which the state holds of every piece what was accepted of its drafts, and no more.
 
-        A state that forgets cannot drop a token that it has taken in: there the piece is undone, and its tokens run
-        again before the next ones.
+        A state that forgets cannot drop a token that it has taken in, and one path of a tree of drafts is not what
+        stands first: there the piece is undone, and its tokens run again before the next ones.
         """
         pieces = list(pieces)
-        undone = [piece for piece, accepted in pieces if self._forgets and accepted < len(piece.drafts)]
+        undone = [piece for piece, accepted in pieces if self._is_undone(piece.drafts, accepted)]
         self.state.settle([piece.sequence.slot for piece in undone if piece.sequence.slot is not None])
         for piece, accepted in pieces:
             one = piece.sequence
             if piece in undone:
                 continue
             one.seen += piece.length + accepted
-            if accepted < len(piece.drafts):
+            if accepted < len(piece.drafts.tokens):
                 assert one.slot is not None
                 self.state.truncate(one.slot, one.seen)
+
+    def _is_undone(self, drafts: Drafts, accepted: int) -> bool:
+        return accepted < len(drafts.tokens) and (self._forgets or drafts.branch)
 
     def passed(self, one: Sequence) -> None:
         """Keeps the boundary at which a sequence stands, if it was to stop here."""

@@ -13,6 +13,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
+from longwave.engine.drafts import Drafts
 from longwave.engine.request import Ended, Request
 
 _SHARE_OF_OLDEST = 4  # one in so many of the tokens of a step that are left for prompts
@@ -26,7 +30,8 @@ class Sequence:
     ends it as `limit` says. deadline: on the engine's clock. slot: of the state, while it runs. seen: tokens that the
     state holds. cached: tokens of the prompt that were found in the state of others. stops: places at which a piece of
     it has to end, ascending. newest: tokens that run before the next is chosen though others have been: the one chosen
-    last, and those that drafts beside them made run in vain.
+    last, and those that drafts beside them made run in vain. hidden: that from which the last token was chosen, where
+    somebody drafts.
     """
 
     number: int
@@ -39,6 +44,7 @@ class Sequence:
     cached: int = 0
     stops: list[int] = field(default_factory=list[int])
     newest: int = 1
+    hidden: Float[Tensor, " D"] | None = None
     tokens: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +76,13 @@ class Piece(NamedTuple):
 
     sequence: Sequence
     length: int
-    drafts: tuple[int, ...] = ()
+    drafts: Drafts = Drafts()
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that run."""
+        one = self.sequence
+        return [*one.tokens[one.seen : one.seen + self.length], *self.drafts.tokens]
 
     @property
     def is_last(self) -> bool:
@@ -80,7 +92,7 @@ class Piece(NamedTuple):
     @property
     def rows(self) -> int:
         """Rows of logits that are needed: behind its last token, and behind every draft."""
-        return 1 + len(self.drafts) if self.is_last else 0
+        return 1 + len(self.drafts.tokens) if self.is_last else 0
 
 
 @dataclass

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from longwave.engine.drafts import Drafts
 from longwave.engine.memory import page_options
 from longwave.engine.sampling import Sampling, choose_token
 from longwave.errors import require
@@ -28,20 +31,26 @@ _PAGE = 64  # tokens of a page of a draft model's state
 
 
 class Begun(NamedTuple):
-    """A text to be continued by drafts. number: of its request. most: tokens that may be drafted."""
+    """A text to be continued by drafts.
+
+    number: of its request. most: tokens that may be drafted. hidden: the normalised hidden state from which the model
+    chose the last token, where it did. branches: whether drafts may be on several paths.
+    """
 
     number: int
     tokens: Sequence[int]
     most: int
     sampling: Sampling
     sequence: int
+    hidden: Float[Tensor, " D"] | None = None
+    branches: bool = False
 
 
 @runtime_checkable
 class Proposer(Protocol):
     """Drafts the next tokens of texts."""
 
-    def propose(self, texts: Sequence[Begun]) -> list[list[int]]:
+    def propose(self, texts: Sequence[Begun]) -> list[Drafts]:
         """At most `most` tokens for each text; none is always right."""
         ...
 
@@ -65,8 +74,8 @@ class PromptLookup:
     def __post_init__(self) -> None:
         require(0 < self.shortest <= self.longest, f"shortest = {self.shortest}: from 1 to longest = {self.longest}")
 
-    def propose(self, texts: Sequence[Begun]) -> list[list[int]]:
-        return [self._following(list(text.tokens[-self.within :]), text.most) for text in texts]
+    def propose(self, texts: Sequence[Begun]) -> list[Drafts]:
+        return [Drafts.of(self._following(list(text.tokens[-self.within :]), text.most)) for text in texts]
 
     def _following(self, tokens: list[int], most: int) -> list[int]:
         for length in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
@@ -105,7 +114,7 @@ class DraftModel:
         self._forgets = any(spec.forgets for spec in self._state.specs.values())
         self._slots, self._known = list(range(sequences)), dict[int, _Drafted]()
 
-    def propose(self, texts: Sequence[Begun]) -> list[list[int]]:
+    def propose(self, texts: Sequence[Begun]) -> list[Drafts]:
         drafts = {text.number: list[int]() for text in texts}
         live = [text for text in texts if self._takes(text)]
         try:
@@ -115,7 +124,7 @@ class DraftModel:
         except OutOfPages:
             for text in live:
                 self.forget(text.number)
-        return [drafts[text.number] for text in texts]
+        return [Drafts.of(drafts[text.number]) for text in texts]
 
     def forget(self, number: int) -> None:
         if (one := self._known.pop(number, None)) is not None:
@@ -173,7 +182,7 @@ class DraftModel:
             drafts[text.number].append(choose_token(row, text.sampling, text.sequence, place))
 
     @torch.no_grad()
-    def _run(self, texts: Sequence[Begun], pieces: Sequence[Sequence[int]], wanted: bool) -> torch.Tensor | None:
+    def _run(self, texts: Sequence[Begun], pieces: Sequence[Sequence[int]], wanted: bool) -> Tensor | None:
         slots = [self._known[text.number].slot for text in texts]
         stream = self._state.stream([len(piece) for piece in pieces], slots).last_rows([int(wanted)] * len(pieces))
         tokens = torch.tensor([token for piece in pieces for token in piece], device=self._state.device)

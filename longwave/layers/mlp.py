@@ -35,6 +35,7 @@ class MLP(Part):
     tables: ClassVar[Mapping[str, type]] = {"mlp": MLPConfig}
     role = "mlp"
     ops = (GATED,)
+    reads_trees = True
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)

@@ -70,6 +70,7 @@ class FullAttention(Part):
 
     tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig}
     ops = (ATTENTION,)
+    reads_trees = True
     pattern: Pattern = CAUSAL
     sees_all = True  # softmax attention over all visible keys (of the sliding window, if there is one), none left out
 

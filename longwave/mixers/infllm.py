@@ -105,6 +105,7 @@ class InfllmAttention(FullAttention):
 
     tables: ClassVar[Mapping[str, type]] = {**FullAttention.tables, "infllm": InfllmConfig}
     ops = (BLOCK_SPARSE, ATTENTION, GATED)
+    reads_trees = False  # blocks are chosen, and entries summed up, by the order of keys
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)

@@ -28,7 +28,7 @@ from longwave.ops.decay_linear import DECAY_LINEAR, decay_linear_attention
 from longwave.ops.gated import GATED, gated
 from longwave.part import Part, Site
 from longwave.states import PerSequence, State, StateSpec, memory_of
-from longwave.streams import Stream
+from longwave.streams import Runs, Stream
 
 _SCALES = {"1/sqrt(d)": lambda size: size**-0.5, "1/d": lambda size: 1 / size, "1": lambda size: 1.0}
 
@@ -81,6 +81,7 @@ class LightningAttention(Part):
 
     tables: ClassVar[Mapping[str, type]] = {"attention": AttentionConfig, "lightning": LightningConfig}
     ops = (DECAY_LINEAR, GATED)
+    reads_trees = True
 
     def __init__(self, config: ModelConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -176,8 +177,20 @@ def distances(stream: Stream, fresh: Bool[Tensor, " R"], earlier: Int64[Tensor, 
     firsts = order.index_select(0, runs.bounds[:-1].clamp(max=runs.tokens - 1))
     if earlier is not None:
         firsts = torch.where(fresh, firsts, earlier.flatten())
-    before = torch.where(runs.places == 0, firsts.index_select(0, runs.of_token), F.pad(order[:-1], (1, 0)))
-    return order - before
+    firsts = firsts.index_select(0, runs.of_token)
+    if runs.tree is not None:
+        return order - _leading(order, firsts, runs)
+    return order - torch.where(runs.places == 0, firsts, F.pad(order[:-1], (1, 0)))
+
+
+def _leading(order: Int64[Tensor, " T"], firsts: Int64[Tensor, " T"], runs: Runs) -> Int64[Tensor, " T"]:
+    """The place of the token that leads to each one in a tree; of the first tokens of a run, that of `firsts`."""
+    found = list[Tensor]()
+    for places, first, seen in zip(order.split(runs.lengths), firsts.split(runs.lengths), runs.visible(), strict=True):
+        others = seen.tril(-1)
+        last = torch.where(others, places, -1).amax(1) if len(places) else places
+        found.append(torch.where(others.any(1), last, first) if len(places) else places)
+    return torch.cat(found)
 
 
 def last_places(stream: Stream, earlier: Int64[Tensor, "R 1"] | None) -> Int64[Tensor, "R 1"]:

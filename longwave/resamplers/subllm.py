@@ -105,6 +105,7 @@ class Subllm(Resampler):
     """
 
     tables: ClassVar[Mapping[str, type]] = {"subllm": SubllmConfig}
+    reads_trees = True  # a token is kept by its own score
 
     def __init__(self, config: ModelConfig, arguments: tuple[str, ...], site: Site, index: int) -> None:
         super().__init__(config, arguments, site, index)

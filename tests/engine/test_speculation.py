@@ -11,6 +11,7 @@ import torch
 from engines import WARM, alone, finish, prompt_of, request_of, tiny, tokens
 
 from longwave.engine import Engine, EngineOptions, Request, Sampling
+from longwave.engine.drafts import Drafts
 from longwave.engine.speculation import Begun, DraftModel, PromptLookup, Proposer, expected_tokens
 from longwave.errors import UserError
 from longwave.streams import Stream
@@ -25,8 +26,8 @@ class Knowing:
     def __init__(self, answers: dict[tuple[int, ...], list[int]], wrong: float) -> None:
         self.answers, self.wrong, self.draw, self.forgotten = answers, wrong, Random(0), set[int]()
 
-    def propose(self, texts: Sequence[Begun]) -> list[list[int]]:
-        return [self._drafts(text) if self.draw.random() < 0.8 else [] for text in texts]
+    def propose(self, texts: Sequence[Begun]) -> list[Drafts]:
+        return [Drafts.of(self._drafts(text) if self.draw.random() < 0.8 else []) for text in texts]
 
     def _drafts(self, text: Begun) -> list[int]:
         assert text.most > 0
@@ -132,7 +133,7 @@ def test_an_end_token_among_the_drafts_ends_the_text():
     ],
 )
 def test_lookup_drafts_what_followed(tokens: list[int], most: int, drafts: list[int]):
-    assert PromptLookup().propose([Begun(0, tokens, most, Sampling(), 0)]) == [drafts]
+    assert PromptLookup().propose([Begun(0, tokens, most, Sampling(), 0)]) == [Drafts.of(drafts)]
 
 
 def test_an_early_exit_is_the_first_layers_with_norm_and_head():

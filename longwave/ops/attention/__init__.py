@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.attention import one_query, reference, sdpa
+from longwave.ops.attention import one_query, reference, sdpa, tree
 from longwave.ops.attention.pattern import CAUSAL, Attended, Extra, Pattern, Wanted
 from longwave.ops.attention.weights import with_extras
 from longwave.ops.forms import INVARIANT, Form, Op, on_cpu
@@ -61,9 +61,14 @@ def attention(
     query: token-major. key, value: head-major, as a state holds them. places: the entries of `key` and `value` that
     belong to each run, the run's queries standing at the last of them; by default the stream's own tokens (N = T).
     scale: factor of the scores. want: further results beside the output (`Attended`). form: a name in ATTENTION.forms.
+    Of runs with a tree of drafts, a query sees the keys of its own path (`ops.attention.tree`), whatever the form.
     """
     if not query.shape[0]:
         # Nothing attends, but query, key and value take part in the result, so that their weights get gradients of 0.
         nothing = query + (key.sum() + value.sum()) if places is None else query
         return with_extras(nothing, query, key, runs, places, pattern, scale, want)
+    if runs.tree is not None:
+        assert places is not None
+        assert not want
+        return Attended(tree.attention(query, key, value, runs, places, pattern, scale))
     return ATTENTION.forms[form].run(query, key, value, runs, places, pattern, scale, want)

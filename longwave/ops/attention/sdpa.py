@@ -140,24 +140,24 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale
     if window is not None and window < total:
         return _banded(query, key, value, window, scale)
     if length == total:
-        return _grouped(query, key, value, is_causal=True, scale=scale)
+        return grouped(query, key, value, is_causal=True, scale=scale)
     if query.device.type == "cpu" and not torch.is_grad_enabled():
         return _past_and_own(query, key, value, scale)
-    return _grouped(query, key, value, attn_mask=causal_lower_right(length, total), scale=scale)
+    return grouped(query, key, value, attn_mask=causal_lower_right(length, total), scale=scale)
 
 
-def _grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+def grouped(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
     """scaled_dot_product_attention with fewer KV heads than query heads.
 
     On a GPU only PyTorch's flash kernel supports groups. Elsewhere its fallback would hold all scores at once (7.2 GiB
     in fp32 at 8k tokens and 12 heads), so keys and values are repeated for every query head, which other kernels
     support.
     """
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.is_cuda and not _is_for_flash(query, options.get("attn_mask")):
+    has_groups = query.shape[1] != key.shape[1]
+    if has_groups and query.is_cuda and not _is_for_flash(query, options.get("attn_mask")):
         key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-        grouped = False
-    return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
+        has_groups = False
+    return F.scaled_dot_product_attention(query, key, value, enable_gqa=has_groups, **options)
 
 
 def _is_for_flash(query: Tensor, mask: Tensor | None) -> bool:
@@ -196,7 +196,7 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float
         low = max(0, total - length + start - window + 1)
         mask = _band(stop - start, high - low, window, query.device)
         tile = (query[:, :, start:stop], key[:, :, low:high], value[:, :, low:high])
-        tiles.append(_grouped(*tile, attn_mask=mask, scale=scale))
+        tiles.append(grouped(*tile, attn_mask=mask, scale=scale))
     return torch.cat(tiles, dim=2)
 
 

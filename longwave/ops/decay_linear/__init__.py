@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from longwave.ops.decay_linear import chunked, recurrent, reference
+from longwave.ops.decay_linear import chunked, recurrent, reference, tree
 from longwave.ops.forms import INVARIANT, Form, Op, on_cpu
 from longwave.streams import Runs
 
@@ -52,6 +52,8 @@ def decay_linear_attention(
     log_decay: at most 0, by which the memory decays before each token is added; one row for all tokens, or one for
     each.
     states: the memory of every run before its first token; zeros by default.
+    Of runs with a tree of drafts, a token sees its own path (`ops.decay_linear.tree`), whatever the form; its log-decay
+    is then from the token that leads to it.
     Raises ValueError for states narrower than fp32: rounding would make the slowest decays alike.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -59,4 +61,6 @@ def decay_linear_attention(
         states = query.new_zeros(runs.count, *query.shape[1:], value.shape[-1], dtype=wide)
     if states.dtype.itemsize < wide.itemsize:
         raise ValueError(f"states.dtype = {states.dtype}: {wide} or wider")
+    if runs.tree is not None:
+        return tree.decay_linear_attention(query, key, value, log_decay.to(wide), runs, scale, states)
     return DECAY_LINEAR.forms[form].run(query, key, value, log_decay.to(wide), runs, scale, states)
