@@ -183,7 +183,10 @@ def _read(folder: OpenFolder, base: Decoder) -> Medusa:
         medusa = Medusa(base, config)
     stored = WeightFiles(folder)
     check({name: one.shape for name, one in medusa.state_dict().items()}, stored.found, stored.source)
-    medusa.load_state_dict(stored.load(stored.names()))
+    tensors = stored.load(stored.names())
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values())
+    require(finite, f"{stored.source}: a weight is NaN or infinite; give another folder")
+    medusa.load_state_dict(tensors)
     medusa.accuracies = _accuracies(values.get("accuracies", ()), config, source)
     return medusa
 

@@ -16,7 +16,7 @@ from longwave.checkpoints import native
 from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
 from longwave.errors import UserError
-from longwave.medusa import Medusa, MedusaConfig, is_medusa, load_medusa, shifted
+from longwave.medusa import Medusa, MedusaConfig, is_medusa, load_medusa, shifted, write_medusa
 from longwave.model import Decoder
 from longwave.streams import Stream
 from longwave.training.loop import Run
@@ -197,6 +197,16 @@ def test_heads_of_another_model_are_refused(case: str, trained: Path, tmp_path: 
     with pytest.raises(UserError, match=says) as refusal:
         load_medusa(tmp_path / "heads", model)
     assert "\n" not in str(refusal.value)
+
+
+def test_heads_that_are_not_finite_are_refused(trained: Path, tmp_path: Path):
+    model = lw.load(trained / "base")
+    heads = load_medusa(trained / "run" / "model", model)
+    with torch.no_grad():
+        next(heads.parameters())[0, 0] = torch.nan
+    write_medusa(heads, tmp_path)
+    with pytest.raises(UserError, match="a weight is NaN or infinite"):
+        load_medusa(tmp_path, model)
 
 
 def test_a_folder_of_heads_is_no_model(trained: Path):
