@@ -1,6 +1,6 @@
 """Drafts by Medusa's heads, measured: tokens of a pass beside what the heads' accuracies promise, and tokens a second.
 
-    python tools/drafts.py MODEL HEADS DATA [--nodes 4,8,16] [--prompts 16] [--rounds 3]
+    python tools/drafts.py MODEL HEADS DATA [--nodes 4,8,16] [--temperature 0.7] [--rounds 3]
 
 Prompts are the beginnings of held-out documents. Every way of drafting answers all of them, one request at a time, in
 turn with the others; how many texts are alike is told, and ratios are medians of rounds. The last line is JSON.
@@ -12,7 +12,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -21,19 +22,61 @@ import torch
 import longwave as lw
 from longwave.data.packed import PackedTokens
 from longwave.engine import Engine, EngineOptions, Request, Sampling
-from longwave.engine.medusa import MedusaDrafts, expected_tokens_of
-from longwave.medusa import load_medusa
+from longwave.engine.medusa import MedusaDrafts, expected_tokens_of, likeliest_places
+from longwave.engine.speculation import Proposer
+from longwave.medusa import Medusa, load_medusa
 from longwave.model import Decoder
+
+
+@dataclass
+class Way:
+    """A way of drafting. promised: tokens of a pass by the heads' accuracies. texts: the answers of the last round.
+
+    steps, tokens: of one round, without those of prompts, behind which nothing is drafted.
+    """
+
+    name: str
+    proposer: Proposer | None = None
+    drafts: int = 1
+    promised: float = 1.0
+    texts: list[list[int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: int = 0
+    tokens: int = 0
+
+    def run(self, model: Decoder, requests: Sequence[Request]) -> None:
+        """Answers the requests, one after the other."""
+        options = EngineOptions(running=1, drafts=self.drafts, prefixes=False)
+        engine, began = Engine(model, options, proposer=self.proposer), time.perf_counter()
+        self.texts = [_answer(engine, one) for one in requests]
+        self.seconds.append(time.perf_counter() - began)
+        self.steps = engine.metrics.steps - len(requests)
+        self.tokens = engine.metrics.new_tokens - len(requests)
+
+    def told(self, plain: Way) -> dict[str, float]:
+        """The figures beside those of a way without drafts."""
+        times = [a / b for a, b in zip(plain.seconds, self.seconds, strict=True)]
+        alike = sum(a == b for a, b in zip(self.texts, plain.texts, strict=True))
+        per_second = self.tokens / median(self.seconds)
+        tokens = {"tokens of a pass": self.tokens / self.steps, "promised": self.promised}
+        return {**tokens, "tokens a second": per_second, "times": median(times), "texts alike": alike}
 
 
 def main() -> None:
     options = _options()
     model = lw.load(options.model, dtype=options.dtype)
-    drafter = MedusaDrafts(load_medusa(options.heads, model))
-    prompts = _prompts(options.data, options.prompts, options.prompt_tokens)
-    found = {f"T = {one}": _measured(model, drafter, prompts, one, options) for one in (0.0, options.temperature)}
-    loads = " ".join(f"{one:.1f}" for one in os.getloadavg())
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {loads}")
+    heads, prompts = load_medusa(options.heads, model), _prompts(options.data, options.prompts)
+    print(f"accuracies of first guesses: {[one[0] for one in heads.accuracies]}")
+    found: dict[str, Any] = {}
+    for temperature in (0.0, options.temperature):
+        ways = _ways(heads, [int(one) for one in options.nodes.split(",")])
+        requests = [_request(prompt, number, temperature) for number, prompt in enumerate(prompts)]
+        for way in [way for _ in range(options.rounds) for way in ways]:
+            way.run(model, requests)
+        found[f"temperature {temperature}"] = {way.name: way.told(ways[0]) for way in ways}
+        _print(temperature, found[f"temperature {temperature}"], len(prompts))
+    load = " ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {load}")
     print(json.dumps(found))
 
 
@@ -43,72 +86,31 @@ def _options() -> Any:
         parser.add_argument(name)
     parser.add_argument("--nodes", default="4,8,16")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--prompt-tokens", type=int, default=24)
-    parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default=None)
     return parser.parse_args()
 
 
-def _prompts(folder: str, count: int, length: int) -> list[tuple[int, ...]]:
+def _prompts(folder: str, count: int, length: int = 24) -> list[tuple[int, ...]]:
     held_out = PackedTokens(folder, "held_out", 256, keep_last=True)
-    pieces = (piece for at in range(len(held_out)) for piece in _documents(held_out, at))
-    return [tuple(piece[:length]) for piece in pieces if len(piece) >= length][:count]
+    batches = [held_out.batch(range(at, at + 1)) for at in range(min(len(held_out), 4 * count))]
+    pieces = [piece for one in batches for piece in one.tokens.split(list(one.runs)) if len(piece) >= length]
+    return [tuple(int(token) for token in piece[:length]) for piece in pieces[:count]]
 
 
-def _documents(held_out: PackedTokens, at: int) -> Iterator[list[int]]:
-    batch = held_out.batch(range(at, at + 1))
-    return (piece.tolist() for piece in batch.tokens.split(list(batch.runs)))
+def _request(prompt: tuple[int, ...], number: int, temperature: float) -> Request:
+    sampling = Sampling(temperature=temperature, seed=1 if temperature else 0)
+    return Request(prompt=prompt, max_new_tokens=96, sampling=sampling, sequence=number)
 
 
-def _ways(model: Decoder, drafter: MedusaDrafts, nodes: list[int]) -> dict[str, tuple[MedusaDrafts | None, int, float]]:
-    """For each way of drafting the proposer, its drafts, and the tokens of a pass that accuracies promise."""
-    chain = MedusaDrafts(drafter.medusa)
-    chain.places = []
-    first, row = 1.0, 1.0
-    for accuracies in drafter.medusa.accuracies:
-        first *= accuracies[0]
-        row += first
-    ways: dict[str, tuple[MedusaDrafts | None, int, float]] = {"none": (None, 1, 1.0)}
-    ways["row"] = (chain, drafter.medusa.config.heads, row)
-    for count in nodes:
-        ways[f"tree of {count}"] = (drafter, count, expected_tokens_of(drafter.places[:count]))
-    return ways
-
-
-def _measured(model: Decoder, drafter: MedusaDrafts, prompts: list, temperature: float, options: Any) -> dict[str, Any]:
-    ways = _ways(model, drafter, [int(one) for one in options.nodes.split(",")])
-    requests = [
-        Request(
-            prompt=prompt,
-            max_new_tokens=options.new_tokens,
-            sampling=Sampling(temperature=temperature, seed=1 if temperature else 0),
-            sequence=number,
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    told: dict[str, Any] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    texts: dict[str, list[list[int]]] = {}
-    for _ in range(options.rounds):
-        for name, (proposer, drafts, _) in ways.items():
-            engine = Engine(model, EngineOptions(running=1, drafts=drafts, prefixes=False), proposer=proposer)
-            began = time.perf_counter()
-            texts[name] = [_answer(engine, one) for one in requests]
-            seconds[name].append(time.perf_counter() - began)
-            told[name] = engine.metrics
-    print(f"temperature {temperature}: tokens of a pass, promised, tokens a second, times those without drafts")
-    result: dict[str, Any] = {}
-    for name, (_, _, promised) in ways.items():
-        same = sum(a == b for a, b in zip(texts[name], texts["none"], strict=True))
-        passes = told[name].steps - len(prompts)  # those of prompts draft nothing
-        tokens = (told[name].new_tokens - len(prompts)) / passes
-        speed = told[name].new_tokens / median(seconds[name])
-        times = median(a / b for a, b in zip(seconds["none"], seconds[name], strict=True))
-        print(f"  {name:12} {tokens:6.3f} {promised:6.3f} {speed:9.1f} {times:6.2f}  texts alike {same}/{len(prompts)}")
-        result[name] = {"tokens": tokens, "promised": promised, "per_second": speed, "times": times, "alike": same}
-    return result
+def _ways(heads: Medusa, nodes: Sequence[int]) -> list[Way]:
+    row = MedusaDrafts(heads)
+    row.places = []
+    firsts = likeliest_places(tuple(one[:1] for one in heads.accuracies), len(heads.accuracies))
+    ways = [Way("none"), Way("row", row, len(firsts), expected_tokens_of(firsts))]
+    tree = MedusaDrafts(heads)
+    return [*ways, *(Way(f"tree of {one}", tree, one, expected_tokens_of(tree.places[:one])) for one in nodes)]
 
 
 def _answer(engine: Engine, request: Request) -> list[int]:
@@ -117,6 +119,12 @@ def _answer(engine: Engine, request: Request) -> list[int]:
     while not engine.idle:
         found += [event.token for event in engine.step() if event.token is not None]
     return found
+
+
+def _print(temperature: float, told: dict[str, dict[str, float]], prompts: int) -> None:
+    print(f"temperature {temperature}, {prompts} prompts: {', '.join(next(iter(told.values())))}")
+    for name, figures in told.items():
+        print(f"  {name:12}" + "".join(f"{value:10.3f}" for value in figures.values()))
 
 
 if __name__ == "__main__":

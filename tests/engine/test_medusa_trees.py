@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from longwave.blocks import BLOCKS
+from longwave.blocks import PARTS
 from longwave.config import ModelConfig, build
 from longwave.model import Decoder
+from longwave.resamplers import BRACKETS
 from longwave.states import PageOptions, State
 from longwave.streams import Stream
 from longwave.trees import chain, depths, paths
@@ -119,10 +120,10 @@ def test_trees_in_the_types_of_serving(kind: str, dtype: torch.dtype):
     assert float((logits[0] - logits[1]).abs().median()) < (1e-4 if dtype == torch.float32 else 0.05) * scale
 
 
-def test_every_block_says_whether_it_reads_trees():
-    """Those that do are in the models above; the others' drafts follow each other."""
-    used = {letter for values in MODELS.values() for letter in "FWL" if letter in values["layout"]}
-    assert used | {"S"} == set(BLOCKS)
+def test_every_part_that_says_it_reads_trees_is_shown_to():
+    """Those that do stand in the models above; in models with others drafts follow each other."""
+    shown = {type(part) for kind in MODELS for part in model_of(kind).parts}
+    assert shown == {part for part in (*PARTS.values(), *BRACKETS.values()) if part.reads_trees}
     assert all(model_of(kind).reads_trees for kind in MODELS)
     blocked = build(ModelConfig, {"mlp": {"size": 48}, **SHAPE, "layout": "F S", "infllm": INFLLM}, "tests")
     assert not Decoder(blocked).reads_trees
