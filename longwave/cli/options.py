@@ -16,7 +16,7 @@ from typing import Any
 
 from longwave.errors import UserError
 
-DRAFT = "lookup, layers:N (its own first) or a model folder: drafts tokens that a model only checks"
+DRAFT = "lookup, layers:N (its own first), a folder of a model or heads: drafts tokens that a model only checks"
 
 
 def argument(help: str, *, default: Any = MISSING, metavar: str | None = None) -> Any:

@@ -33,6 +33,7 @@ class Serve(OnDevice):
     step_tokens: int = option("tokens of one step of a model", default=512)
     memory: str | None = option("for what requests remember, such as 8G (half of what is free)", metavar="BYTES")
     draft: str | None = option(DRAFT, metavar="DRAFT")
+    drafts: int = option("tokens drafted for a text at a time", default=4)
     no_prefixes: bool = option("run every prompt whole, even if an earlier one began alike", default=False)
     invariant: bool = option("forms in which company changes no bit of an answer", default=False)
     timeout: float | None = option("of a request", metavar="SECONDS")
@@ -85,7 +86,7 @@ def _setup(options: Serve) -> Any:
 
     key = options.api_key if options.api_key is not None else os.environ.get(KEY)
     require(key is None or bool(key.strip()), f"{KEY}: empty; give a key, or unset it")
-    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens", "invariant")}
+    engine = {name: getattr(options, name) for name in ("running", "waiting", "step_tokens", "drafts", "invariant")}
     engine |= {"memory": None if options.memory is None else parse_bytes(options.memory)}
     engine |= {"prefixes": not options.no_prefixes}
     limits = {"request_seconds": options.timeout, "grace_seconds": options.grace, "body": parse_bytes(options.max_body)}

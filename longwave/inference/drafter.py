@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from longwave import checkpoints
+from longwave.engine.medusa import MedusaDrafts
 from longwave.engine.speculation import DraftModel, PromptLookup, Proposer
 from longwave.errors import UserError, require, shown
+from longwave.medusa import is_medusa, load_medusa
 from longwave.model import Decoder
 
 Draft: TypeAlias = str | Path | Decoder | None
-"""`lookup`, `layers:N` (the model's own first N), the folder of another model with the same tokens, or that model."""
+"""`lookup`, `layers:N` (the model's own first N), another model with the same tokens or its folder, or one of heads."""
 
 _LAYERS = re.compile(r"layers:(\d{1,4})")
 
@@ -29,6 +31,8 @@ def drafter(draft: Draft, model: Decoder, sequences: int) -> Proposer | None:
         return PromptLookup()
     if isinstance(draft, str) and (layers := _LAYERS.fullmatch(draft)):
         return DraftModel(_beginning(model, int(layers[1])), sequences)
+    if not isinstance(draft, Decoder) and is_medusa(draft):
+        return MedusaDrafts(load_medusa(draft, model))
     return DraftModel(_other(draft, model), sequences)
 
 

@@ -15,7 +15,9 @@ import longwave as lw
 from longwave.checkpoints import native
 from longwave.config import build
 from longwave.data.tokenizer import Tokenizer
+from longwave.engine.medusa import MedusaDrafts
 from longwave.errors import UserError
+from longwave.inference.drafter import drafter
 from longwave.medusa import Medusa, MedusaConfig, is_medusa, load_medusa, shifted, write_medusa
 from longwave.model import Decoder
 from longwave.streams import Stream
@@ -214,11 +216,24 @@ def test_a_folder_of_heads_is_no_model(trained: Path):
         lw.load(trained / "run" / "model")
 
 
-def test_the_command_trains_heads(trained: Path, tmp_path: Path):
+def test_commands_train_heads_and_draft_by_them(trained: Path, tmp_path: Path, longwave):
     values = {"medusa": {"heads": 2}, **runs.values("llama", "adamw", start_from=str(trained / "base"), steps=3)}
     (tmp_path / "heads.toml").write_text("\n".join(runs._toml(values)) + "\n")
-    found = lw.train(tmp_path / "heads.toml", output=tmp_path / "run")
-    assert found.step == 3
-    assert found.held_out_loss is not None
-    assert is_medusa(found.model)
-    assert load_medusa(found.model, lw.load(trained / "base")).config.heads == 2
+    assert longwave("train", tmp_path / "heads.toml", "--output", tmp_path / "run").code == 0
+    heads, words = (
+        tmp_path / "run" / "model",
+        ["generate", trained / "base", "--prompt", "def ", "--max-new-tokens", 12],
+    )
+    assert load_medusa(heads, lw.load(trained / "base")).config.heads == 2
+    assert longwave(*words, "--draft", heads).out == longwave(*words).out
+    model = lw.load(trained / "base")
+    proposer = drafter(heads, model, 1)
+    assert isinstance(proposer, MedusaDrafts)
+    assert proposer.medusa.base is model
+
+
+def test_heads_of_another_model_do_not_draft(trained: Path):
+    other = runs.values("llama")["model"]
+    model = Decoder(build(Recipe, {**runs.values("llama"), "model": {**other, "hidden_size": 64}}, "tests").model)
+    with pytest.raises(UserError, match="hidden_size = 32: the model has 64"):
+        drafter(trained / "run" / "model", model, 1)
