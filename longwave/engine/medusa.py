@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from longwave.engine.drafts import Drafts
-from longwave.engine.sampling import choose_token
+from longwave.engine.sampling import first_tokens
 from longwave.engine.speculation import Begun
 from longwave.medusa import Medusa, Shares
 from longwave.trees import MOST_DRAFTS, chain
@@ -63,8 +63,8 @@ class MedusaDrafts:
     """Drafts by heads of the model that checks them (`longwave.engine.speculation.Proposer`).
 
     Where drafts may branch and the heads' accuracies are known, they form a tree; otherwise each head's first guess
-    follows the one before. Where tokens are drawn, a head's first guess is what its own probabilities give for the
-    random number by which the model will draw, and the likeliest others come after.
+    follows the one before. Where tokens are drawn, a head's guesses are those that its own probabilities give for the
+    random numbers by which the model will draw.
     """
 
     def __init__(self, medusa: Medusa) -> None:
@@ -86,7 +86,8 @@ class MedusaDrafts:
     def _drafts(self, text: Begun, logits: Float[Tensor, "K V"]) -> Drafts:
         places = self._places(text)
         ranks = [max((one.rank for one in places if one.head == head), default=-1) for head in range(len(logits))]
-        guesses = [_guesses(logits[head], rank + 1, text, head) for head, rank in enumerate(ranks)]
+        keys, place = (text.sampling, text.sequence), len(text.tokens)
+        guesses = [first_tokens(logits[head], *keys, place + head, rank + 1) for head, rank in enumerate(ranks)]
         tokens = tuple(guesses[one.head][one.rank] for one in places)
         return Drafts(tokens, tuple(one.parent for one in places))
 
@@ -95,14 +96,3 @@ class MedusaDrafts:
             return self.places[: text.most]
         count = min(text.most, self.medusa.config.heads)
         return [Place(parent, head, 0, 0.0) for head, parent in enumerate(chain(count))]
-
-
-def _guesses(logits: Float[Tensor, " V"], count: int, text: Begun, head: int) -> list[int]:
-    """The first guesses of a head for a text."""
-    if not count:
-        return []
-    ranked: list[int] = logits.topk(min(count, len(logits))).indices.tolist()
-    if text.sampling.temperature == 0:
-        return ranked
-    drawn = choose_token(logits, text.sampling, text.sequence, len(text.tokens) + head)
-    return [drawn, *(token for token in ranked if token != drawn)][:count]

@@ -120,13 +120,23 @@ def choose_token(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int,
     peak = float(logits[likeliest])  # NaN if any of them is
     if not math.isfinite(peak):
         raise not_finite(f"largest logit for token {place + 1} of prompt {sequence + 1}", peak, logits.dtype)
-    if sampling.temperature == 0:
-        return likeliest
+    return likeliest if sampling.temperature == 0 else int(_coming(logits, sampling, sequence, place).argmax())
+
+
+def first_tokens(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int, place: int, count: int) -> list[int]:
+    """The token that `choose_token` takes, and those that come after it; without a draw, the likeliest ones."""
+    order = logits if sampling.temperature == 0 else _coming(logits, sampling, sequence, place)
+    tokens: list[int] = order.topk(min(count, len(order))).indices.tolist()
+    return tokens
+
+
+def _coming(logits: Float[Tensor, " V"], sampling: Sampling, sequence: int, place: int) -> Float64[Tensor, " V"]:
+    """A number for every token, the larger the sooner it comes; minus infinity for those that may not."""
     # Differences from the peak cannot overflow upwards, however small the temperature.
     scaled = (logits.double() - logits.max()) / sampling.temperature
     if sampling.narrows:
         scaled = _narrowed(scaled, sampling)
-    return int((scaled - _waiting_times(sampling.seed, sequence, place, like=scaled).log()).argmax())
+    return scaled - _waiting_times(sampling.seed, sequence, place, like=scaled).log()
 
 
 def _waiting_times(*keys: int, like: Float64[Tensor, " V"]) -> Float64[Tensor, " V"]:

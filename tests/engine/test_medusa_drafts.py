@@ -16,6 +16,7 @@ from longwave.config import ModelConfig, build
 from longwave.engine import Engine, EngineOptions, Sampling
 from longwave.engine.drafts import Drafts
 from longwave.engine.medusa import MedusaDrafts, expected_tokens_of, likeliest_places
+from longwave.engine.sampling import choose_token, first_tokens
 from longwave.engine.speculation import Begun, expected_tokens
 from longwave.medusa import Medusa, MedusaConfig
 from longwave.model import Decoder
@@ -172,6 +173,19 @@ def chance_of(path: tuple[int, ...]) -> float:
     for head, rank in enumerate(path):
         chance *= ACCURACIES[head][rank]
     return chance
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM, Sampling(temperature=0.7, top_k=5, seed=2)])
+def test_first_tokens_begin_with_the_one_that_is_chosen(sampling: Sampling):
+    for place in range(20):
+        logits = torch.randn(30, generator=torch.Generator().manual_seed(place))
+        found = first_tokens(logits, sampling, 1, place, 5)
+        assert found[0] == choose_token(logits, sampling, 1, place)
+        for number, taken in enumerate(found[:4]):  # without it, the next one would be chosen
+            logits[taken] = -1e9
+            if sampling.top_k is None:
+                assert choose_token(logits, sampling, 1, place) == found[number + 1]
+        assert len(set(found)) == 5
 
 
 def test_expected_tokens_of_a_chain_are_the_formula():
