@@ -20,6 +20,8 @@ from longwave.draws import uniform_row
 from longwave.errors import require
 from longwave.machine import not_finite
 
+LEAST_REPETITION = 0.01  # of the penalty for it, which divides logits: with far less they would not be finite
+
 
 @dataclass(frozen=True)
 class Sampling(Strict):
@@ -53,7 +55,9 @@ class Sampling(Strict):
         for name in ("presence_penalty", "frequency_penalty"):
             require(math.isfinite(getattr(self, name)), f"{name} = {getattr(self, name)}: a finite number")
         repetition = self.repetition_penalty
-        require(0 < repetition < math.inf, f"repetition_penalty = {repetition}: more than 0; 1 changes nothing")
+        within = LEAST_REPETITION <= repetition <= 1 / LEAST_REPETITION
+        bounds = f"{LEAST_REPETITION} to {1 / LEAST_REPETITION:g}; 1 changes nothing"
+        require(within, f"repetition_penalty = {repetition}: {bounds}")
         for token, bias in self.logit_bias.items():
             require(math.isfinite(bias), f"logit_bias of token {token} = {bias}: a finite number")
         greedy = self.temperature == 0

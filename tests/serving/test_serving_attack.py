@@ -411,7 +411,7 @@ def test_a_machine_asks_a_little(server: Running, operation: str):
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("operation", EVERY)
 def test_a_machine_asks_everything(server: Running, operation: str):
-    asked_by_machine(server, operation, 400)
+    asked_by_machine(server, operation, 200)
 
 
 def asked_by_machine(server: Running, operation: str, tries: int) -> None:
@@ -437,6 +437,7 @@ def statuses(server: Running, cases: Any, tries: int) -> Counter[int]:
     def ask(case: Any) -> None:
         reply = case.call(base_url=server.url, timeout=60)
         found[reply.status_code] += 1
+        assert reply.status_code < 500, (case.body, reply.text)
         assert reply.status_code == 200 or reply.json()["error"].keys() == {"message", "type", "param", "code"}
 
     ask()
