@@ -34,9 +34,11 @@ test: setup-dev
 test-slow: setup-dev
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow
 
-# 6,000 hostile inputs and 272 kills, those of `make test` among them; under 15 minutes on two cores.
+# 6,000 hostile inputs and 272 kills, those of `make test` among them; under 15 minutes on two cores. Then 12,000 requests
+# to a server whose memory is measured, and what schemathesis asks it.
 test-attack: setup-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/attack
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m attack tests/serving
 
 # The tests with the lowest versions of all dependencies, in an environment of its own.
 test-lowest:
