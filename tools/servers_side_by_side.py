@@ -3,9 +3,9 @@
     python tools/servers_side_by_side.py longwave=m@http://127.0.0.1:8100/v1 other=/models/m@http://127.0.0.1:8101/v1
 
 A server is given as NAME=MODEL@URL: what the table calls it, what it calls the model, and where it is.
-Every case is the time until the whole answer is there, so that servers that do not stream can be asked, too. Decoding
-is the time of a long answer less that of an answer of one token to a prompt of the same length. Prompts differ from
-each other from their first word on, so that no kept prefix helps.
+Reading a prompt is timed to the first piece of its answer, decoding from there to the last one, and many short requests
+from the first to the last. A server that does not stream is timed by the difference of a long answer and a short one.
+Prompts differ from their first word on, and from run to run, so that no kept prefix helps.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from itertools import count
 from statistics import median
 from typing import NamedTuple
 
-from longwave.benchmarks.serving.client import asked
+from longwave.benchmarks.serving.client import asked, events
 from longwave.benchmarks.serving.load import words
 
-_KEYS = count(1)
+_KEYS = count(time.time_ns() % (1 << 40))
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,15 @@ class Sizes:
     answer: int
     together: int
     short: int
+
+
+class Answer(NamedTuple):
+    """Seconds to the first piece, if the server streams, and to the end; tokens as the server counts them."""
+
+    first: float | None
+    whole: float
+    prompt: int
+    written: int
 
 
 class Server(NamedTuple):
@@ -69,37 +78,35 @@ def main() -> None:
 
 def measured(server: Server, sizes: Sizes) -> dict[str, float]:
     """Tokens a second of one round: of reading a prompt, of one text behind it, of texts together."""
-    read, prompt, _ = answer(server, sizes.prompt, 1)
-    both, _, written = answer(server, sizes.prompt, sizes.answer)
-    first, many = (together(server, sizes, length) for length in (1, sizes.answer))
+    one = answer(server, sizes.prompt, sizes.answer)
+    read = one.first if one.first is not None else answer(server, sizes.prompt, 1).whole
+    began = time.perf_counter()
+    with ThreadPoolExecutor(sizes.together) as pool:
+        all_of_them = list(pool.map(lambda _: answer(server, sizes.short, sizes.answer), range(sizes.together)))
     return {
-        "prompt_tokens": prompt,
-        "prefill": prompt / read,
-        "decode": (written - 1) / (both - read),
-        "together": (many[1] - first[1]) / (many[0] - first[0]),
-        "together_with_prompts": many[1] / many[0],
+        "prompt_tokens": one.prompt,
+        "prefill": one.prompt / read,
+        "decode": (one.written - 1) / (one.whole - read),
+        "together": sum(each.written for each in all_of_them) / (time.perf_counter() - began),
     }
 
 
-def together(server: Server, sizes: Sizes, length: int) -> tuple[float, int]:
-    """Seconds until all of the short requests are answered, and the tokens of all answers."""
-    began = time.perf_counter()
-    with ThreadPoolExecutor(sizes.together) as pool:
-        asked_for = [pool.submit(answer, server, sizes.short, length) for _ in range(sizes.together)]
-        written = sum(one.result()[2] for one in asked_for)
-    return time.perf_counter() - began, written
-
-
-def answer(server: Server, prompt: int, length: int) -> tuple[float, int, int]:
-    """Seconds until an answer is there, and the tokens of prompt and answer as the server counts them."""
+def answer(server: Server, prompt: int, length: int) -> Answer:
+    """An answer of so many tokens to a prompt of about so many."""
     body = {"model": server.model, "prompt": words(prompt, next(_KEYS)), "max_tokens": length, "temperature": 0}
-    began = time.perf_counter()
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    began, first, usage = time.perf_counter(), None, None
     with asked(server.url, None, "/completions", body, 600.0) as reply:
-        content = reply.read()
-    if reply.status != 200:
-        raise SystemExit(f"{server.url}: {reply.status} {content[:300]!r}")
-    usage = json.loads(content)["usage"]
-    return time.perf_counter() - began, usage["prompt_tokens"], usage["completion_tokens"]
+        if reply.status != 200:
+            raise SystemExit(f"{server.url}: {reply.status} {reply.read(300)!r}")
+        if "event-stream" in reply.headers.get("content-type", ""):
+            for event in events(reply):
+                first = first or time.perf_counter() - began
+                usage = event.get("usage") or usage
+        else:
+            usage = json.loads(reply.read())["usage"]
+    assert usage is not None
+    return Answer(first, time.perf_counter() - began, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 if __name__ == "__main__":
