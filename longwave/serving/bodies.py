@@ -39,7 +39,15 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _boolean(value: object) -> object:
+    """Refuses 0, which Python takes for False."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("input should be a valid boolean")
+    return value
+
+
 Unsupported = Annotated[None, BeforeValidator(_refused)]
+No = Annotated[Literal[False], BeforeValidator(_boolean)]
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[Whole, Field(ge=1, le=1 << 31)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -55,7 +63,7 @@ class StreamOptions(Body):
     """How an answer is streamed. include_usage: whether a last piece tells how many tokens it took."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class Sampled(Body):
@@ -253,7 +261,7 @@ class ChatBody(Choices):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     functions: Unsupported = None
     function_call: Unsupported = None
@@ -291,8 +299,8 @@ class ResponseBody(Sampled):
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: TextOptions | None = None
-    store: Literal[False] | None = None
-    background: Literal[False] | None = None
+    store: No | None = None
+    background: No | None = None
     truncation: Literal["disabled"] | None = None
     parallel_tool_calls: bool | None = None
     stream_options: StreamOptions | None = None

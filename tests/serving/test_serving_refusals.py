@@ -43,6 +43,7 @@ def refusal(reply: httpx.Response) -> dict[str, Any]:
 
 
 P, M = {"model": "plain", "prompt": "hello"}, {"model": "chatty", "messages": [{"role": "user", "content": "hi"}]}
+OBFUSCATION = "stream_options.include_obfuscation"
 TOOL = {"type": "function", "function": {"name": "f"}}
 BODIES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     # endpoint, body, status, param, a part of the message
@@ -141,6 +142,9 @@ BODIES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ),
     (CHAT, {**M, "functions": []}, 400, "functions", "not supported"),
     (CHAT, {**M, "store": True}, 400, "store", "False"),
+    (CHAT, {**M, "store": 0}, 400, "store", "boolean"),
+    (CHAT, {**M, "store": False, "max_tokens": 1}, 200, None, ""),
+    (TEXT, {**P, "stream": True, "stream_options": {"include_obfuscation": 0.0}}, 400, OBFUSCATION, "boolean"),
     (CHAT, {**M, "chat_template_kwargs": {"thinking": True}}, 400, None, "not read by the chat template"),
     (REPLY, {"model": "chatty", "input": []}, 400, "input", "at least 1"),
     (
