@@ -169,7 +169,7 @@ def test_few_rows_have_parity_with_reference_and_do_not_know_each_other(dtype, b
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [9, 13, 24, 32])
+@pytest.mark.parametrize("rows", [9, 13, 24, 32, 64])
 def test_as_many_rows_as_texts_run_together_do_not_know_each_other_in_bf16(rows):
     hidden, weight = random(rows, 96, dtype=torch.bfloat16), random(20, 96, seed=1, dtype=torch.bfloat16)
     with torch.no_grad(), Calls() as calls:
@@ -182,7 +182,7 @@ def test_as_many_rows_as_texts_run_together_do_not_know_each_other_in_bf16(rows)
 @needs_kernels
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs", "dtype"),
-    [(9, 64, 4, torch.float32), (1, 40, 4, torch.float32), (1, 64, 5, torch.float32), (1, 64, 4, torch.float64)],
+    [(17, 64, 4, torch.float32), (1, 40, 4, torch.float32), (1, 64, 5, torch.float32), (1, 64, 4, torch.float64)],
     ids=["many rows", "odd inputs", "odd outputs", "fp64"],
 )
 def test_other_products_go_to_torch(rows, inputs, outputs, dtype):

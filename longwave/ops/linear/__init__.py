@@ -22,7 +22,7 @@ __all__ = ["LINEAR", "LINEAR_INT8", "linear", "linear_int8", "pack"]
 
 Run: TypeAlias = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-_MOST = 32  # rows; products of more rows go to torch at once
+_MOST = 64  # rows; products of more rows go to torch at once
 
 
 def reference(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
