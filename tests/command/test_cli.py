@@ -103,7 +103,7 @@ def test_every_option_has_help():
         (["eval", "a", "b", "c=d"], ["c=d"]),
         (["doctor", "--frequency"], ["--frequency"]),
         (["plan", "x.toml", "--dtype", "fp12"], ["fp12", "bf16"]),
-        (["generate", "x", "--dtype", "int8"], ["int8", "fp32"]),
+        (["generate", "x", "--dtype", "int4"], ["int4", "fp32"]),
         (["generate", "x", "--temperature", "warm"], ["warm", "--temperature"]),
     ],
 )

@@ -70,7 +70,7 @@ def logits_in(model: Decoder, ids: list[int], pieces: list[int], company: int) -
     return torch.cat(found)
 
 
-PIECES = [[150], [1] * 150, [7, 64, 1, 1, 77], [149, 1]]
+PIECES = [[96], [1] * 96, [7, 40, 1, 1, 47], [95, 1]]
 
 
 @needs_kernels
@@ -78,11 +78,11 @@ PIECES = [[150], [1] * 150, [7, 64, 1, 1, 77], [149, 1]]
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_neither_company_nor_pieces_change_a_bit(layout: str, dtype: torch.dtype):
     model = small(layout, dtype, True)
-    ids = torch.randint(0, 301, (150,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = logits_in(model, ids, [150], 0)
+    ids = torch.randint(0, 301, (96,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = logits_in(model, ids, [96], 0)
     assert whole.isfinite().all()
     for pieces in PIECES:
-        for company in (0, 1, 5):
+        for company in (0, 5):
             assert torch.equal(logits_in(model, ids, pieces, company), whole), (pieces, company)
 
 

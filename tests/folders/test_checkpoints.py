@@ -696,5 +696,5 @@ def test_bad_config_is_named(tmp_path: Path, text: str, named: str):
 def test_folder_without_config_and_unknown_format_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load(tmp_path)
-    with pytest.raises(UserError, match=f"format = 'gguf'; use one of {NAMES}"):
-        save(small(), tmp_path / "out", format="gguf")
+    with pytest.raises(UserError, match=f"format = 'onnx'; use one of {NAMES}, gguf, gguf-q8_0"):
+        save(small(), tmp_path / "out", format="onnx")

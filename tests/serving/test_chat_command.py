@@ -110,7 +110,13 @@ def test_an_interrupt_ends_the_answer_and_not_the_program(made: dict[str, Path])
     ours, theirs = pty.openpty()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     process = subprocess.Popen(
-        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=environment
+        words,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env=environment,
+        preexec_fn=heeds_interrupts,
     )
     os.close(theirs)
     try:
@@ -127,6 +133,11 @@ def test_an_interrupt_ends_the_answer_and_not_the_program(made: dict[str, Path])
         process.kill()
         process.wait()
         os.close(ours)
+
+
+def heeds_interrupts() -> None:
+    """As a shell starts a program that it waits for; tests that run in the background inherit that none are heeded."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(terminal: int, says: str, doing: Callable[[], None] = lambda: None) -> None:
