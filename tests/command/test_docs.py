@@ -130,6 +130,7 @@ def test_only_few_blocks_are_parsed_alone():
         ("docs/index.md", "network"),
         ("docs/subllm-worth.md", "long"),
         ("docs/subllm-worth.md", "long"),
+        ("docs/subllm-worth.md", "long"),
     ]
 
 
