@@ -37,7 +37,7 @@ from longwave.ops.linear import linear
 from longwave.planning import model_config
 
 LLAMA, PAIR = "longwave/recipes/bench-llama.toml", ("bench-llama-24", "bench-subllm-24")
-STEPS, NEW, REQUESTS = 40, 32, 2
+STEPS, NEW = 40, 32
 
 
 def main() -> None:
@@ -45,8 +45,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "served"))
     parser.add_argument("--context", type=int)
+    parser.add_argument("--requests", type=int, default=1)
     options = parser.parse_args()
-    found = step(options.context or 32768) if options.what == "step" else served(options.context or 8192)
+    found = (
+        step(options.context or 32768) if options.what == "step" else served(options.context or 8192, options.requests)
+    )
     print(json.dumps({"measured": options.what, "threads": torch.get_num_threads(), **found}))
 
 
@@ -124,11 +127,11 @@ def reads_of(model: Decoder, context: int) -> Any:
 # --- a SUBLLM beside a Llama ------------------------------------------------------------------------------------------
 
 
-def served(context: int) -> dict[str, Any]:
+def served(context: int, requests: int) -> dict[str, Any]:
     """Seconds of the same load for a Llama and a SUBLLM, and those that FLOPs and bytes allow."""
     peaks = measure_peaks(torch.bfloat16)
     models = {name: decoder_of(f"longwave/recipes/{name}.toml") for name in PAIR}
-    prompt = sample_tokens(models[PAIR[0]], context * REQUESTS, 0).view(REQUESTS, context)
+    prompt = sample_tokens(models[PAIR[0]], context * requests, 0).view(requests, context)
     retention = force_retention(models[PAIR[1]], prompt[0])
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(2):
@@ -137,10 +140,12 @@ def served(context: int) -> dict[str, Any]:
             answer(model, prompt)
             seconds[name].append(time.perf_counter() - began)
     llama, subllm = (min(seconds[name]) for name in PAIR)
-    bounds = [bound(models[name], context, peaks, kept) for name, kept in zip(PAIR, ((), retention), strict=True)]
+    bounds = [
+        bound(models[name], context, requests, peaks, kept) for name, kept in zip(PAIR, ((), retention), strict=True)
+    ]
     speedup, possible = llama / subllm, bounds[0] / bounds[1]
     figures = {"llama": llama, "subllm": subllm, "retention": retention, "speedup": speedup, "possible": possible}
-    return {"context": context, "requests": REQUESTS, "answer": NEW, **figures, "share": speedup / possible}
+    return {"context": context, "requests": requests, "answer": NEW, **figures, "share": speedup / possible}
 
 
 def answer(model: Decoder, prompts: Tensor) -> None:
@@ -151,14 +156,14 @@ def answer(model: Decoder, prompts: Tensor) -> None:
         engine.step()
 
 
-def bound(model: Decoder, context: int, peaks: Peaks, retention: tuple[float, ...]) -> float:
+def bound(model: Decoder, context: int, requests: int, peaks: Peaks, retention: tuple[float, ...]) -> float:
     """The least seconds of the load: its prompts one after the other, then all texts a token at a time."""
-    prompts = REQUESTS * prefill_work(model, context, retention).seconds(peaks)
-    share, levels = 1.0, {-1: Level.whole(context, REQUESTS, NEW)}
+    prompts = requests * prefill_work(model, context, retention).seconds(peaks)
+    share, levels = 1.0, {-1: Level.whole(context, requests, NEW)}
     for level, kept in zip(model.resamplers, retention, strict=True):
         share *= kept
-        reached = 1 - (1 - share) ** REQUESTS
-        levels[level.index] = Level(share * (context + NEW / 2), share * REQUESTS, reached)
+        reached = 1 - (1 - share) ** requests
+        levels[level.index] = Level(share * (context + NEW / 2), share * requests, reached)
     works: list[Work] = decode_work(model, Load(levels))
     return prompts + NEW * sum(work.seconds(peaks) for work in works)
 
