@@ -72,12 +72,13 @@ def few_rows(hidden: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
 
     Shapes that the kernel does not know are filled up with zeros.
     """
+    bias = None if bias is None else bias.float()
     inputs, outputs = -weight.shape[1] % _INPUTS, -weight.shape[0] % _OUTPUTS
-    if inputs or outputs:
-        weight = F.pad(weight, (0, inputs, 0, outputs)).contiguous()
-        scale, bias = F.pad(scale, (0, outputs)), None if bias is None else F.pad(bias, (0, outputs))
-    wide = None if bias is None else bias.float()
-    product = torch.ops.longwave.linear_int8.default(F.pad(hidden, (0, inputs)), weight, scale, wide)
+    if not inputs and not outputs:
+        return torch.ops.longwave.linear_int8.default(hidden, weight, scale, bias)
+    weight = F.pad(weight, (0, inputs, 0, outputs)).contiguous()
+    scale, bias = F.pad(scale, (0, outputs)), None if bias is None else F.pad(bias, (0, outputs))
+    product = torch.ops.longwave.linear_int8.default(F.pad(hidden, (0, inputs)), weight, scale, bias)
     return product[:, : product.shape[1] - outputs]
 
 
