@@ -1,6 +1,6 @@
 /* y = x W^T + b for few rows: every row of W is read once, from memory, for all rows of x.
  *
- * W is of the type of x, or int8 with a scale for each output; then x comes in fp32.
+ * W is of the type of x, or int8 with a scale for each output.
  * The order in which an entry of y is summed does not depend on the number of rows, so a row gives the same result
  * alone and among others.
  * Legend: T rows, D inputs (a multiple of CHUNK), E outputs (a multiple of OUTPUTS).
@@ -23,9 +23,25 @@ INLINE vec load_i8(const char *from) {
     return __builtin_convertvector(bytes, vec);
 }
 
-/* Adds the products of a chunk of W in int8, whose numbers are widened once for all rows, and x in fp32. */
+/* Adds the products of a chunk of W in int8, whose numbers are widened once for all rows: to bf16, which holds them
+ * exactly, where x is of bf16 and the machine multiplies it, and else to fp32. */
 INLINE void add_widened(vec parts[TOGETHER][OUTPUTS], array x, array weight, int rows, int64_t output, int64_t inputs,
                         int64_t d) {
+#ifdef __AVX512BF16__
+    if (x.is_bf16) {
+        __m512bh wide[OUTPUTS];
+        for (int o = 0; o < OUTPUTS; o++) {
+            const char *entries = weight.data + (output + o) * inputs + d;
+            wide[o] = _mm512_cvtne2ps_pbh((__m512)load_i8(entries + LANES), (__m512)load_i8(entries));
+        }
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; o < OUTPUTS; o++) {
+                __m512bh row = (__m512bh)_mm512_loadu_si512(x.data + 2 * (r * inputs + d));
+                parts[r][o] = (vec)_mm512_dpbf16_ps((__m512)parts[r][o], wide[o], row);
+            }
+        return;
+    }
+#endif
     for (int64_t at = d; at < d + CHUNK; at += LANES) {
         vec wide[OUTPUTS];
         for (int o = 0; o < OUTPUTS; o++)
@@ -93,7 +109,7 @@ void longwave_linear(const void *x, const void *weight, const void *bias, void *
         }
 }
 
-/* x (T, D), scale (E) and bias (E) or null of fp32, weight (E, D) of int8, and y (T, E) of bf16 or fp32. */
+/* weight (E, D) of int8, scale (E) and bias (E) or null of fp32, x (T, D) and y (T, E) both of bf16 or of fp32. */
 void longwave_linear_int8(const void *x, const void *weight, const float *scale, const float *bias, void *y,
                           int is_bf16, int64_t rows, int64_t inputs, int64_t outputs, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * inputs * outputs >= WORTH_THREADS)
@@ -101,7 +117,10 @@ void longwave_linear_int8(const void *x, const void *weight, const float *scale,
         for (int64_t row = 0; row < rows; row += TOGETHER) {
             int64_t count = rows - row < TOGETHER ? rows - row : TOGETHER;
             float sums[TOGETHER][OUTPUTS];
-            block_of(from((array){x, 0}, row * inputs), (array){weight, 0}, 1, count, output, inputs, sums);
+            if (is_bf16)
+                block_of(from((array){x, 1}, row * inputs), (array){weight, 0}, 1, count, output, inputs, sums);
+            else
+                block_of(from((array){x, 0}, row * inputs), (array){weight, 0}, 1, count, output, inputs, sums);
             for (int64_t r = 0; r < count; r++)
                 for (int o = 0; o < OUTPUTS; o++)
                     put(y, is_bf16, (row + r) * outputs + output + o,
