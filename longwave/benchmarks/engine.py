@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -112,15 +113,16 @@ def _invariant(
 def _prefixes(decoder: Decoder, options: EngineBench) -> list[EngineRow]:
     """A suffix behind a prefix that is kept, beside running it at that depth alone; and whole prompts, nothing kept."""
     prefix = _ids(decoder, options.prefix, 100)
-    numbers = iter(range(200, 10_000))
+    numbers = count(200)
+    others = {kept: count(100_000) for kept in (False, True)}  # both meet the same prompts: levels keep more of some
     keeping = EngineOptions(running=1, step_tokens=_CHUNK)
     engine = Engine(decoder, keeping)
 
     def fresh() -> Request:
         return Request(prompt=prefix + _ids(decoder, options.suffix, next(numbers)), max_new_tokens=1)
 
-    def other() -> Request:
-        return Request(prompt=_ids(decoder, options.prefix + options.suffix, next(numbers)), max_new_tokens=1)
+    def other(kept: bool) -> Request:
+        return Request(prompt=_ids(decoder, options.prefix + options.suffix, next(others[kept])), max_new_tokens=1)
 
     finished(engine, [fresh(), fresh()])
     before = engine.metrics.cached_tokens
@@ -132,8 +134,8 @@ def _prefixes(decoder: Decoder, options: EngineBench) -> list[EngineRow]:
     tasks = {
         "suffix at that depth": depth.run,
         "prefix found": lambda: finished(engine, [fresh()]),
-        "nothing kept": lambda: answers(decoder, [other()], bare),
-        "prefix not found": lambda: answers(decoder, [other()], keeping),
+        "nothing kept": lambda: answers(decoder, [other(False)], bare),
+        "prefix not found": lambda: answers(decoder, [other(True)], keeping),
     }
     whole = options.prefix + options.suffix
     counts = dict(zip(tasks, (options.suffix, options.suffix, whole, whole), strict=True))
