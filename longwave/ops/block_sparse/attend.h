@@ -1,6 +1,6 @@
 /* The arguments and results of attention to given blocks, for the forward and the backward pass. */
 
-#include "rows.h"
+#include "../compiled/rows.h"
 
 typedef struct {
     const void *query, *keys, *values; /* (T, H, K), (G, N, K) twice */

@@ -8,7 +8,7 @@
  * Legend: T queries, H query heads, G KV heads, R = H / G, K head size, r windows that begin in a block.
  */
 
-#include "rows.h"
+#include "../compiled/rows.h"
 
 #define TOGETHER 128 /* about how many rows a tile has: each window that is loaded is used so often */
 

@@ -30,6 +30,9 @@ INLINE vec splat(float x) { return (vec){0} + x; }
 INLINE array from(array a, int64_t at) { return (array){a.data + at * (a.is_bf16 ? 2 : 4), a.is_bf16}; }
 
 INLINE vec larger(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)b, (__m512)a);
+#endif
     vec_i32 more = b > a;
     return (vec)(((vec_i32)b & more) | ((vec_i32)a & ~more));
 }
@@ -129,6 +132,9 @@ INLINE vec exp2_of(vec x) {
 INLINE vec exp_negative(vec x) { return exp2_of(x * LOG2E); }
 
 INLINE float largest_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     half_vec parts[2];
     memcpy(parts, &x, sizeof parts);
     typedef int32_t half_i32 __attribute__((vector_size(32)));

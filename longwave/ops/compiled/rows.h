@@ -7,7 +7,7 @@
 
 #include <stdlib.h>
 
-#include "../compiled/vectors.h"
+#include "vectors.h"
 
 #define PIECE 64                /* keys that are laid out and scored together */
 #define VECTORS (PIECE / LANES) /* vectors of a row whose sums stay in registers */
