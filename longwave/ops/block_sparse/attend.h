@@ -1,6 +1,6 @@
 /* The arguments and results of attention to given blocks, for the forward and the backward pass. */
 
-#include "../compiled/rows.h"
+#include "../compiled/softmax.h"
 
 typedef struct {
     const void *query, *keys, *values; /* (T, H, K), (G, N, K) twice */
@@ -23,9 +23,4 @@ INLINE void find_rows(const void *entries, int is_bf16, int64_t group_step, int6
         int64_t at = group * group_step + (from + i) * token_step;
         rows[i] = from + i < end ? array_at((array){entries, is_bf16}, at) : ZEROS;
     }
-}
-
-/* The row of head `row` % R of query `row` / R, in (T, H, K). */
-INLINE int64_t row_of(const task *a, int64_t group, int64_t start, int64_t row) {
-    return ((start + row / a->ratio) * a->groups + group) * a->ratio + row % a->ratio;
 }

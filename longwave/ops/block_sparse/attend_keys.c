@@ -51,7 +51,7 @@ INLINE void lay_batch(const task *a, const piece *p, const int32_t *queries, int
         int64_t row = from + i, seen = 0, at = 0;
         if (row < end) {
             seen = a->first + queries[row / a->ratio] + 1 - p->from;
-            at = row_of(a, p->group, queries[row / a->ratio], row % a->ratio);
+            at = (queries[row / a->ratio] * a->groups + p->group) * a->ratio + row % a->ratio;
         }
         query[i] = row < end ? array_at((array){a->query, a->is_bf16}, at * a->size) : ZEROS;
         slope[i] = row < end ? array_at((array){a->slope, a->is_bf16}, at * a->size) : ZEROS;

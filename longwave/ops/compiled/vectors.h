@@ -92,6 +92,21 @@ INLINE void put(void *data, int is_bf16, int64_t at, float x) {
     ((uint16_t *)data)[at] = (uint16_t)bits;
 }
 
+/* Stores sixteen numbers in an array from place `at` on, rounded as by `put`. */
+INLINE void put_vec(void *data, int is_bf16, int64_t at, vec x) {
+    if (!is_bf16) {
+        store_f32((float *)data + at, x);
+        return;
+    }
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+    memcpy((char *)data + 2 * at, &half, sizeof half);
+#else
+    for (int i = 0; i < LANES; i++)
+        put(data, 1, at + i, x[i]);
+#endif
+}
+
 INLINE float sum(vec x) {
     half_vec parts[2];
     memcpy(parts, &x, sizeof parts);
@@ -146,4 +161,13 @@ INLINE float largest_of(vec x) {
     most[0] = most[0] > most[2] ? most[0] : most[2];
     most[1] = most[1] > most[3] ? most[1] : most[3];
     return most[0] > most[1] ? most[0] : most[1];
+}
+
+/* Whether any lane is above a bound. */
+INLINE int any_above(vec x, float bound) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(bound), _CMP_GT_OQ) != 0;
+#else
+    return largest_of(x) > bound;
+#endif
 }
